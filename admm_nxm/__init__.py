@@ -1,0 +1,46 @@
+r"""ADMM fine-tuning of pretrained Transformers into NxM semi-structured sparsity.
+
+>>> import torch
+>>> from admm_nxm import ADMMNxM
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+>>> inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+>>> optimizer = ADMMNxM(inner, model, pattern="2:4", total_steps=40, select={r"0\.weight": "2:4"})
+>>> for _ in range(40):
+...     loss = model(torch.ones(2, 8)).square().mean()
+...     loss.backward()
+...     optimizer.step()
+...     optimizer.zero_grad()
+>>> optimizer.finalize().ok
+True
+"""
+
+from ._version import __version__
+from .optimizer import ADMMNxM, ConvergenceWarning, Residuals, WeightResidual
+from .pattern import Pattern
+from .projection import keep_mask, project
+from .schedules import Constant, Every, Ramp, Rise, Update
+from .selection import SelectedWeight, Selection, SkippedWeight
+from .sparsity import SparsityReport, SparsityViolation, WeightReport, verify
+
+__all__ = [
+    "ADMMNxM",
+    "Constant",
+    "ConvergenceWarning",
+    "Every",
+    "Pattern",
+    "Ramp",
+    "Residuals",
+    "Rise",
+    "SelectedWeight",
+    "Selection",
+    "SkippedWeight",
+    "SparsityReport",
+    "SparsityViolation",
+    "Update",
+    "WeightReport",
+    "WeightResidual",
+    "__version__",
+    "keep_mask",
+    "project",
+    "verify",
+]

@@ -1,0 +1,108 @@
+"""What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
+
+Per weight: ``admm_consensus`` (v, or the mask once frozen) and, while the model holds the projected weights,
+``admm_primal`` (the weights that training goes on from). Counters are numbers in every parameter group, where
+torch.distributed.checkpoint looks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._sharding import local
+from .consensus import is_mask_of
+from .selection import SelectedWeight
+
+__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "split"]
+
+CONSENSUS = "admm_consensus"
+PRIMAL = "admm_primal"
+COUNTERS: Mapping[str, int | float] = {
+    "admm_step": 0,
+    "admm_rho": 0.0,
+    "admm_dual_in_use": 0,
+    "admm_frozen_at": -1,
+    "admm_freeze_residual": -1.0,
+    "admm_finalized": 0,
+    "admm_projected": 0,
+}
+
+
+def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]], dict[int, bool]]:
+    """Take a state dict apart without changing it.
+
+    Args:
+        state_dict: as :meth:`admm_nxm.ADMMNxM.state_dict` returns it, or the inner optimizer's own.
+
+    Returns:
+        The state dict for the inner optimizer; position of a parameter -> what ADMMNxM stored for it; position ->
+        whether the inner optimizer has stepped the parameter.
+    """
+    order = {key: position for position, key in enumerate(chain(*(g["params"] for g in state_dict["param_groups"])))}
+    inner_state: dict[Any, Any] = {}
+    own: dict[int, dict[str, Tensor]] = {}
+    stepped: dict[int, bool] = {}
+    for key, entry in state_dict["state"].items():
+        if key not in order or not isinstance(entry, dict):
+            inner_state[key] = entry
+            continue
+        mine = {name: entry[name] for name in (CONSENSUS, PRIMAL) if name in entry}
+        rest = {name: value for name, value in entry.items() if name not in mine}
+        if mine:
+            own[order[key]] = mine
+        if rest or not mine:
+            inner_state[key] = rest
+        # Adagrad creates its state at construction, with a step of 0.
+        stepped[order[key]] = bool(rest) and float(rest.get("step", 1)) > 0
+    return {**state_dict, "state": inner_state}, own, stepped
+
+
+def check_entry(
+    weight: SelectedWeight, entry: Mapping[str, Tensor], stepped: bool, counters: Mapping[str, int | float]
+) -> None:
+    """Refuse a checkpoint whose entry for a weight does not fit the optimizer.
+
+    Args:
+        weight: the prunable weight.
+        entry: what the checkpoint holds for it.
+        stepped: whether the inner optimizer had stepped it.
+        counters: the checkpoint's counters.
+
+    Raises:
+        ValueError: an entry is missing, has another shape, or contradicts the counters.
+    """
+    for name, t in entry.items():
+        if tuple(t.shape) != weight.shape:
+            raise ValueError(
+                f"the checkpoint's {name} for weight {weight.name!r} has shape {tuple(t.shape)}, the weight has "
+                f"{weight.shape}: was it saved from another model, or with parameters in another order?"
+            )
+    consensus = entry.get(CONSENSUS)
+    if consensus is None:
+        if counters["admm_step"] > 0 and stepped:
+            raise ValueError(
+                f"the checkpoint has no {CONSENSUS} for weight {weight.name!r} at ADMM step {counters['admm_step']}; "
+                "build ADMMNxM with the selection that the checkpoint was made with"
+            )
+    elif counters["admm_frozen_at"] >= 0:
+        part = local(consensus) != 0
+        if not bool(is_mask_of(part, weight.pattern, weight.dim)):
+            raise ValueError(
+                f"the checkpoint's frozen mask of weight {weight.name!r} does not have pattern {weight.pattern} along "
+                f"dimension {weight.dim}; build ADMMNxM with the pattern that the checkpoint was made with"
+            )
+    elif consensus.dtype == torch.bool:
+        raise ValueError(
+            f"the state of weight {weight.name!r} was cast to bool: a checkpoint from before the mask was frozen has "
+            "been loaded in place into a frozen optimizer; build a new ADMMNxM and load into that"
+        )
+    if counters["admm_projected"] and PRIMAL not in entry and counters["admm_frozen_at"] < 0:
+        raise ValueError(
+            f"the checkpoint was saved while the model held its projected weights and lacks {PRIMAL} for weight "
+            f"{weight.name!r}; call optimizer.train() before saving with torch.distributed.checkpoint"
+        )

@@ -1,0 +1,107 @@
+"""Plain torch operations: every device, every dtype, no toolchain.
+
+Temporaries are those of one weight at a time, never of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from ..projection import keep_mask
+
+__all__ = ["add_penalty", "advance", "keep_only", "pull", "target"]
+
+
+def add_penalty(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], consensus: Sequence[Tensor], rho: float
+) -> None:
+    """Add the gradient of ``rho / 2 * ||w - v||^2``: ``g += rho * (w - v)``.
+
+    The difference is taken first, so that nothing is added where w = v and nothing cancels in 16-bit gradients.
+
+    Args:
+        gradients: one tensor a weight, changed in place.
+        weights: w.
+        consensus: v, of the weights' shapes.
+        rho: penalty, in units of the loss per squared weight; negative to maximise.
+    """
+    for g, w, v in zip(gradients, weights, consensus, strict=True):
+        g.add_((w - v).to(g.dtype), alpha=rho)
+
+
+def pull(weights: Sequence[Tensor], consensus: Sequence[Tensor], fraction: float) -> None:
+    """Move w toward v: ``w += fraction * (v - w)``.
+
+    Args:
+        weights: w, changed in place.
+        consensus: v, of the weights' shapes.
+        fraction: how far, from 0 (stay) to 1 (arrive).
+    """
+    for w, v in zip(weights, consensus, strict=True):
+        if w.dtype == v.dtype:
+            w.lerp_(v, fraction)
+        else:
+            wide = torch.promote_types(w.dtype, v.dtype)
+            w.copy_(torch.lerp(w.to(wide), v.to(wide), fraction))
+
+
+def target(weight: Tensor, consensus: Tensor, mask: Tensor) -> Tensor:
+    """Return ``a = w + u``: u is 0 where the mask keeps, and -v where it does not.
+
+    Args:
+        weight: w.
+        consensus: v.
+        mask: the mask of v.
+
+    Returns:
+        a, in the wider of the two dtypes.
+    """
+    return weight + torch.where(mask, torch.zeros((), dtype=consensus.dtype, device=consensus.device), -consensus)
+
+
+def advance(
+    weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int, with_dual: bool, dual_scale: float
+) -> Tensor:
+    """Do the z- and u-steps of one weight on its single buffer: ``v = a on mask(a), -scale * a (or 0) off it``.
+
+    a is rounded to the dtype of v before its mask is taken, or the mask of a and that of v could disagree.
+
+    Args:
+        weight: w.
+        consensus: v, changed in place.
+        pattern: the NxM pattern.
+        dim: the grouped dimension.
+        with_dual: whether u moves; else it becomes 0.
+        dual_scale: factor on u for a rho that has risen, ``rho_old / rho_new``, at most 1.
+
+    Returns:
+        float32 tensor of 4: ``||z_new - z_old||^2``, ``||w||^2``, how many places the mask gained, and how many it
+        keeps.
+    """
+    old_mask = keep_mask(consensus, pattern, dim)
+    old_auxiliary = torch.where(old_mask, consensus, torch.zeros_like(consensus))
+    a = target(weight, consensus, old_mask).to(consensus.dtype)
+    mask = keep_mask(a, pattern, dim)
+    auxiliary = torch.where(mask, a, torch.zeros_like(a))
+    if not with_dual:
+        consensus.copy_(auxiliary)
+    else:
+        off = -a if dual_scale == 1.0 else -(a * dual_scale)
+        consensus.copy_(torch.where(mask, a, off))
+    moved = (auxiliary.float() - old_auxiliary.float()).square_().sum()
+    gained = (mask & ~old_mask).sum()
+    return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])
+
+
+def keep_only(tensor: Tensor, mask: Tensor) -> None:
+    """Set to +0.0 whatever the mask does not keep, be it NaN.
+
+    Args:
+        tensor: changed in place.
+        mask: boolean, of the tensor's shape, True = kept.
+    """
+    tensor.masked_fill_(mask.logical_not(), 0.0)

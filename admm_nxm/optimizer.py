@@ -1,0 +1,727 @@
+"""ADMMNxM: the life of a run, around any torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import consensus as admm
+from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, split
+from ._inner import check_inner, has_no_effect, raw_step, share_step_hooks
+from ._sharding import check_sharding, local, reduce_sums, wrap_like
+from .kernels import backend_for
+from .pattern import Pattern
+from .residuals import Residuals, WeightResidual, ratio
+from .schedules import Penalty, Plan, Schedule, Update, UpdateSchedule, make_plan, next_rho
+from .selection import Ineligible, Select, SelectedWeight, Selection, select_weights
+from .sparsity import SparsityReport, check_weights
+
+__all__ = ["ADMMNxM", "ConvergenceWarning", "Residuals", "WeightResidual"]
+
+_STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOOKS_OF_ITS_OWN = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class ConvergenceWarning(UserWarning):
+    """The weights were far from the pattern when they were projected onto it."""
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A prunable weight and its present parameter object."""
+
+    spec: SelectedWeight
+    param: Tensor
+    maximize: bool
+
+    @property
+    def w(self) -> Tensor:
+        return local(self.param.detach())
+
+    @property
+    def g(self) -> Tensor:
+        assert self.param.grad is not None
+        return local(self.param.grad)
+
+    @property
+    def grouping(self) -> tuple[Pattern, int]:
+        return self.spec.pattern, self.spec.dim
+
+
+class ADMMNxM(Optimizer):
+    """Fine-tunes the prunable weights of a model into NxM semi-structured form, with any inner optimizer.
+
+    The loop stays as it was; at its end :meth:`finalize` makes the weights satisfy the pattern exactly. With
+    ``total_steps`` the run goes through its phases by itself: a short dense start, a constrained phase in which the
+    penalty rises and z (later u) moves, and from 70 % of the steps a frozen mask under which the kept weights are
+    fine-tuned.
+
+    The state is one buffer per prunable weight. It is created in the first step and lives in the inner optimizer's
+    state, so checkpoints, ``deepcopy`` and sharding treat it like a momentum.
+
+    Args:
+        optimizer: the inner optimizer, any ``torch.optim.Optimizer`` whose ``step()`` works without a closure.
+        model: the module, or its ``named_parameters()``.
+        pattern: pattern of the default selection rules, such as ``"2:4"`` or ``Pattern(2, 4)``.
+        penalty: ``"proximal"`` moves w toward v by ``rho / (1 + rho)`` after each inner step, whatever the learning
+            rate (rho is dimensionless). ``"gradient"`` adds ``rho * (w - v)`` to the gradient, as in the paper (rho in
+            units of the loss per squared weight); optimizers that bound a weight's travel per step, such as Adam,
+            then need many steps to bring weights to zero.
+        rho: penalty, a number or a schedule (step -> rho, read whenever z moves); by default it rises.
+        update_every: steps between two z/u updates, or a schedule (step -> Update); by default at most 10.
+        total_steps: number of optimizer steps of the whole run, frozen phase included. None: the penalty rises until
+            :meth:`finalize` is called.
+        freeze_at: number of steps after which the mask freezes; by default 70 % of ``total_steps``.
+        select: rules that replace the default selection: a mapping from regular expressions (whole parameter name,
+            first match wins) to a Pattern, its spelling or None (leave dense), or a callable ``(name, module)``.
+        dims: regular expression -> grouped dimension, where the module's input dimension is not the one.
+        ineligible: ``"error"`` or ``"skip"``, for weights that the rules ask for and that cannot be pruned (frozen,
+            not held by the inner optimizer, width no multiple of the group, not floating point).
+        state_dtype: dtype of the state; by default each weight's own.
+        residual_tolerance: primal residual above which projecting the weights warns, as a share of their norm.
+
+    Raises:
+        TypeError, ValueError: bad input; the message says the value, what is allowed and the remedy.
+
+    Source: Holmes, Zhang, He, Wu, NxMTransformer (arXiv 2110.15766), algorithm 1; Boyd et al. 2011, section 3.1.1.
+    """
+
+    inner: Optimizer
+    """The wrapped optimizer."""
+
+    selection: Selection
+    """What is pruned with which pattern along which dimension, and what was skipped and why."""
+
+    plan: Plan
+    """The schedules in force."""
+
+    penalty: Penalty
+    total_steps: int | None
+    state_dtype: torch.dtype | None
+    residual_tolerance: float
+    _places: list[tuple[int, int]]
+    _movement: dict[str, Tensor]
+    _freeze_sums: Tensor | None
+    _backup: dict[str, Tensor] | None
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        *,
+        pattern: Pattern | str = "2:4",
+        penalty: Penalty = "proximal",
+        rho: float | Schedule | None = None,
+        update_every: int | UpdateSchedule | None = None,
+        total_steps: int | None = None,
+        freeze_at: int | None = None,
+        select: Select | None = None,
+        dims: Mapping[str, int] | None = None,
+        ineligible: Ineligible = "error",
+        state_dtype: torch.dtype | None = None,
+        residual_tolerance: float = 0.02,
+    ) -> None:
+        check_inner(optimizer, ADMMNxM)
+        if penalty not in ("proximal", "gradient"):
+            raise ValueError(f'penalty={penalty!r} must be "proximal" or "gradient"')
+        if state_dtype is not None and state_dtype not in _STATE_DTYPES:
+            allowed = ", ".join(map(str, _STATE_DTYPES))
+            raise ValueError(f"state_dtype={state_dtype!r} must be one of {allowed}, or None for the weights' own")
+        if not residual_tolerance > 0:
+            raise ValueError(f"residual_tolerance={residual_tolerance!r} must be above 0: a share of the weights' norm")
+        plan = make_plan(penalty, total_steps, rho, update_every, freeze_at)
+        places = {
+            id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
+        }
+        selection, params = select_weights(
+            model, Pattern.parse(pattern), select, dims=dims, ineligible=ineligible, held=places
+        )
+        for weight in selection:
+            check_sharding(weight.name, params[weight.name], weight.dim, weight.pattern.group)
+        self.__setstate__(
+            {
+                "inner": optimizer,
+                "selection": selection,
+                "plan": plan,
+                "penalty": penalty,
+                "total_steps": total_steps,
+                "state_dtype": state_dtype,
+                "residual_tolerance": float(residual_tolerance),
+                # Parameter objects may be exchanged before the first step (FSDP2); their places in the groups stay.
+                "_places": [places[id(params[weight.name])] for weight in selection],
+                "_movement": {},
+                "_freeze_sums": None,
+                "_backup": None,
+            }
+        )
+        self._set(**{key: self._get(key) for key in COUNTERS})
+
+    # ------------------------------------------------------------------ the contract of torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's own parameter groups."""
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's own per-parameter state."""
+        return self.inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.inner.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's own defaults."""
+        return self.inner.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.inner.defaults = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooks = (*_HOOKS_OF_ITS_OWN, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        # ``step`` and its kin stand here if an LR scheduler or a scaler has put its own wrapping on this instance.
+        return {key: value for key, value in self.__dict__.items() if key not in hooks and not callable(value)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in _HOOKS_OF_ITS_OWN:
+            setattr(self, name, OrderedDict())
+        share_step_hooks(self.inner, self)
+        self._patch_step_function()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the inner optimizer does."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the inner optimizer. They stay dense: the selection is fixed at construction."""
+        self.inner.add_param_group(param_group)
+        self._set(**{key: self._get(key) for key in COUNTERS})
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step of the inner optimizer on the penalised loss, and the z- and u-steps that are due.
+
+        Weights without a gradient are left alone, as the inner optimizer leaves them.
+
+        Args:
+            closure: evaluates the loss and its gradients; called once, first.
+
+        Returns:
+            What the closure returns; None without one.
+
+        Raises:
+            RuntimeError: the model holds its projected weights (after :meth:`eval` or in :meth:`projected`).
+        """
+        if self._backup is not None:
+            raise RuntimeError("the model holds its projected weights; call optimizer.train() before step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self._get("admm_step") == 0 and has_no_effect(self.inner):
+                self._create_state()
+            elif self.frozen:
+                self._masked_step()
+            else:
+                self._constrained_step()
+        return loss
+
+    def _constrained_step(self) -> None:
+        if self._get("admm_step") == 0:
+            self._set(admm_rho=next_rho(self.plan, 0, 0.0, False))
+        rho = self._get("admm_rho")
+        active = self._active()
+        # w-step: the inner optimizer on f(w) + rho/2 * ||w - z + u||^2
+        if rho > 0 and self.penalty == "gradient":
+            for (device, maximize), group in _alike(active).items():
+                g, w, v = [b.g for b, _ in group], [b.w for b, _ in group], [v for _, v in group]
+                backend_for(device).add_penalty(g, w, v, -rho if maximize else rho)
+        raw_step(self.inner)
+        self._store(active)
+        if rho > 0 and self.penalty == "proximal":
+            for (device, _), group in _alike(active).items():
+                backend_for(device).pull([b.w for b, _ in group], [v for _, v in group], rho / (1.0 + rho))
+        step = int(self._get("admm_step")) + 1
+        self._set(admm_step=step)
+        # z-step and u-step
+        update = self.plan.updates(step)
+        if update is not Update.NONE:
+            self._move_consensus(update, step)
+        if self.plan.freeze_at is not None and step >= self.plan.freeze_at:
+            self._freeze()
+
+    def _masked_step(self) -> None:
+        active = self._active()
+        for bound, mask in active:
+            # The gradient as well, so that no momentum builds up where nothing may move.
+            backend_for(mask.device).keep_only(bound.g, mask)
+        raw_step(self.inner)
+        self._store(active)
+        for bound, mask in active:
+            backend_for(mask.device).keep_only(bound.w, mask)
+        self._set(admm_step=int(self._get("admm_step")) + 1)
+
+    def _create_state(self) -> None:
+        """A step that changes no weight: let the inner optimizer create its state, and create ours beside it."""
+        active = self._active()
+        raw_step(self.inner)
+        self._store(active)
+
+    def _move_consensus(self, update: Update, step: int) -> None:
+        with_dual = update is Update.AUXILIARY_AND_DUAL
+        in_use = bool(self._get("admm_dual_in_use")) or with_dual
+        old = self._get("admm_rho")
+        new = next_rho(self.plan, step, old, in_use)
+        for bound in self._bound():
+            v = self._consensus(bound)
+            if v is not None:
+                # The unscaled dual rho * u stays what it is when rho rises (Boyd et al. 2011, section 3.4.1).
+                scale = old / new if old > 0 and new > 0 else 1.0
+                self._movement[bound.spec.name] = backend_for(v.device).advance(
+                    bound.w, v, *bound.grouping, with_dual=with_dual, dual_scale=scale
+                )
+        self._set(admm_rho=new, admm_dual_in_use=int(in_use))
+
+    def _freeze(self) -> None:
+        """W = P(w + u); from now on only the mask is kept."""
+        sums = []
+        for bound in self._bound():
+            z, mask = self._projected(bound)
+            sums.append(admm.primal_sums(bound.w, z))
+            bound.w.copy_(z)
+            state = self.inner.state.get(bound.param)
+            if state is None or CONSENSUS not in state:
+                continue  # never stepped: its mask can be read off the weight itself
+            state[CONSENSUS] = wrap_like(mask, bound.param)
+            for value in state.values():
+                if torch.is_tensor(value) and value.is_floating_point() and value.shape == bound.param.shape:
+                    backend_for(mask.device).keep_only(local(value), mask)
+        self._freeze_sums = torch.stack(sums)
+        self._movement.clear()
+        self._set(admm_frozen_at=int(self._get("admm_step")))
+
+    # ------------------------------------------------------------------ the end of a run
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the mask is fixed."""
+        return self._get("admm_frozen_at") >= 0
+
+    @property
+    def finalized(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return bool(self._get("admm_finalized"))
+
+    @torch.no_grad()
+    def finalize(self) -> SparsityReport:
+        """Make the weights satisfy the pattern exactly, and keep the mask for all further steps.
+
+        Projects w + u onto the pattern unless the mask is frozen already, and drops the ADMM state. Doing it again
+        changes nothing. Leaves the evaluation mode. A collective where weights are sharded.
+
+        Returns:
+            The count of every group of every prunable weight.
+
+        Warns:
+            ConvergenceWarning: the primal residual at the projection was above ``residual_tolerance``.
+
+        Raises:
+            ValueError: a weight has a NaN or an infinity; nothing is changed then.
+        """
+        self._swap_out()
+        if not self.finalized:
+            self._check_finite()
+            if not self.frozen:
+                self._freeze()
+            self._set(admm_finalized=1)
+            self._read_freeze_residual(everywhere=True)
+            self._warn_if_far()
+        params = {bound.spec.name: bound.param for bound in self._bound()}
+        return check_weights(self.selection, params.__getitem__)
+
+    def _check_finite(self) -> None:
+        bounds = self._bound()
+        counts = []
+        for bound in bounds:
+            z, _ = self._projected(bound)
+            counts.append((~bound.w.isfinite()).sum().add_((~z.isfinite()).sum()).reshape(1))
+        totals = reduce_sums([c.to(counts[0].device) for c in counts], [b.param for b in bounds]).flatten().tolist()
+        bad = [bound.spec.name for bound, count in zip(bounds, totals, strict=True) if count]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} weights have NaN or infinite entries after step {int(self._get('admm_step'))}: "
+                f"{', '.join(bad)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
+                "the gradients"
+            )
+
+    def _read_freeze_residual(self, *, everywhere: bool) -> None:
+        """Turn the sums left by the freeze into a number; over all ranks, or this one's parts alone."""
+        if self._freeze_sums is None:
+            return
+        sums = self._freeze_sums
+        if everywhere:
+            sums = reduce_sums(list(sums), [bound.param for bound in self._bound()])
+            self._freeze_sums = None
+        difference, norm = sums.sum(0).tolist()
+        self._set(admm_freeze_residual=ratio(difference, norm))
+
+    def _warn_if_far(self) -> None:
+        residual = self._get("admm_freeze_residual")
+        if residual <= self.residual_tolerance:
+            return
+        step, rho = int(self._get("admm_frozen_at")), self._get("admm_rho")
+        if rho == 0:
+            cause = "no penalty was in force (rho = 0), so this is one-shot magnitude pruning"
+            remedy = "leave rho at its default and give total_steps"
+        elif self.plan.freeze_at is not None and step < self.plan.freeze_at:
+            cause = f"finalize() came after {step} steps, and the penalty was to rise until step {self.plan.freeze_at}"
+            remedy = "train to the end, or give the true number of optimizer steps as total_steps"
+        elif self.penalty == "gradient":
+            cause = (
+                f"the penalty in the gradient (rho = {rho:.3g}) has not brought the pruned weights to zero in {step} "
+                "steps; Adam and its kin move a weight by about the learning rate a step, however large the penalty"
+            )
+            remedy = 'use penalty="proximal", a longer run, or a larger learning rate'
+        else:
+            cause = f"the pull toward the pattern was weak (rho = {rho:.3g} after {step} steps)"
+            remedy = "give total_steps so that rho rises far enough, or a larger rho"
+        warnings.warn(
+            f"the run has not reached its pattern: projecting the weights changed them by {residual:.1%} of their "
+            f"norm (tolerance {self.residual_tolerance:.1%}), so accuracy measured before does not hold. "
+            f"Likely cause: {cause}. Remedy: {remedy}.",
+            ConvergenceWarning,
+            stacklevel=4,  # the caller of finalize(), past torch's no_grad wrapper
+        )
+
+    # ------------------------------------------------------------------ looking at a run
+
+    @property
+    def rho(self) -> float:
+        """The penalty in force."""
+        return float(self._get("admm_rho"))
+
+    @property
+    def phase(self) -> str:
+        """``"dense"`` (no penalty yet), ``"constrained"`` or ``"frozen"``."""
+        if self.frozen:
+            return "frozen"
+        return "constrained" if self.rho > 0 else "dense"
+
+    @torch.no_grad()
+    def masks(self) -> dict[str, Tensor]:
+        """Return name -> boolean mask of each prunable weight, True = kept, shaped and sharded like the weight."""
+        return {
+            bound.spec.name: wrap_like(admm.mask(self._consensus_or_initial(bound), *bound.grouping), bound.param)
+            for bound in self._bound()
+        }
+
+    @torch.no_grad()
+    def auxiliary(self, name: str) -> Tensor:
+        """Return the auxiliary weight z of one prunable weight, a point of the NxM set.
+
+        Args:
+            name: the weight's name in the model.
+
+        Returns:
+            A new tensor shaped and sharded like the weight, in the state's dtype; once frozen, the weight itself.
+
+        Raises:
+            KeyError: no prunable weight has that name.
+        """
+        bound = self._find(name)
+        v = self._consensus_or_initial(bound)
+        z = self._projected(bound)[0] if v.dtype == torch.bool else admm.auxiliary(v, *bound.grouping)
+        return wrap_like(z, bound.param)
+
+    @torch.no_grad()
+    def dual(self, name: str) -> Tensor:
+        """Return the scaled dual u of one prunable weight.
+
+        Args:
+            name: the weight's name in the model.
+
+        Returns:
+            A new tensor shaped and sharded like the weight, in the state's dtype; once frozen, zeros.
+
+        Raises:
+            KeyError: no prunable weight has that name.
+        """
+        bound = self._find(name)
+        v = self._consensus_or_initial(bound)
+        u = torch.zeros_like(bound.w) if v.dtype == torch.bool else admm.dual(v, *bound.grouping)
+        return wrap_like(u, bound.param)
+
+    @torch.no_grad()
+    def residuals(self) -> Residuals:
+        """Measure how far the run is from its pattern. Waits for the device; a collective where weights are sharded.
+
+        Returns:
+            Primal and dual residual and mask churn, overall and per weight.
+        """
+        bounds = self._bound()
+        unmeasured = torch.full((4,), float("nan"))
+        rows = []
+        for bound in bounds:
+            v = self._consensus_or_initial(bound)
+            w = self._training_weight(bound)
+            z = torch.where(admm.mask(v, *bound.grouping), w if v.dtype == torch.bool else v, torch.zeros_like(v))
+            movement = unmeasured.new_zeros(4) if self.frozen else self._movement.get(bound.spec.name, unmeasured)
+            rows.append(torch.cat([admm.primal_sums(w, z), movement.to(w.device)]).to(bounds[0].param.device))
+        table = reduce_sums(rows, [bound.param for bound in bounds])
+
+        def figures(row: list[float]) -> tuple[float, float, float]:
+            gap, norm, moved, norm_then, gained, kept = row
+            return ratio(gap, norm), ratio(moved, norm_then), gained / kept if kept else 0.0
+
+        per_weight = {
+            bound.spec.name: WeightResidual(*figures(row)) for bound, row in zip(bounds, table.tolist(), strict=True)
+        }
+        return Residuals(*figures(table.sum(0).tolist()), per_weight)
+
+    # ------------------------------------------------------------------ the projected model
+
+    @contextmanager
+    def projected(self) -> Iterator[None]:
+        """Let the model hold the projected weights, P(w + u), within a ``with`` block.
+
+        On leaving, the training weights are back bit for bit. Needs memory for a copy of the prunable weights.
+        """
+        if self._backup is not None:
+            yield
+            return
+        self._swap_in()
+        try:
+            yield
+        finally:
+            self._swap_out()
+
+    def eval(self) -> None:
+        """Let the model hold the projected weights until :meth:`train` is called, so that what is evaluated (and
+        saved) is what will ship. Puts the inner optimizer into its evaluation mode first, if it has one."""
+        if callable(inner_eval := getattr(self.inner, "eval", None)):
+            inner_eval()
+        if self._backup is None:
+            self._swap_in()
+
+    def train(self) -> None:
+        """Bring the training weights back, bit for bit, and the inner optimizer into its training mode."""
+        self._swap_out()
+        if callable(inner_train := getattr(self.inner, "train", None)):
+            inner_train()
+
+    @torch.no_grad()
+    def _swap_in(self) -> None:
+        backup = {}
+        for bound in [] if self.frozen else self._bound():
+            z, _ = self._projected(bound)
+            backup[bound.spec.name] = wrap_like(bound.w.clone(), bound.param)
+            bound.w.copy_(z)
+        self._backup = backup
+        self._set(admm_projected=1)
+
+    @torch.no_grad()
+    def _swap_out(self) -> None:
+        if self._backup is None:
+            return
+        for bound in self._bound():
+            if bound.spec.name in self._backup:
+                bound.w.copy_(local(self._backup[bound.spec.name]))
+        self._backup = None
+        self._set(admm_projected=0)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state dict, the ADMM state in it; only tensors and plain values.
+
+        Saved in evaluation mode, it also holds the weights that training goes on from.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._read_freeze_residual(everywhere=False)
+        state_dict = self.inner.state_dict()
+        if self._backup:
+            order = self._order()
+            state = dict(state_dict["state"])
+            for bound in self._bound():
+                key = order[id(bound.param)]
+                state[key] = {**state.get(key, {}), PRIMAL: self._backup[bound.spec.name]}
+            state_dict = {**state_dict, "state": state}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone (ADMM then starts anew).
+
+        The model's weights are not part of it: load them too. State keeps its own dtype.
+
+        Args:
+            state_dict: not changed.
+
+        Raises:
+            ValueError: the checkpoint does not fit the model, the selection or the pattern; nothing is loaded then.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        inner_part, own, stepped = split(state_dict)
+        saved_counters = {key: state_dict["param_groups"][0].get(key, value) for key, value in COUNTERS.items()}
+        order, bounds = self._order(), self._bound()
+        entries = {}
+        for bound in bounds:
+            position = order[id(bound.param)]
+            entries[bound.spec.name] = own.pop(position, {})
+            check_entry(bound.spec, entries[bound.spec.name], stepped.get(position, False), saved_counters)
+        if own:
+            raise ValueError(
+                f"the checkpoint has ADMM state for {len(own)} parameters that are not selected here (positions "
+                f"{sorted(own)} in the optimizer); build ADMMNxM with the selection that the checkpoint was made with"
+            )
+        self.inner.load_state_dict(inner_part)
+        self._set(**saved_counters)
+        self._movement.clear()
+        self._freeze_sums = None
+        self._backup = {} if saved_counters["admm_projected"] else None
+        for bound in self._bound():
+            entry = entries[bound.spec.name]
+            if CONSENSUS in entry:
+                v = self._adopt(bound, entry[CONSENSUS])
+                self.inner.state[bound.param][CONSENSUS] = v
+            if PRIMAL in entry and self._backup is not None:
+                part = local(entry[PRIMAL]).to(device=bound.w.device, dtype=bound.w.dtype, copy=True)
+                self._backup[bound.spec.name] = wrap_like(part, bound.param)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _adopt(self, bound: _Bound, saved: Tensor) -> Tensor:
+        """Bring a saved v or mask to the weight's device and the state's dtype, as a tensor of our own."""
+        part = local(saved).to(bound.w.device, copy=True)
+        dtype = self._dtype_of(bound)
+        if self.frozen:
+            part = part != 0  # loaders that write in place have put the mask into floating-point numbers
+        elif part.dtype != dtype:
+            part = admm.recast(part, *bound.grouping, dtype)
+        return wrap_like(part, bound.param)
+
+    # ------------------------------------------------------------------ where things are
+
+    def _get(self, key: str) -> int | float:
+        value: int | float = self.param_groups[0].get(key, COUNTERS[key])
+        return value
+
+    def _set(self, **values: int | float) -> None:
+        for group in self.param_groups:
+            group.update(values)
+
+    def _order(self) -> dict[int, int]:
+        """Parameter id -> position in the state dict."""
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        return {id(p): position for position, p in enumerate(params)}
+
+    def _bound(self) -> list[_Bound]:
+        bounds = []
+        for spec, (g, i) in zip(self.selection, self._places, strict=True):
+            group = self.param_groups[g]
+            bounds.append(_Bound(spec, group["params"][i], bool(group.get("maximize", False))))
+        return bounds
+
+    def _find(self, name: str) -> _Bound:
+        spec = self.selection[name]
+        return next(bound for bound in self._bound() if bound.spec is spec)
+
+    def _dtype_of(self, bound: _Bound) -> torch.dtype:
+        return self.state_dtype or bound.param.dtype
+
+    def _consensus(self, bound: _Bound) -> Tensor | None:
+        """This rank's part of the stored v (once frozen, the mask); None before the weight's first step."""
+        v = self.inner.state.get(bound.param, {}).get(CONSENSUS)
+        return None if v is None else local(v)
+
+    def _consensus_or_initial(self, bound: _Bound) -> Tensor:
+        """The same, or what it would start from: a weight that never had a gradient has not moved since."""
+        v = self._consensus(bound)
+        if v is None:
+            v = admm.initial(self._training_weight(bound), *bound.grouping, self._dtype_of(bound))
+            if self.frozen:
+                v = admm.mask(v, *bound.grouping)
+        return v
+
+    def _training_weight(self, bound: _Bound) -> Tensor:
+        backup = None if self._backup is None else self._backup.get(bound.spec.name)
+        return bound.w if backup is None else local(backup)
+
+    def _projected(self, bound: _Bound) -> tuple[Tensor, Tensor]:
+        return admm.projected(self._training_weight(bound), self._consensus_or_initial(bound), *bound.grouping)
+
+    def _active(self) -> list[tuple[_Bound, Tensor]]:
+        """The weights that have a gradient, each with its v (or mask), newly made in its first step."""
+        first = self._get("admm_step") == 0
+        active = []
+        for bound in self._bound():
+            if bound.param.grad is None:
+                continue
+            v = None if first else self._consensus(bound)
+            if v is None:
+                self._check_unchanged(bound)
+                v = admm.initial(bound.w, *bound.grouping, self._dtype_of(bound))
+                if self.frozen:
+                    v = admm.mask(v, *bound.grouping)
+            active.append((bound, v))
+        return active
+
+    def _store(self, active: list[tuple[_Bound, Tensor]]) -> None:
+        """Put new state beside the inner optimizer's own, after the step in which that was created."""
+        for bound, v in active:
+            state = self.inner.state[bound.param]
+            if CONSENSUS not in state or local(state[CONSENSUS]) is not v:
+                state[CONSENSUS] = wrap_like(v, bound.param)
+
+    def _check_unchanged(self, bound: _Bound) -> None:
+        """Parameters may have been exchanged since construction; their shape and grouping must have survived."""
+        if tuple(bound.param.shape) != bound.spec.shape:
+            raise ValueError(
+                f"weight {bound.spec.name!r} had shape {bound.spec.shape} at construction and now has "
+                f"{tuple(bound.param.shape)}: it was flattened or partitioned, and its groups are torn apart. Shard "
+                "with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+            )
+        if bound.param.grad is not None and bound.param.grad.layout != torch.strided:
+            raise ValueError(f"weight {bound.spec.name!r} has a {bound.param.grad.layout} gradient; dense is needed")
+        check_sharding(bound.spec.name, bound.param, bound.spec.dim, bound.spec.pattern.group)
+
+
+def _alike(
+    active: list[tuple[_Bound, Tensor]],
+) -> dict[tuple[torch.device, bool], list[tuple[_Bound, Tensor]]]:
+    """Sort weights by device and by the direction in which their group optimises."""
+    groups: dict[tuple[torch.device, bool], list[tuple[_Bound, Tensor]]] = {}
+    for bound, v in active:
+        groups.setdefault((v.device, bound.maximize), []).append((bound, v))
+    return groups

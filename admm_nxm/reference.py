@@ -1,0 +1,140 @@
+"""The whole algorithm on one tensor in plain loops: the oracle of the tests.
+
+Two buffers (z and u), one weight after the other, every operation rounded to the buffers' dtype as the tensor
+operations of torch round it. Slow, and independent of the fast paths: it sorts where they count, and keeps z and u
+where they keep v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .pattern import Pattern
+from .schedules import Penalty, Plan, Update
+
+__all__ = ["ReferenceADMM", "keep_list", "project_list"]
+
+
+def round_to(dtype: torch.dtype, value: float) -> float:
+    """Round a double to ``dtype``: nearest, ties to even, overflow to infinity."""
+    return float(torch.tensor(value, dtype=torch.float64).to(dtype).item())
+
+
+def keep_list(values: list[float], pattern: Pattern) -> list[bool]:
+    """Mark the ``keep`` largest magnitudes of each group; ties to the lower index, NaN above everything."""
+    kept = [False] * len(values)
+    for first in range(0, len(values), pattern.group):
+        places = range(first, first + pattern.group)
+        ranked = sorted(places, key=lambda place: (not math.isnan(values[place]), -abs(_or_zero(values[place])), place))
+        for place in ranked[: pattern.keep]:
+            kept[place] = True
+    return kept
+
+
+def project_list(values: list[float], pattern: Pattern) -> list[float]:
+    """Keep the marked values, zero the rest."""
+    return [value if kept else 0.0 for value, kept in zip(values, keep_list(values, pattern), strict=True)]
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+@dataclass
+class ReferenceADMM:
+    """Scaled ADMM on one weight, with plain gradient descent as the w-step.
+
+    Args:
+        w: weight of any shape, grouped along its last dimension. Read once; the result is in :attr:`w`.
+        pattern: the NxM pattern.
+        plan: schedules, as :class:`admm_nxm.ADMMNxM` uses them.
+        lr: step size of the gradient descent.
+        penalty: ``"proximal"`` or ``"gradient"``.
+        state_dtype: dtype of z and u; the weight's own if None.
+
+    Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes; NxMTransformer, section 3.2.
+    """
+
+    weight: Tensor
+    pattern: Pattern
+    plan: Plan
+    lr: float
+    penalty: Penalty = "proximal"
+    state_dtype: torch.dtype | None = None
+    w: list[float] = field(init=False)
+    z: list[float] = field(init=False)
+    u: list[float] = field(init=False)
+    mask: list[bool] | None = field(init=False, default=None)
+    steps: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.dtype = self.weight.dtype
+        self.narrow = self.state_dtype or self.dtype
+        self.wide = torch.promote_types(self.dtype, self.narrow)
+        self.w = [float(value) for value in self.weight.detach().flatten().tolist()]
+        self.z = project_list([round_to(self.narrow, value) for value in self.w], self.pattern)
+        self.u = [0.0] * len(self.w)
+        self.rho = float(self.plan.rho(0))
+
+    def step(self, gradient: list[float]) -> None:
+        """Do one step of gradient descent and whatever the plan says comes after it."""
+        frozen = self.mask is not None
+        gradient = list(gradient)
+        for i in range(len(self.w)):
+            if self.mask is not None and not self.mask[i]:
+                gradient[i] = 0.0
+            elif not frozen and self.penalty == "gradient" and self.rho > 0:
+                gradient[i] = self._r(gradient[i] + self.rho * self._to_v(i))
+            self.w[i] = self._r(self.w[i] - self.lr * gradient[i])
+            if self.mask is not None and not self.mask[i]:
+                self.w[i] = 0.0
+        self.steps += 1
+        if frozen:
+            return
+        if self.penalty == "proximal" and self.rho > 0:
+            kappa = self.rho / (1.0 + self.rho)
+            for i in range(len(self.w)):
+                self.w[i] = self._r(self.w[i] - kappa * self._to_v(i))
+        self.update(self.plan.updates(self.steps))
+        if self.plan.freeze_at is not None and self.steps >= self.plan.freeze_at:
+            self.freeze()
+
+    def update(self, kind: Update) -> None:
+        """The z- and u-steps."""
+        if kind is Update.NONE:
+            return
+        new_rho = float(self.plan.rho(self.steps))
+        rescale = self.rho / new_rho if self.rho > 0 and new_rho > 0 else 1.0
+        a = self._sum()
+        kept = keep_list(a, self.pattern)
+        for i in range(len(a)):
+            self.z[i] = a[i] if kept[i] else 0.0
+            # u = a - z, which is 0 where z = a; written out because inf - inf is not.
+            self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale)
+        self.rho = new_rho
+
+    def freeze(self) -> None:
+        """W = P(w + u), and its mask from now on."""
+        wide = [round_to(self.wide, w + u) for w, u in zip(self.w, self.u, strict=True)]
+        self.mask = keep_list(self._sum(), self.pattern)
+        self.w = [self._r(value) if kept else 0.0 for value, kept in zip(wide, self.mask, strict=True)]
+
+    def _sum(self) -> list[float]:
+        """W + u, in the dtype of z and u."""
+        return [round_to(self.narrow, round_to(self.wide, w + u)) for w, u in zip(self.w, self.u, strict=True)]
+
+    def _to_v(self, i: int) -> float:
+        """W - z + u at one place."""
+        return round_to(self.wide, self.w[i] - (self.z[i] - self.u[i]))
+
+    def _times(self, value: float, factor: float) -> float:
+        """Multiply as torch does a tensor by a Python number: both in float32 for dtypes up to that."""
+        compute = torch.float64 if self.narrow == torch.float64 else torch.float32
+        return round_to(self.narrow, round_to(compute, value * round_to(compute, factor)))
+
+    def _r(self, value: float) -> float:
+        return round_to(self.dtype, value)

@@ -1,0 +1,304 @@
+"""When rho rises, when z and u move and when the mask freezes: picklable values, step -> value.
+
+``step`` counts finished optimizer steps. A penalty schedule is read whenever z moves, so that rho is constant within
+one w-step, and the subproblem that the inner optimizer works on does not change under it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+__all__ = [
+    "Constant",
+    "Every",
+    "Penalty",
+    "Plan",
+    "Ramp",
+    "Rise",
+    "Schedule",
+    "Update",
+    "UpdateSchedule",
+    "make_plan",
+]
+
+Penalty = Literal["proximal", "gradient"]
+
+
+class Update(enum.IntEnum):
+    """What moves after a step."""
+
+    NONE = 0
+    AUXILIARY = 1
+    """z = P(w + u), and u = 0."""
+    AUXILIARY_AND_DUAL = 2
+    """z = P(w + u), then u = u + w - z."""
+
+
+class Schedule(Protocol):
+    """A penalty schedule: step -> rho, finite, at least 0."""
+
+    def __call__(self, step: int, /) -> float:
+        """Return rho from ``step`` on."""
+
+
+class UpdateSchedule(Protocol):
+    """An update schedule: step -> what moves once that many steps are done."""
+
+    def __call__(self, step: int, /) -> Update:
+        """Return what moves after step number ``step``."""
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not (math.isfinite(value) and value >= low):
+        raise ValueError(f"{name}={value!r} must be a finite number, at least {low}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same rho at every step.
+
+    Args:
+        value: rho, finite and at least 0.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _at_least("rho", self.value, 0.0)
+
+    def __call__(self, step: int, /) -> float:  # noqa: ARG002 - the same at every step
+        """Return ``value``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Zero before ``start``, then a geometric rise from ``initial`` to ``final``, reached at ``stop`` and held.
+
+    Args:
+        initial: rho at ``start``, above 0.
+        final: rho from ``stop`` on, at least ``initial``.
+        start: first step with a penalty.
+        stop: step at which ``final`` is reached, at least ``start``.
+
+    >>> [Ramp(0.01, 1.0, start=10, stop=30)(step) for step in (9, 10, 20, 30, 99)]
+    [0.0, 0.01, 0.1, 1.0, 1.0]
+    """
+
+    initial: float
+    final: float
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        _at_least("initial", self.initial, 0.0)
+        if self.initial == 0:
+            raise ValueError("initial=0 cannot rise geometrically; choose a small positive rho such as 1e-3")
+        _at_least("final", self.final, self.initial)
+        _at_least("start", self.start, 0)
+        _at_least("stop", self.stop, self.start)
+
+    def __call__(self, step: int, /) -> float:
+        """Return rho at ``step``."""
+        if step < self.start:
+            return 0.0
+        if step >= self.stop:
+            return self.final
+        share = (step - self.start) / (self.stop - self.start)
+        return self.initial * math.pow(self.final / self.initial, share)
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A linear rise without end, for runs of unknown length.
+
+    Args:
+        rate: how much rho rises a step, at least 0; rho is ``rate`` in the first step.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        _at_least("rate", self.rate, 0.0)
+
+    def __call__(self, step: int, /) -> float:
+        """Return ``rate * (step + 1)``."""
+        return self.rate * (step + 1)
+
+
+@dataclass(frozen=True)
+class Every:
+    """z moves every ``interval`` steps from ``start`` on; u moves with it from ``dual_start`` on.
+
+    While the mask still moves, each dual step adds w to u on the pruned positions until these outrank the kept ones
+    and the mask flips. ``dual_start`` lets the dual wait until the mask has settled.
+
+    Args:
+        interval: steps between two updates, at least 1.
+        start: the first step after which z may move; 0 counts the interval from the beginning of the run.
+        dual_start: the first step after which u moves as well; ``0`` is textbook ADMM, ``None`` leaves u at 0.
+    """
+
+    interval: int
+    start: int = 0
+    dual_start: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("interval", self.interval, 1), ("start", self.start, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
+        if self.dual_start is not None:
+            _at_least("dual_start", self.dual_start, 0)
+
+    def __call__(self, step: int, /) -> Update:
+        """Return what moves after step number ``step``."""
+        if step < self.start or (step - self.start) % self.interval:
+            return Update.NONE
+        if self.dual_start is not None and step >= self.dual_start:
+            return Update.AUXILIARY_AND_DUAL
+        return Update.AUXILIARY
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedules of one run.
+
+    Args:
+        rho: penalty schedule.
+        updates: update schedule.
+        freeze_at: number of steps after which the mask freezes by itself; None waits for ``finalize()``.
+    """
+
+    rho: Schedule
+    updates: UpdateSchedule
+    freeze_at: int | None
+
+
+def default_plan(penalty: Penalty, total_steps: int | None) -> Plan:
+    """Return the schedules that need no tuning.
+
+    With a known length: 5 % dense start, then rho rises geometrically until 70 % of the run. At its end the pull is
+    so strong that pruned weights are held at zero whatever the learning rate, so nothing is left to project when the
+    mask freezes there; the last 30 % fine-tune the kept weights. The dual joins for the last fifth of the rise, when
+    the mask has settled. Without a known length rho rises for ever and the dual stays at zero.
+
+    Args:
+        penalty: the form of the penalty, which sets the unit of rho.
+        total_steps: number of optimizer steps of the whole run, or None if unknown.
+
+    Returns:
+        The plan.
+    """
+    initial, final = (1e-3, 100.0) if penalty == "proximal" else (1e-3, 10.0)
+    if total_steps is None:
+        return Plan(Rise(initial), Every(10, dual_start=None), None)
+    start = total_steps // 20
+    stop = max(start, (total_steps * 7) // 10)
+    interval = min(10, max(1, (stop - start) // 20))
+    settled = stop - (stop - start) // 5
+    return Plan(
+        # rho is read only when z moves: the ramp ends early enough for its last value to be in force before the freeze.
+        Ramp(initial, final, start=start, stop=max(start, stop - 2 * interval)),
+        Every(interval, start=start, dual_start=settled),
+        max(1, stop),
+    )
+
+
+def make_plan(
+    penalty: Penalty,
+    total_steps: int | None,
+    rho: float | Schedule | None,
+    update_every: int | UpdateSchedule | None,
+    freeze_at: int | None,
+) -> Plan:
+    """Fill in the default plan with what the user set, and check it.
+
+    Args:
+        penalty: the form of the penalty.
+        total_steps: number of optimizer steps of the whole run, or None.
+        rho: a number, a schedule or None for the default.
+        update_every: an interval in steps, a schedule or None for the default.
+        freeze_at: number of steps after which the mask freezes, or None for the default.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TypeError, ValueError: a value out of range; the message names it, the range and the remedy.
+    """
+    if total_steps is not None:
+        _check_count("total_steps", total_steps)
+    plan = default_plan(penalty, total_steps)
+    if rho is not None:
+        if isinstance(rho, (int, float)):
+            rho = Constant(float(rho))
+        elif not callable(rho):
+            raise TypeError(f"rho={rho!r} must be a number or a schedule (step -> number)")
+        plan = replace(plan, rho=rho)
+    if update_every is not None:
+        if isinstance(update_every, int):
+            if not isinstance(plan.updates, Every):
+                raise TypeError("the default update schedule takes no interval")
+            update_every = replace(plan.updates, interval=update_every)
+        elif not callable(update_every):
+            raise TypeError(f"update_every={update_every!r} must be an int or a schedule (step -> Update)")
+        plan = replace(plan, updates=update_every)
+    if freeze_at is not None:
+        _check_count("freeze_at", freeze_at)
+        plan = replace(plan, freeze_at=freeze_at)
+    elif plan.rho == Constant(0.0):
+        # Without a penalty the run is the inner optimizer's own, bit for bit, until finalize() is called.
+        plan = replace(plan, freeze_at=None)
+    if total_steps is not None:
+        _rehearse(plan, total_steps)
+    return plan
+
+
+def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
+    """Read the penalty schedule for the w-step that begins after ``step`` steps.
+
+    Args:
+        plan: the schedules.
+        step: number of finished steps.
+        current: rho of the w-step that ends here.
+        dual_in_use: whether u may be non-zero.
+
+    Returns:
+        The new rho.
+
+    Raises:
+        ValueError: the schedule's value is negative or not finite, or it falls while the dual is in use. The scaled
+            dual would then have to grow by ``current / new`` and outgrow the kept weights, and the single consensus
+            buffer could no longer tell the two apart.
+    """
+    value = float(plan.rho(step))
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"rho is {value} at step {step}; it must be finite and at least 0: mend the schedule")
+    if dual_in_use and value < current:
+        raise ValueError(
+            f"rho falls from {current} to {value} at step {step} while the dual is in use; keep rho constant or "
+            "rising, or leave the dual out with update_every=Every(interval, dual_start=None)"
+        )
+    return value
+
+
+def _rehearse(plan: Plan, total_steps: int) -> None:
+    """Walk through the schedules of a whole run, so that a bad value is found before training starts."""
+    rho = next_rho(plan, 0, 0.0, False)
+    dual_in_use = False
+    end = total_steps if plan.freeze_at is None else min(total_steps, plan.freeze_at)
+    for step in range(1, end + 1):
+        update = plan.updates(step)
+        if update is not Update.NONE:
+            dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL
+            rho = next_rho(plan, step, rho, dual_in_use)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int: it counts optimizer steps")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1: it counts optimizer steps (not epochs, not batches)")
