@@ -32,7 +32,8 @@ def initial(weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> T
     Returns:
         A new tensor of the weight's shape and memory layout.
     """
-    return torch.empty_like(weight, dtype=dtype).copy_(project(weight.to(dtype), pattern, dim))
+    a = weight.to(dtype)
+    return torch.empty_like(a).copy_(torch.where(keep_mask(a, pattern, dim), a, -torch.zeros_like(a)))
 
 
 def mask(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:

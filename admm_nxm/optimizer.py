@@ -564,6 +564,7 @@ class ADMMNxM(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._read_freeze_residual(everywhere=False)
+        self._announce_keys()
         state_dict = self.inner.state_dict()
         if self._backup:
             order = self._order()
@@ -576,6 +577,15 @@ class ADMMNxM(Optimizer):
             replaced = after(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
+
+    @torch.no_grad()
+    def _announce_keys(self) -> None:
+        """Let loaders that fill a state dict in place find our keys, where the inner optimizer has state before its
+        first step (Adagrad) or was wrapped in the middle of a run. The first step makes v anew."""
+        for bound in self._bound() if self._get("admm_step") == 0 else []:
+            state = self.inner.state.get(bound.param)
+            if state and CONSENSUS not in state:
+                state[CONSENSUS] = wrap_like(self._consensus_or_initial(bound), bound.param)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -87,11 +87,9 @@ def advance(
     a = target(weight, consensus, old_mask).to(consensus.dtype)
     mask = keep_mask(a, pattern, dim)
     auxiliary = torch.where(mask, a, torch.zeros_like(a))
-    if not with_dual:
-        consensus.copy_(auxiliary)
-    else:
-        off = -a if dual_scale == 1.0 else -(a * dual_scale)
-        consensus.copy_(torch.where(mask, a, off))
+    dual = (a if dual_scale == 1.0 else a * dual_scale) if with_dual else torch.zeros_like(a)
+    # A dual of zero is stored as -0.0: only then is u, read as -v, the +0.0 that it is.
+    consensus.copy_(torch.where(mask, a, -dual))
     moved = (auxiliary.float() - old_auxiliary.float()).square_().sum()
     gained = (mask & ~old_mask).sum()
     return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])

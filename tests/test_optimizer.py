@@ -1,0 +1,474 @@
+"""The life of a run: phases, finalize, the frozen mask, residuals, and the whole against the reference."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from admm_nxm import (
+    ADMMNxM,
+    Constant,
+    ConvergenceWarning,
+    Every,
+    Pattern,
+    Ramp,
+    Update,
+    keep_mask,
+    project,
+    verify,
+)
+from admm_nxm.reference import ReferenceADMM
+from admm_nxm.schedules import Plan
+from tests.helpers import (
+    TORCH_OPTIMIZERS,
+    Net,
+    admm,
+    assert_same_weights,
+    batches,
+    loss_of,
+    make_net,
+    same_bits,
+    train,
+    weights_of,
+)
+
+
+class OneWeight(nn.Module):
+    """A single weight in a repeated block; its loss is a quadratic around a target."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, rows, bias=False, dtype=dtype))])
+        self.target = torch.randn(rows, width, generator=generator).to(dtype)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(rows, width, generator=generator))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.blocks[0][0].weight
+
+    def gradient(self) -> torch.Tensor:
+        return (self.weight.detach() - self.target).div(2)
+
+
+PLANS = {
+    "default": {"total_steps": 40},
+    "textbook": {"rho": 0.3, "update_every": Every(3)},
+    "rising-rho": {"rho": Ramp(0.01, 2.0, start=2, stop=30), "update_every": Every(2, start=2), "freeze_at": 30},
+    "no-dual": {"rho": 0.1, "update_every": Every(2, dual_start=None), "freeze_at": 25},
+    "every-step": {"rho": Ramp(0.5, 0.6, start=0, stop=9), "update_every": 1},
+}
+
+
+@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS.keys())
+def test_whole_run_equals_reference(options: dict, dtype: torch.dtype, penalty: str) -> None:
+    module, pattern = OneWeight(3, 16, dtype), Pattern(3, 8)
+    optimizer = ADMMNxM(
+        torch.optim.SGD(module.parameters(), lr=0.05), module, pattern=pattern, penalty=penalty, **options
+    )
+    reference = ReferenceADMM(module.weight, pattern, optimizer.plan, lr=0.05, penalty=penalty)
+    close = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+
+    def values(flat: list[float]) -> torch.Tensor:
+        return torch.tensor(flat, dtype=torch.float64).to(dtype).view(3, 16)
+
+    for _ in range(40):
+        gradient = module.gradient()
+        module.weight.grad = gradient.clone()
+        reference.step([float(value) for value in gradient.flatten().tolist()])
+        optimizer.step()
+        torch.testing.assert_close(module.weight.detach(), values(reference.w), **close)
+        assert optimizer.frozen == (reference.mask is not None)
+        assert optimizer.rho == reference.rho
+        name = optimizer.selection.weights[0].name
+        if reference.mask is None:
+            torch.testing.assert_close(optimizer.auxiliary(name), values(reference.z), **close)
+            torch.testing.assert_close(optimizer.dual(name), values(reference.u), **close)
+            assert ((optimizer.auxiliary(name) != 0) <= optimizer.masks()[name]).all()
+        else:
+            assert optimizer.masks()[name].flatten().tolist() == reference.mask
+    if reference.mask is None:
+        reference.freeze()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        optimizer.finalize()
+    torch.testing.assert_close(module.weight.detach(), values(reference.w), **close)
+
+
+@pytest.mark.parametrize("inner", ["AdamW-single", "AdamW-foreach", "AdamW-fused", "SGD-single-options"])
+@pytest.mark.parametrize("total_steps", [20, 100, 400])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
+def test_defaults_finish_the_job(inner: str, total_steps: int, pattern: str) -> None:
+    net = make_net()
+    optimizer = admm(net, TORCH_OPTIMIZERS[inner], pattern=pattern, total_steps=total_steps)
+    train(net, optimizer, total_steps)
+    assert optimizer.phase == "frozen"
+    report = optimizer.finalize()  # a ConvergenceWarning would be an error here
+    assert report.ok
+    assert optimizer.param_groups[0]["admm_freeze_residual"] < 0.01
+    assert verify(net, pattern).ok
+    assert report.sparsity == pytest.approx(Pattern.parse(pattern).sparsity)
+
+
+def test_phases_follow_each_other() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=100)
+    phases, rhos = [], []
+    for start in range(100):
+        train(net, optimizer, 1, start)
+        phases.append(optimizer.phase)
+        rhos.append(optimizer.rho)
+    order = ["dense", "constrained", "frozen"]
+    assert sorted(phases, key=order.index) == phases
+    assert set(phases) == set(order)
+    assert phases.count("frozen") == 31
+    assert rhos == sorted(rhos)
+
+
+def test_frozen_weights_stay_exactly_zero_under_momentum_and_weight_decay() -> None:
+    net = make_net()
+    optimizer = admm(net, TORCH_OPTIMIZERS["SGD-single-options"], total_steps=20)
+    train(net, optimizer, 20)
+    optimizer.finalize()
+    masks = optimizer.masks()
+    before = weights_of(net)
+    train(net, optimizer, 10, start=20)
+    for name, mask in masks.items():
+        w = net.get_parameter(name)
+        assert same_bits(w.detach()[~mask], torch.zeros(int((~mask).sum())))
+        assert not torch.equal(w[mask], before[name][mask])
+        assert not optimizer.state[w]["momentum_buffer"][~mask].any()
+    assert all(torch.equal(mask, optimizer.masks()[name]) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_every_inner_optimizer_ends_feasible_and_stays_so(name: str) -> None:
+    net = make_net()
+    optimizer = admm(net, TORCH_OPTIMIZERS[name], total_steps=20)
+    train(net, optimizer, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # Rprop and the like move in strides of their own
+        assert optimizer.finalize().ok
+    train(net, optimizer, 5, start=20)
+    verify(net, optimizer.selection).raise_if_violated()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_finalize_is_idempotent() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 20)
+    first = optimizer.finalize()
+    before = weights_of(net)
+    assert optimizer.finalized
+    assert optimizer.finalize() == first
+    assert_same_weights(net, before)
+
+
+def test_finalize_projects_weight_plus_dual() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.2, update_every=Every(2))
+    train(net, optimizer, 9)
+    name = "blocks.0.up.weight"
+    expected = project(net.get_parameter(name).detach() + optimizer.dual(name), "1:4")
+    assert optimizer.dual(name).any()
+    with pytest.warns(ConvergenceWarning):
+        optimizer.finalize()
+    assert torch.equal(net.get_parameter(name), expected)
+
+
+def test_finalize_frees_the_state_to_one_byte_a_weight() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 5)
+    w = net.blocks[0].up.weight
+    assert optimizer.state[w]["admm_consensus"].dtype == torch.float32
+    with pytest.warns(ConvergenceWarning, match="after 5 steps"):
+        optimizer.finalize()
+    assert optimizer.state[w]["admm_consensus"].dtype == torch.bool
+    assert torch.equal(optimizer.auxiliary("blocks.0.up.weight"), w)
+    assert not optimizer.dual("blocks.0.up.weight").any()
+
+
+@pytest.mark.parametrize("steps", [0, 3, 18])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finalize_refuses_non_finite_weights_and_changes_nothing(bad: float, steps: int) -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, steps)
+    with torch.no_grad():
+        net.blocks[1].down.weight[0, 3] = bad
+    before, state = weights_of(net), optimizer.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=r"blocks\.1\.down\.weight") as error:
+        optimizer.finalize()
+    assert "blocks.0" not in str(error.value)
+    assert_same_weights(net, before)
+    assert optimizer.state_dict()["param_groups"] == state
+
+
+def test_a_failed_run_says_so_at_the_line_of_the_caller() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=1e-6, total_steps=20)
+    train(net, optimizer, 20)
+    with pytest.warns(ConvergenceWarning, match=r"changed them by \d+\.\d% .*weak.*rho = 1e-06.*Remedy") as caught:
+        optimizer.finalize()
+    assert caught[0].filename == __file__
+
+
+CAUSES: dict[str, tuple[dict, int, str]] = {
+    "no penalty": ({"rho": 0.0, "total_steps": 20}, 20, "rho = 0"),
+    "too early": ({"total_steps": 200}, 20, "after 20 steps.*until step 140"),
+    "gradient form, short run": (
+        {"penalty": "gradient", "total_steps": 20},
+        20,
+        'Adam.*learning rate.*penalty="proximal"',
+    ),
+    "weak pull": ({"rho": 1e-4}, 20, "weak"),
+}
+
+
+@pytest.mark.parametrize(("options", "steps", "message"), CAUSES.values(), ids=CAUSES.keys())
+def test_warning_names_the_likely_cause(options: dict, steps: int, message: str) -> None:
+    net = make_net()
+    inner = torch.optim.AdamW(net.parameters(), lr=1e-5)
+    optimizer = ADMMNxM(inner, net, pattern="1:4", **options)
+    train(net, optimizer, steps)
+    with pytest.warns(ConvergenceWarning, match=f"(?s){message}"):
+        optimizer.finalize()
+
+
+def test_warning_survives_a_resume_in_the_frozen_phase() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=1e-6, total_steps=20)
+    train(net, optimizer, 18)
+    resumed_net = make_net()
+    resumed = admm(resumed_net, rho=1e-6, total_steps=20)
+    resumed_net.load_state_dict(net.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(ConvergenceWarning):
+        resumed.finalize()
+
+
+def test_tolerance_decides_about_the_warning() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=1e-6, total_steps=20, residual_tolerance=9.0)
+    train(net, optimizer, 20)
+    assert optimizer.finalize().ok
+
+
+def test_residuals_are_the_norms_they_say() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.1, update_every=Every(4))
+    train(net, optimizer, 4)
+    old_z = {name: optimizer.auxiliary(name) for name in optimizer.masks()}
+    old_masks = optimizer.masks()
+    train(net, optimizer, 4, start=4)
+    residuals = optimizer.residuals()
+    gaps, moves, norms, gained, kept = [], [], [], 0, 0
+    for name, mask in optimizer.masks().items():
+        w, z = net.get_parameter(name).detach(), optimizer.auxiliary(name)
+        gaps.append((w - z).norm())
+        moves.append((z - old_z[name]).norm())
+        norms.append(w.norm())
+        gained += int((mask & ~old_masks[name]).sum())
+        kept += int(mask.sum())
+        one = residuals.per_weight[name]
+        assert one.primal == pytest.approx(float(gaps[-1] / norms[-1]), rel=1e-5)
+        assert one.dual == pytest.approx(float(moves[-1] / norms[-1]), rel=1e-5)
+    norm = torch.stack(norms).norm()
+    assert residuals.primal == pytest.approx(float(torch.stack(gaps).norm() / norm), rel=1e-5)
+    assert residuals.dual == pytest.approx(float(torch.stack(moves).norm() / norm), rel=1e-5)
+    assert residuals.mask_churn == pytest.approx(gained / kept)
+    assert gained > 0
+
+
+def test_residuals_before_the_first_step_and_when_frozen() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    fresh = optimizer.residuals()
+    assert 0.2 < fresh.primal < 1.0
+    assert math.isnan(fresh.dual)
+    assert math.isnan(fresh.mask_churn)
+    train(net, optimizer, 20)
+    frozen = optimizer.residuals()
+    assert (frozen.primal, frozen.dual, frozen.mask_churn) == (0.0, 0.0, 0.0)
+
+
+def test_zero_weight_has_zero_residual() -> None:
+    net = make_net()
+    with torch.no_grad():
+        net.blocks[0].up.weight.zero_()
+    assert admm(net).residuals().per_weight["blocks.0.up.weight"].primal == 0.0
+
+
+def test_views_before_the_first_step_are_what_it_would_start_from() -> None:
+    net = make_net()
+    optimizer = admm(net)
+    name, w = "blocks.0.down.weight", net.blocks[0].down.weight.detach()
+    assert torch.equal(optimizer.masks()[name], keep_mask(w, "1:4"))
+    assert torch.equal(optimizer.auxiliary(name), project(w, "1:4"))
+    assert not optimizer.dual(name).any()
+    assert not optimizer.state
+
+
+def test_unknown_weight_name_lists_the_known_ones() -> None:
+    optimizer = admm(make_net())
+    for view in (optimizer.auxiliary, optimizer.dual):
+        with pytest.raises(KeyError, match=r"head\.weight.*blocks\.0\.up\.weight"):
+            view("head.weight")
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_is_one_buffer_a_weight_of_the_asked_dtype(dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
+    net = make_net(dtype=dtype)
+    optimizer = admm(net, TORCH_OPTIMIZERS["SGD-single"], total_steps=60, state_dtype=state_dtype)
+    train(net, optimizer, 2)
+    for weight in optimizer.selection:
+        p = net.get_parameter(weight.name)
+        assert set(optimizer.state[p]) == {"admm_consensus", "momentum_buffer"} - (
+            set() if "momentum_buffer" in optimizer.state[p] else {"momentum_buffer"}
+        )
+        assert optimizer.state[p]["admm_consensus"].dtype == (state_dtype or dtype)
+        assert optimizer.state[p]["admm_consensus"].shape == p.shape
+    assert not any("admm_consensus" in optimizer.state[p] for p in net.head.parameters() if p in optimizer.state)
+    train(net, optimizer, 58, start=2)
+    assert optimizer.finalize().ok
+
+
+def test_weight_that_gets_its_first_gradient_late() -> None:
+    """Its state starts with its own first step, also if that is in the frozen phase."""
+    for first in (7, 18):
+        net = make_net()
+        optimizer = admm(net, total_steps=20)
+        late = net.blocks[1].up.weight
+        for step, x in enumerate(batches(20)):
+            loss_of(net, x).backward()
+            if step < first:
+                late.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+            if step < first:
+                assert late not in optimizer.state
+        assert "admm_consensus" in optimizer.state[late]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            assert optimizer.finalize().ok
+
+
+def test_weight_without_any_gradient_is_still_projected() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, residual_tolerance=1.0)
+    for x in batches(20):
+        loss_of(net, x).backward()
+        net.blocks[0].up.weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.finalize().ok
+    assert torch.equal(net.blocks[0].up.weight, project(make_net().blocks[0].up.weight, "1:4"))
+
+
+def test_keep_equal_to_group_changes_nothing() -> None:
+    plain, net = make_net(), make_net()
+    inner = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    train(plain, inner, 20)
+    optimizer = admm(net, pattern="4:4", penalty="gradient", rho=0.3, update_every=Every(1), freeze_at=15)
+    # v is w itself after each update, so the penalty pulls nowhere.
+    train(net, optimizer, 20)
+    assert optimizer.finalize().ok
+    assert_same_weights(net, plain)
+
+
+def test_maximizing_inner_optimizer_is_pulled_toward_the_pattern_too() -> None:
+    def primal(maximize: bool) -> float:
+        net = make_net()
+        inner = torch.optim.SGD(net.parameters(), lr=1e-2, maximize=maximize)
+        optimizer = ADMMNxM(inner, net, penalty="gradient", rho=5.0, update_every=Every(5, dual_start=None))
+        for x in batches(40):
+            (loss_of(net, x) * (-1 if maximize else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.residuals().primal
+
+    assert primal(True) == pytest.approx(primal(False), rel=1e-5)
+    assert primal(True) < 0.2
+
+
+def test_rho_is_constant_between_updates() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=lambda step: 0.01 * (step + 1), update_every=Every(4, dual_start=None))
+    seen = []
+    for start in range(9):
+        train(net, optimizer, 1, start)
+        seen.append(round(optimizer.rho, 10))
+    assert seen == [0.01] * 3 + [0.05] * 4 + [0.09] * 2
+
+
+def test_custom_update_schedule_decides() -> None:
+    calls: list[int] = []
+
+    def updates(step: int) -> Update:
+        calls.append(step)
+        return Update.AUXILIARY if step == 3 else Update.NONE
+
+    net = make_net()
+    optimizer = admm(net, rho=0.1, update_every=updates)
+    train(net, optimizer, 2)
+    z = optimizer.auxiliary("blocks.0.up.weight")
+    train(net, optimizer, 1, start=2)
+    assert not torch.equal(z, optimizer.auxiliary("blocks.0.up.weight"))
+    assert calls == [1, 2, 3]
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_schedule_that_goes_bad_without_a_known_end_is_named_with_its_step(value: float) -> None:
+    net = make_net()
+    optimizer = admm(net, rho=lambda step: 0.1 if step < 3 else value, update_every=1)
+    train(net, optimizer, 2)
+    with pytest.raises(ValueError, match="at step 3"):
+        train(net, optimizer, 1, start=2)
+
+
+def test_rho_may_not_fall_while_the_dual_is_in_use() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=lambda step: 1.0 / (step + 1), update_every=Every(2))
+    train(net, optimizer, 1)
+    with pytest.raises(ValueError, match=re.escape("dual_start=None")):
+        train(net, optimizer, 1, start=1)
+    allowed = admm(make_net(), rho=lambda step: 1.0 / (step + 1), update_every=Every(2, dual_start=None))
+    train(net, allowed, 4)
+
+
+def test_named_parameters_give_the_same_run_as_the_module() -> None:
+    def run(model: Callable[[Net], object]) -> Net:
+        net = make_net()
+        inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        optimizer = ADMMNxM(inner, model(net), total_steps=20)  # type: ignore[arg-type]
+        train(net, optimizer, 20)
+        optimizer.finalize()
+        return net
+
+    assert_same_weights(run(lambda net: net), run(lambda net: net.named_parameters()))
+
+
+def test_several_parameter_groups_and_constant_schedule() -> None:
+    net = make_net()
+    groups = [{"params": net.head.parameters(), "lr": 1e-3}, {"params": net.blocks.parameters(), "weight_decay": 0.1}]
+    optimizer = ADMMNxM(torch.optim.AdamW(groups, lr=1e-2), net, rho=Constant(9.0))
+    train(net, optimizer, 30)
+    assert [group["admm_step"] for group in optimizer.param_groups] == [30, 30]
+    assert optimizer.finalize().ok
+
+
+def test_plan_is_the_one_that_was_asked_for() -> None:
+    rho, updates = Constant(0.5), Every(7)
+    assert admm(make_net(), rho=rho, update_every=updates, freeze_at=9).plan == Plan(rho, updates, 9)
