@@ -713,6 +713,13 @@ class ADMMNxM(Optimizer):
             state = self.inner.state[bound.param]
             if CONSENSUS not in state or local(state[CONSENSUS]) is not v:
                 state[CONSENSUS] = wrap_like(v, bound.param)
+        if self._get("admm_step") == 0:
+            # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
+            # has none of its own.
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.inner.state.setdefault(p, {})
 
     def _check_unchanged(self, bound: _Bound) -> None:
         """Parameters may have been exchanged since construction; their shape and grouping must have survived."""

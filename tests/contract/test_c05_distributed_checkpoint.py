@@ -1,0 +1,124 @@
+"""Line 5 of the contract: torch.distributed.checkpoint, in one process.
+
+It calls ``step()`` with zero gradients and zero learning rates to learn the keys, then loads by keyword.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from admm_nxm import ADMMNxM
+from tests.helpers import TORCH_OPTIMIZERS, Factory, admm, assert_same_weights, make_net, train, weights_of
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+    "ignore::FutureWarning:torch.distributed",
+)
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def fresh(factory: Factory, seed: int = 0, **options: Any) -> tuple[nn.Module, ADMMNxM]:
+    net = make_net(seed)
+    return net, admm(net, factory, **{"total_steps": 20, "residual_tolerance": 99.0, **options})
+
+
+@pytest.mark.parametrize("factory", TORCH_OPTIMIZERS.values(), ids=TORCH_OPTIMIZERS.keys())
+def test_c05_fake_step_creates_the_keys_and_nothing_else(factory: Factory) -> None:
+    net, optimizer = fresh(factory)
+    before = weights_of(net)
+    state = get_optimizer_state_dict(net, optimizer)
+    assert_same_weights(net, before)
+    for weight in optimizer.selection:
+        assert state["state"][weight.name]["admm_consensus"].shape == weight.shape
+    assert optimizer.param_groups[0]["admm_step"] == 0
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert not optimizer.frozen
+    train(net, optimizer, 1)
+    assert optimizer.param_groups[0]["admm_step"] == 1
+
+
+def test_c05_state_made_by_the_fake_step_follows_weights_loaded_after_it() -> None:
+    net, optimizer = fresh(TORCH_OPTIMIZERS["SGD-single"])
+    get_optimizer_state_dict(net, optimizer)
+    other_net, other = fresh(TORCH_OPTIMIZERS["SGD-single"], seed=3)
+    net.load_state_dict(other_net.state_dict())
+    train(net, optimizer, 20)
+    train(other_net, other, 20)
+    assert_same_weights(net, other_net)
+
+
+@pytest.mark.parametrize("lr_zero_step", [0, 3])
+def test_c05_ordinary_step_with_zero_learning_rate_counts(lr_zero_step: int) -> None:
+    """A warm-up often begins at 0: its gradients tell it from the fake step."""
+    net, optimizer = fresh(TORCH_OPTIMIZERS["SGD-single"])
+    train(net, optimizer, lr_zero_step)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(net, optimizer, 1, start=lr_zero_step)
+    assert optimizer.param_groups[0]["admm_step"] == lr_zero_step + 1
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("stop", [6, 17])
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_c05_saved_and_loaded_equals_uninterrupted(name: str, stop: int, flat: bool, tmp_path: Path) -> None:
+    factory = TORCH_OPTIMIZERS[name]
+    options = FLAT if flat else StateDictOptions()
+    first_net, first = fresh(factory)
+    train(first_net, first, stop)
+    if flat and not all(
+        isinstance(value, (int, float, torch.Tensor))
+        for e in first.inner.state_dict()["state"].values()
+        for value in e.values()
+    ):
+        pytest.skip(f"{name} keeps state that torch cannot flatten")
+
+    def states(net: nn.Module, optimizer: ADMMNxM) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(net),
+            "optimizer": get_optimizer_state_dict(net, optimizer, options=options),
+        }
+
+    path = os.fspath(tmp_path / "checkpoint")
+    dcp.save(states(first_net, first), checkpoint_id=path)
+    second_net, second = fresh(factory, seed=1)
+    loaded = states(second_net, second)
+    dcp.load(loaded, checkpoint_id=path)
+    set_model_state_dict(second_net, loaded["model"])
+    set_optimizer_state_dict(second_net, second, loaded["optimizer"], options=options)
+    assert second.frozen == (stop == 17)
+    train(first_net, first, 20 - stop, start=stop)
+    train(second_net, second, 20 - stop, start=stop)
+    assert_same_weights(first_net, second_net)
+    first.finalize()
+    second.finalize()
+    assert_same_weights(first_net, second_net)
+
+
+def test_c05_checkpoint_of_a_constrained_run_does_not_fit_a_frozen_optimizer(tmp_path: Path) -> None:
+    factory = TORCH_OPTIMIZERS["AdamW-single"]
+    early_net, early = fresh(factory)
+    train(early_net, early, 6)
+    late_net, late = fresh(factory)
+    train(late_net, late, 17)
+    path = os.fspath(tmp_path / "checkpoint")
+    dcp.save(get_optimizer_state_dict(early_net, early), checkpoint_id=path)
+    loaded = get_optimizer_state_dict(late_net, late)
+    dcp.load(loaded, checkpoint_id=path)
+    with pytest.raises(ValueError, match="build a new ADMMNxM"):
+        set_optimizer_state_dict(late_net, late, loaded)

@@ -1,0 +1,208 @@
+"""Section 6 of the design: bad input is refused at construction, with the value, the allowed range and the remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import admm_nxm
+from admm_nxm import ADMMNxM, Every, Pattern, Ramp
+from tests.helpers import Net, admm, assert_same_weights, make_net, weights_of
+
+
+def build(**options: Any) -> ADMMNxM:
+    net = make_net()
+    return ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, **options)
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
+    "pattern in the wrong order": ({"pattern": "4:2"}, ValueError, ["'4:2'", '"2:4"']),
+    "NxM in the wrong order": ({"pattern": "2x4"}, ValueError, ["'2x4'", '"4x2"']),
+    "pattern misspelt": ({"pattern": "2/4"}, ValueError, ["'2/4'", '"2:4"', '"4x2"']),
+    "keep above group": ({"pattern": "5:4"}, ValueError, ["'5:4'"]),
+    "keep below 1": ({"pattern": "0:4"}, ValueError, ["keep=0", "keep >= 1"]),
+    "pattern of another type": ({"pattern": 24}, TypeError, ["24", "Pattern"]),
+    "width not divisible": ({"pattern": "3:5"}, ValueError, ["blocks.0.up.weight", "(16, 8)", "width 8", "skip"]),
+    "unknown penalty": ({"penalty": "l2"}, ValueError, ["'l2'", '"proximal"', '"gradient"']),
+    "negative rho": ({"rho": -0.1}, ValueError, ["-0.1", "at least 0"]),
+    "rho not a number": ({"rho": float("nan")}, ValueError, ["nan", "finite"]),
+    "infinite rho": ({"rho": float("inf")}, ValueError, ["inf", "finite"]),
+    "rho of another type": ({"rho": "0.1"}, TypeError, ["'0.1'", "number or a schedule"]),
+    "schedule that turns negative": (
+        {"rho": lambda step: 0.1 - step / 50, "total_steps": 20, "update_every": Every(1, dual_start=None)},
+        ValueError,
+        ["rho is -", "at step 6", "at least 0"],
+    ),
+    "schedule that falls under a dual": (
+        {"rho": lambda step: 1 / (1 + step), "total_steps": 20, "update_every": Every(5)},
+        ValueError,
+        ["falls from 1.0 to", "at step 5", "dual_start=None"],
+    ),
+    "update interval of zero": ({"update_every": 0}, ValueError, ["0", "at least 1"]),
+    "update interval of another type": ({"update_every": 2.5}, TypeError, ["2.5", "int or a schedule"]),
+    "no steps": ({"total_steps": 0}, ValueError, ["total_steps=0", "at least 1"]),
+    "steps of another type": ({"total_steps": 1e3}, TypeError, ["1000.0", "int"]),
+    "freeze before the first step": ({"freeze_at": 0}, ValueError, ["freeze_at=0", "at least 1"]),
+    "state dtype not floating": ({"state_dtype": torch.int8}, ValueError, ["torch.int8", "torch.bfloat16"]),
+    "tolerance of zero": ({"residual_tolerance": 0.0}, ValueError, ["residual_tolerance=0.0", "above 0"]),
+    "unknown treatment of the ineligible": ({"ineligible": "warn"}, ValueError, ["'warn'", '"error"', '"skip"']),
+    "select of another type": ({"select": "2:4"}, TypeError, ["select", "mapping"]),
+    "select rule that matches nothing": ({"select": {"encoder.*": "2:4"}}, ValueError, ["'encoder.*'", "whole name"]),
+    "select that prunes nothing": ({"select": {".*": None}}, ValueError, ["no prunable weight", "select="]),
+    "dims out of range": ({"dims": {".*up.weight": 2}}, ValueError, ["dimension 2", "blocks.0.up.weight", "-2 to 1"]),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "parts"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_option_is_refused_with_value_range_and_remedy(
+    options: dict[str, Any], error: type[Exception], parts: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        build(**options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def frozen(net: Net) -> None:
+    net.blocks[1].down.weight.requires_grad_(False)
+
+
+def quantised(net: Net) -> None:
+    net.blocks[1].down.weight = nn.Parameter(torch.zeros(8, 16, dtype=torch.int8), requires_grad=False)
+
+
+def sparse(net: Net) -> None:
+    net.blocks[1].down.weight = nn.Parameter(torch.eye(8, 16).to_sparse())
+
+
+INELIGIBLE: dict[str, tuple[Callable[[Net], None], str, str]] = {
+    "frozen": (frozen, "requires_grad=False", "unfreeze it"),
+    "quantised": (quantised, "torch.int8 (quantised)", "prune before quantising"),
+    "sparse": (sparse, "torch.sparse_coo", "to_dense"),
+}
+
+
+@pytest.mark.parametrize(("change", "value", "remedy"), INELIGIBLE.values(), ids=INELIGIBLE.keys())
+def test_ineligible_weight_is_an_error_or_is_skipped_on_request(
+    change: Callable[[Net], None], value: str, remedy: str
+) -> None:
+    net = make_net()
+    change(net)
+    dense = [p for p in net.parameters() if p.is_floating_point() and p.layout == torch.strided]
+    inner = torch.optim.SGD(dense, lr=0.1)
+    with pytest.raises(ValueError, match=r"blocks\.1\.down\.weight") as caught:
+        ADMMNxM(inner, net)
+    assert value in str(caught.value)
+    assert remedy in str(caught.value)
+    optimizer = ADMMNxM(inner, net, ineligible="skip")
+    assert [w.name for w in optimizer.selection] == [
+        "blocks.0.up.weight",
+        "blocks.0.down.weight",
+        "blocks.1.up.weight",
+    ]
+    skipped = next(s for s in optimizer.selection.skipped if s.name == "blocks.1.down.weight")
+    assert value in skipped.reason
+
+
+def test_weight_that_the_inner_optimizer_does_not_hold_is_an_error_or_is_skipped() -> None:
+    net = make_net()
+    inner = torch.optim.SGD(net.blocks[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"blocks\.1\.up\.weight.*does not hold it.*pass it to the inner optimizer"):
+        ADMMNxM(inner, net)
+    assert len(ADMMNxM(inner, net, ineligible="skip").selection) == 2
+
+
+def test_tied_weights_are_constrained_once() -> None:
+    net = make_net()
+    net.blocks[1].up.weight = net.blocks[0].up.weight
+    optimizer = admm(net, total_steps=20)
+    assert [w.name for w in optimizer.selection if "up" in w.name] == ["blocks.0.up.weight"]
+    assert optimizer.selection["blocks.0.up.weight"].aliases == ("blocks.1.up.weight",)
+    assert torch.equal(optimizer.auxiliary("blocks.1.up.weight"), optimizer.auxiliary("blocks.0.up.weight"))
+
+
+def test_no_prunable_weight_is_an_error() -> None:
+    head = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"no prunable weight.*outside the repeated blocks.*select="):
+        ADMMNxM(torch.optim.SGD(head.parameters(), lr=0.1), head)
+
+
+def test_wrapping_twice_is_refused() -> None:
+    net = make_net()
+    optimizer = admm(net)
+    with pytest.raises(TypeError, match="already wrapped"):
+        ADMMNxM(optimizer, net)
+
+
+def test_wrapping_what_accelerate_has_prepared_is_refused_with_the_right_order() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    net = make_net()
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(torch.optim.AdamW(net.parameters(), lr=1e-2))
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer.*first.*Accelerator\.prepare"):
+        ADMMNxM(prepared, net)
+    both = accelerator.prepare(admm(net))
+    with pytest.raises(TypeError, match="already wrapped"):
+        ADMMNxM(both, net)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (torch.optim.AdamW, "the class AdamW; pass an instance"),
+        (None, "NoneType; a torch.optim.Optimizer is needed"),
+        ("AdamW", "a str; a torch.optim.Optimizer is needed"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(inner: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ADMMNxM(inner, make_net())
+
+
+def test_differentiable_inner_optimizer_is_refused() -> None:
+    net = make_net()
+    with pytest.raises(ValueError, match="differentiable=False"):
+        ADMMNxM(torch.optim.SGD(net.parameters(), lr=0.1, differentiable=True), net)
+
+
+def test_model_without_names_is_refused_with_the_way_to_names() -> None:
+    net = make_net()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"named_parameters\(\)"):
+        ADMMNxM(inner, net.parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        ADMMNxM(inner, 3)  # type: ignore[arg-type]
+
+
+def test_sparse_gradient_of_a_prunable_weight_is_refused() -> None:
+    net = make_net()
+    optimizer = admm(net)
+    w = net.blocks[0].up.weight
+    w.grad = torch.eye(16, 8).to_sparse()
+    before = weights_of(net)
+    with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight.*sparse_coo gradient"):
+        optimizer.step()
+    assert_same_weights(net, before)
+
+
+def test_refused_construction_leaves_the_inner_optimizer_untouched() -> None:
+    net = make_net()
+    inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    groups = [dict(group) for group in inner.param_groups]
+    with pytest.raises(ValueError, match="no multiple"):
+        ADMMNxM(inner, net, pattern=Pattern(3, 5))
+    assert [dict(group) for group in inner.param_groups] == groups
+    assert not inner.state
+
+
+def test_public_names_are_the_promised_ones() -> None:
+    promised = {"ADMMNxM", "Pattern", "SparsityReport", "keep_mask", "project", "verify"}
+    assert promised <= set(admm_nxm.__all__)
+    assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
+    assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)
+    assert Ramp(1.0, 1.0, start=0, stop=0)(5) == 1.0
