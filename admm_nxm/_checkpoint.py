@@ -7,7 +7,8 @@ torch.distributed.checkpoint looks for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,7 @@ from ._sharding import local
 from .consensus import is_mask_of
 from .selection import SelectedWeight
 
-__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "split"]
+__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "fingerprint", "split"]
 
 CONSENSUS = "admm_consensus"
 PRIMAL = "admm_primal"
@@ -28,6 +29,9 @@ COUNTERS: Mapping[str, int | float] = {
     "admm_dual_in_use": 0,
     "admm_frozen_at": -1,
     "admm_freeze_residual": -1.0,
+    "admm_worst_residual": -1.0,
+    "admm_worst_weight": -1,
+    "admm_selection": 0,
     "admm_finalized": 0,
     "admm_projected": 0,
 }
@@ -60,6 +64,15 @@ def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[st
         # Adagrad creates its state at construction, with a step of 0.
         stepped[order[key]] = bool(rest) and float(rest.get("step", 1)) > 0
     return {**state_dict, "state": inner_state}, own, stepped
+
+
+def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int, int]]) -> int:
+    """Return a number that tells one selection from another: which parameters, with which pattern, along which
+    dimension. v means something else under another pattern, and its shape does not show it."""
+    facts = [
+        (place, w.shape, w.pattern.keep, w.pattern.group, w.dim) for w, place in zip(selection, places, strict=True)
+    ]
+    return zlib.crc32(repr(facts).encode())
 
 
 def check_entry(

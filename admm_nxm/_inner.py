@@ -35,6 +35,11 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
             f"optimizer is a {name}, which decides by itself whether a step happens; wrap the plain optimizer in "
             "ADMMNxM first, then pass that to Accelerator.prepare"
         )
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(inner).__mro__):
+        raise TypeError(
+            f"optimizer is a {name}, which keeps each parameter's state on one rank only; shard with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) instead, and wrap a plain optimizer"
+        )
     closure = inspect.signature(type(inner).step).parameters.get("closure")
     if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
@@ -54,6 +59,10 @@ def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
 
 def raw_step(inner: Optimizer) -> None:
     """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them."""
+    patched = inner.__dict__.get("step")
+    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+        patched()  # somebody has put a step of their own on the instance
+        return
     step: Any = type(inner).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__

@@ -17,7 +17,7 @@ from .kernels import eager
 from .pattern import Pattern
 from .projection import by_group, keep_mask, project
 
-__all__ = ["auxiliary", "dual", "initial", "is_mask_of", "mask", "primal_sums", "projected", "recast"]
+__all__ = ["auxiliary", "dual", "initial", "is_mask_of", "mask", "primal_sums", "projected", "recast", "rescale"]
 
 
 def initial(weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
@@ -99,6 +99,11 @@ def recast(consensus: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) ->
     kept = keep_mask(consensus, pattern, dim)
     a = torch.where(kept, consensus, -consensus).to(dtype)
     return torch.where(keep_mask(a, pattern, dim), a, -a)
+
+
+def rescale(consensus: Tensor, pattern: Pattern, dim: int, factor: float) -> None:
+    """Multiply u by a factor of at most 1, in place."""
+    consensus.copy_(torch.where(keep_mask(consensus, pattern, dim), consensus, consensus * factor))
 
 
 def is_mask_of(mask: Tensor, pattern: Pattern, dim: int) -> Tensor:

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import consensus as admm
-from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, split
+from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, fingerprint, split
 from ._inner import check_inner, has_no_effect, raw_step, share_step_hooks
 from ._sharding import check_sharding, local, reduce_sums, wrap_like
 from .kernels import backend_for
 from .pattern import Pattern
+from .projection import keep_mask, project
 from .residuals import Residuals, WeightResidual, ratio
 from .schedules import Penalty, Plan, Schedule, Update, UpdateSchedule, make_plan, next_rho
-from .selection import Ineligible, Select, SelectedWeight, Selection, select_weights
+from .selection import TRAINABLE_DTYPES, Ineligible, Select, SelectedWeight, Selection, select_weights
 from .sparsity import SparsityReport, check_weights
 
 __all__ = ["ADMMNxM", "ConvergenceWarning", "Residuals", "WeightResidual"]
 
-_STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HOOKS_OF_ITS_OWN = (
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
@@ -82,7 +82,8 @@ class ADMMNxM(Optimizer):
             units of the loss per squared weight); optimizers that bound a weight's travel per step, such as Adam,
             then need many steps to bring weights to zero.
         rho: penalty, a number or a schedule (step -> rho, read whenever z moves); by default it rises.
-        update_every: steps between two z/u updates, or a schedule (step -> Update); by default at most 10.
+        update_every: steps between two z/u updates, or a schedule (step -> Update); by default at most 10. The dual
+            is used late in the default plan only; ``Every(interval)`` uses it from the beginning.
         total_steps: number of optimizer steps of the whole run, frozen phase included. None: the penalty rises until
             :meth:`finalize` is called.
         freeze_at: number of steps after which the mask freezes; by default 70 % of ``total_steps``.
@@ -117,6 +118,7 @@ class ADMMNxM(Optimizer):
     _movement: dict[str, Tensor]
     _freeze_sums: Tensor | None
     _backup: dict[str, Tensor] | None
+    _announced: bool
 
     def __init__(
         self,
@@ -138,10 +140,10 @@ class ADMMNxM(Optimizer):
         check_inner(optimizer, ADMMNxM)
         if penalty not in ("proximal", "gradient"):
             raise ValueError(f'penalty={penalty!r} must be "proximal" or "gradient"')
-        if state_dtype is not None and state_dtype not in _STATE_DTYPES:
-            allowed = ", ".join(map(str, _STATE_DTYPES))
+        if state_dtype is not None and state_dtype not in TRAINABLE_DTYPES:
+            allowed = ", ".join(map(str, TRAINABLE_DTYPES))
             raise ValueError(f"state_dtype={state_dtype!r} must be one of {allowed}, or None for the weights' own")
-        if not residual_tolerance > 0:
+        if not isinstance(residual_tolerance, (int, float)) or not residual_tolerance > 0:
             raise ValueError(f"residual_tolerance={residual_tolerance!r} must be above 0: a share of the weights' norm")
         plan = make_plan(penalty, total_steps, rho, update_every, freeze_at)
         places = {
@@ -166,9 +168,11 @@ class ADMMNxM(Optimizer):
                 "_movement": {},
                 "_freeze_sums": None,
                 "_backup": None,
+                "_announced": False,
             }
         )
         self._set(**{key: self._get(key) for key in COUNTERS})
+        self._set(admm_selection=fingerprint(selection, self._places))
 
     # ------------------------------------------------------------------ the contract of torch.optim.Optimizer
 
@@ -271,7 +275,7 @@ class ADMMNxM(Optimizer):
         # z-step and u-step
         update = self.plan.updates(step)
         if update is not Update.NONE:
-            self._move_consensus(update, step)
+            self._move_consensus(active, update, step)
         if self.plan.freeze_at is not None and step >= self.plan.freeze_at:
             self._freeze()
 
@@ -292,19 +296,25 @@ class ADMMNxM(Optimizer):
         raw_step(self.inner)
         self._store(active)
 
-    def _move_consensus(self, update: Update, step: int) -> None:
+    def _move_consensus(self, active: list[tuple[_Bound, Tensor]], update: Update, step: int) -> None:
+        # Only weights that had their w-step: for one that stands still, u would grow by w at each update.
+        moved = {bound.spec.name for bound, _ in active}
         with_dual = update is Update.AUXILIARY_AND_DUAL
         in_use = bool(self._get("admm_dual_in_use")) or with_dual
         old = self._get("admm_rho")
         new = next_rho(self.plan, step, old, in_use)
+        # The unscaled dual rho * u stays what it is when rho rises (Boyd et al. 2011, section 3.4.1).
+        scale = old / new if old > 0 and new > 0 else 1.0
         for bound in self._bound():
             v = self._consensus(bound)
-            if v is not None:
-                # The unscaled dual rho * u stays what it is when rho rises (Boyd et al. 2011, section 3.4.1).
-                scale = old / new if old > 0 and new > 0 else 1.0
+            if v is None:
+                continue
+            if bound.spec.name in moved:
                 self._movement[bound.spec.name] = backend_for(v.device).advance(
                     bound.w, v, *bound.grouping, with_dual=with_dual, dual_scale=scale
                 )
+            elif in_use and scale != 1.0:
+                admm.rescale(v, *bound.grouping, scale)
         self._set(admm_rho=new, admm_dual_in_use=int(in_use))
 
     def _freeze(self) -> None:
@@ -341,26 +351,29 @@ class ADMMNxM(Optimizer):
     def finalize(self) -> SparsityReport:
         """Make the weights satisfy the pattern exactly, and keep the mask for all further steps.
 
-        Projects w + u onto the pattern unless the mask is frozen already, and drops the ADMM state. Doing it again
-        changes nothing. Leaves the evaluation mode. A collective where weights are sharded.
+        Projects w + u onto the pattern unless the mask is frozen already, and drops the ADMM state. Weights that were
+        loaded into the model after the freeze are projected, and give the mask. Doing it again changes nothing.
+        Leaves the evaluation mode. A collective where weights are sharded.
 
         Returns:
             The count of every group of every prunable weight.
 
         Warns:
-            ConvergenceWarning: the primal residual at the projection was above ``residual_tolerance``.
+            ConvergenceWarning: the primal residual at the projection was above ``residual_tolerance`` over all weights,
+                or above five times that for one of them.
 
         Raises:
-            ValueError: a weight has a NaN or an infinity; nothing is changed then.
+            ValueError: a prunable weight has a NaN or an infinity; nothing is changed then.
         """
+        self._check_finite()
         self._swap_out()
-        if not self.finalized:
-            self._check_finite()
-            if not self.frozen:
-                self._freeze()
-            self._set(admm_finalized=1)
-            self._read_freeze_residual(everywhere=True)
-            self._warn_if_far()
+        if not self.frozen:
+            self._freeze()
+        else:
+            self._project_what_was_loaded()
+        self._set(admm_finalized=1)
+        if self._read_freeze_residual(everywhere=True) or not self._announced:
+            self._warn_if_far(stacklevel=4)  # past torch's no_grad wrapper
         params = {bound.spec.name: bound.param for bound in self._bound()}
         return check_weights(self.selection, params.__getitem__)
 
@@ -369,30 +382,59 @@ class ADMMNxM(Optimizer):
         counts = []
         for bound in bounds:
             z, _ = self._projected(bound)
-            counts.append((~bound.w.isfinite()).sum().add_((~z.isfinite()).sum()).reshape(1))
-        totals = reduce_sums([c.to(counts[0].device) for c in counts], [b.param for b in bounds]).flatten().tolist()
-        bad = [bound.spec.name for bound, count in zip(bounds, totals, strict=True) if count]
-        if bad:
+            bad = sum((~t.isfinite()).sum() for t in (bound.w, self._training_weight(bound), z))
+            counts.append(torch.as_tensor(bad).reshape(1).to(bounds[0].param.device))
+        totals = reduce_sums(counts, [bound.param for bound in bounds]).flatten().tolist()
+        names = [bound.spec.name for bound, count in zip(bounds, totals, strict=True) if count]
+        if names:
             raise ValueError(
-                f"{len(bad)} weights have NaN or infinite entries after step {int(self._get('admm_step'))}: "
-                f"{', '.join(bad)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
-                "the gradients"
+                f"{len(names)} weights have NaN or infinite entries after step {int(self._get('admm_step'))}: "
+                f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or "
+                "clip the gradients"
             )
 
-    def _read_freeze_residual(self, *, everywhere: bool) -> None:
-        """Turn the sums left by the freeze into a number; over all ranks, or this one's parts alone."""
-        if self._freeze_sums is None:
+    def _project_what_was_loaded(self) -> None:
+        """Hold weights to the pattern that are not what the frozen mask left: somebody has loaded them since."""
+        bounds = self._bound()
+        masks = [self._consensus_or_initial(bound) for bound in bounds]
+        strays = [
+            ((bound.w != 0) & ~mask).sum().reshape(1).to(bounds[0].param.device)
+            for bound, mask in zip(bounds, masks, strict=True)
+        ]
+        counts = reduce_sums(strays, [bound.param for bound in bounds]).flatten().tolist()
+        if not any(counts):
             return
+        sums = []
+        for bound, mask, count in zip(bounds, masks, counts, strict=True):
+            z = bound.w if not count else project(bound.w, *bound.grouping)
+            sums.append(admm.primal_sums(bound.w, z))
+            if count:
+                mask.copy_(keep_mask(bound.w, *bound.grouping))
+                bound.w.copy_(z)
+        self._freeze_sums = torch.stack(sums)
+
+    def _read_freeze_residual(self, *, everywhere: bool) -> bool:
+        """Turn the sums left by a projection into numbers, over all ranks or this one's parts alone; return whether
+        there were any."""
         sums = self._freeze_sums
+        if sums is None:
+            return False
         if everywhere:
             sums = reduce_sums(list(sums), [bound.param for bound in self._bound()])
             self._freeze_sums = None
-        difference, norm = sums.sum(0).tolist()
-        self._set(admm_freeze_residual=ratio(difference, norm))
+        each = [ratio(difference, norm) for difference, norm in sums.tolist()]
+        worst = max(range(len(each)), key=each.__getitem__)
+        self._set(
+            admm_freeze_residual=ratio(*sums.sum(0).tolist()),
+            admm_worst_residual=each[worst],
+            admm_worst_weight=worst,
+        )
+        return True
 
-    def _warn_if_far(self) -> None:
-        residual = self._get("admm_freeze_residual")
-        if residual <= self.residual_tolerance:
+    def _warn_if_far(self, *, stacklevel: int) -> None:
+        self._announced = True
+        residual, worst = self._get("admm_freeze_residual"), self._get("admm_worst_residual")
+        if residual <= self.residual_tolerance and worst <= 5 * self.residual_tolerance:
             return
         step, rho = int(self._get("admm_frozen_at")), self._get("admm_rho")
         if rho == 0:
@@ -401,21 +443,26 @@ class ADMMNxM(Optimizer):
         elif self.plan.freeze_at is not None and step < self.plan.freeze_at:
             cause = f"finalize() came after {step} steps, and the penalty was to rise until step {self.plan.freeze_at}"
             remedy = "train to the end, or give the true number of optimizer steps as total_steps"
+        elif residual <= self.residual_tolerance:
+            cause = "this weight had no gradient for long, or its learning rate is far from the others'"
+            remedy = "train it, or leave it dense by a select rule"
         elif self.penalty == "gradient":
             cause = (
                 f"the penalty in the gradient (rho = {rho:.3g}) has not brought the pruned weights to zero in {step} "
-                "steps; Adam and its kin move a weight by about the learning rate a step, however large the penalty"
+                f"steps of {type(self.inner).__name__}; a step moves a weight by no more than about the learning rate "
+                "under Adam and its kin, and by learning rate * rho * distance under SGD"
             )
             remedy = 'use penalty="proximal", a longer run, or a larger learning rate'
         else:
             cause = f"the pull toward the pattern was weak (rho = {rho:.3g} after {step} steps)"
-            remedy = "give total_steps so that rho rises far enough, or a larger rho"
+            remedy = "leave rho at its default and give total_steps, so that rho rises far enough, or a larger rho"
+        name = self.selection.weights[int(self._get("admm_worst_weight"))].name
         warnings.warn(
             f"the run has not reached its pattern: projecting the weights changed them by {residual:.1%} of their "
-            f"norm (tolerance {self.residual_tolerance:.1%}), so accuracy measured before does not hold. "
-            f"Likely cause: {cause}. Remedy: {remedy}.",
+            f"norm (tolerance {self.residual_tolerance:.1%}), most of all {name!r}, by {worst:.1%}, so accuracy "
+            f"measured before does not hold. Likely cause: {cause}. Remedy: {remedy}.",
             ConvergenceWarning,
-            stacklevel=4,  # the caller of finalize(), past torch's no_grad wrapper
+            stacklevel=stacklevel,
         )
 
     # ------------------------------------------------------------------ looking at a run
@@ -436,7 +483,9 @@ class ADMMNxM(Optimizer):
     def masks(self) -> dict[str, Tensor]:
         """Return name -> boolean mask of each prunable weight, True = kept, shaped and sharded like the weight."""
         return {
-            bound.spec.name: wrap_like(admm.mask(self._consensus_or_initial(bound), *bound.grouping), bound.param)
+            bound.spec.name: wrap_like(
+                admm.mask(self._consensus_or_initial(bound), *bound.grouping).clone(), bound.param
+            )
             for bound in self._bound()
         }
 
@@ -529,7 +578,11 @@ class ADMMNxM(Optimizer):
             self._swap_in()
 
     def train(self) -> None:
-        """Bring the training weights back, bit for bit, and the inner optimizer into its training mode."""
+        """Bring the training weights back, bit for bit, and the inner optimizer into its training mode.
+
+        A weight that was changed while the model held the projected weights (a checkpoint was loaded into the model)
+        stays as it is now, and its ADMM state starts anew from it.
+        """
         self._swap_out()
         if callable(inner_train := getattr(self.inner, "train", None)):
             inner_train()
@@ -548,9 +601,19 @@ class ADMMNxM(Optimizer):
     def _swap_out(self) -> None:
         if self._backup is None:
             return
-        for bound in self._bound():
-            if bound.spec.name in self._backup:
+        bounds = [bound for bound in self._bound() if bound.spec.name in self._backup]
+        changed = []
+        for bound in bounds:
+            z, _ = self._projected(bound)
+            same = (bound.w == z) | (bound.w.isnan() & z.isnan())
+            changed.append((~same).sum().reshape(1).to(bounds[0].param.device))
+        counts = reduce_sums(changed, [bound.param for bound in bounds]).flatten().tolist() if bounds else []
+        for bound, count in zip(bounds, counts, strict=True):
+            v = self._consensus(bound)
+            if not count:
                 bound.w.copy_(local(self._backup[bound.spec.name]))
+            elif v is not None:
+                v.copy_(admm.initial(bound.w, *bound.grouping, v.dtype))
         self._backup = None
         self._set(admm_projected=0)
 
@@ -563,7 +626,8 @@ class ADMMNxM(Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        self._read_freeze_residual(everywhere=False)
+        if self._read_freeze_residual(everywhere=False) and not self._announced:
+            self._warn_if_far(stacklevel=3)  # a run may end without finalize(); what it saves must not pass in silence
         self._announce_keys()
         state_dict = self.inner.state_dict()
         if self._backup:
@@ -615,8 +679,16 @@ class ADMMNxM(Optimizer):
                 f"the checkpoint has ADMM state for {len(own)} parameters that are not selected here (positions "
                 f"{sorted(own)} in the optimizer); build ADMMNxM with the selection that the checkpoint was made with"
             )
+        mine = fingerprint(self.selection, self._places)
+        if saved_counters["admm_step"] > 0 and saved_counters["admm_selection"] not in (0, mine):
+            raise ValueError(
+                "the checkpoint was made with another selection, pattern or grouped dimension, under which its ADMM "
+                "state means something else; build ADMMNxM as it was built then"
+            )
+        self._check_plan_goes_on(saved_counters)
         self.inner.load_state_dict(inner_part)
-        self._set(**saved_counters)
+        self._set(**{**saved_counters, "admm_selection": mine})
+        self._announced = False
         self._movement.clear()
         self._freeze_sums = None
         self._backup = {} if saved_counters["admm_projected"] else None
@@ -630,6 +702,16 @@ class ADMMNxM(Optimizer):
                 self._backup[bound.spec.name] = wrap_like(part, bound.param)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _check_plan_goes_on(self, saved: Mapping[str, int | float]) -> None:
+        step, rho = int(saved["admm_step"]), saved["admm_rho"]
+        if saved["admm_frozen_at"] < 0 and saved["admm_dual_in_use"] and self.plan.rho(step) < rho:
+            raise ValueError(
+                f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
+                f"(total_steps={self.total_steps}) goes on from {self.plan.rho(step):.4g}; rho may not fall then. "
+                "Build ADMMNxM with the schedule of the checkpoint's run; to train longer, extend the frozen phase by "
+                "giving freeze_at"
+            )
 
     def _adopt(self, bound: _Bound, saved: Tensor) -> Tensor:
         """Bring a saved v or mask to the weight's device and the state's dtype, as a tensor of our own."""

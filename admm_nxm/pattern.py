@@ -23,7 +23,7 @@ class Pattern:
 
     Raises:
         TypeError: ``keep`` or ``group`` is not an integer.
-        ValueError: ``keep`` is below 1 or above ``group``.
+        ValueError: ``keep`` or ``group`` is below 1, or ``keep`` is above ``group``.
 
     Source: NxMTransformer (arXiv 2110.15766), section 3.1, where N is ``group`` and M is ``keep``.
 
@@ -48,6 +48,8 @@ class Pattern:
                 f"Pattern keep={self.keep} is below 1: a group with nothing kept removes the weight altogether; "
                 "choose keep >= 1"
             )
+        if self.group < 1:
+            raise ValueError(f"Pattern group={self.group} is below 1: choose group >= keep, such as group=4")
         if self.keep > self.group:
             raise ValueError(
                 f"Pattern keep={self.keep} exceeds group={self.group}: no more weights can be kept than a group has; "
@@ -80,7 +82,7 @@ class Pattern:
             )
         first, separator, second = int(match[1]), match[2].lower(), int(match[3])
         keep, group = (first, second) if separator == ":" else (second, first)
-        if keep > group:
+        if keep > group >= 1:
             order = "keep:group" if separator == ":" else "NxM (group, then how many are kept)"
             raise ValueError(
                 f"pattern {text!r} would keep {keep} of every {group} weights: the order is {order}; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, Protocol
 
 __all__ = [
@@ -52,8 +53,15 @@ class UpdateSchedule(Protocol):
 
 
 def _at_least(name: str, value: float, low: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} must be a finite number, at least {low}")
     if not (math.isfinite(value) and value >= low):
         raise ValueError(f"{name}={value!r} must be a finite number, at least {low}")
+
+
+def _is_step(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,8 @@ class Ramp:
         if self.initial == 0:
             raise ValueError("initial=0 cannot rise geometrically; choose a small positive rho such as 1e-3")
         _at_least("final", self.final, self.initial)
-        _at_least("start", self.start, 0)
-        _at_least("stop", self.stop, self.start)
+        _is_step("start", self.start, 0)
+        _is_step("stop", self.stop, self.start)
 
     def __call__(self, step: int, /) -> float:
         """Return rho at ``step``."""
@@ -108,7 +116,7 @@ class Ramp:
         if step >= self.stop:
             return self.final
         share = (step - self.start) / (self.stop - self.start)
-        return self.initial * math.pow(self.final / self.initial, share)
+        return min(self.final, self.initial * math.pow(self.final / self.initial, share))
 
 
 @dataclass(frozen=True)
@@ -147,11 +155,10 @@ class Every:
     dual_start: int | None = 0
 
     def __post_init__(self) -> None:
-        for name, value, low in (("interval", self.interval, 1), ("start", self.start, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
+        _is_step("interval", self.interval, 1)
+        _is_step("start", self.start, 0)
         if self.dual_start is not None:
-            _at_least("dual_start", self.dual_start, 0)
+            _is_step("dual_start", self.dual_start, 0)
 
     def __call__(self, step: int, /) -> Update:
         """Return what moves after step number ``step``."""
@@ -177,33 +184,52 @@ class Plan:
     freeze_at: int | None
 
 
-def default_plan(penalty: Penalty, total_steps: int | None) -> Plan:
+def default_plan(
+    penalty: Penalty, total_steps: int | None, freeze_at: int | None = None, interval: int | None = None
+) -> Plan:
     """Return the schedules that need no tuning.
 
-    With a known length: 5 % dense start, then rho rises geometrically until 70 % of the run. At its end the pull is
-    so strong that pruned weights are held at zero whatever the learning rate, so nothing is left to project when the
-    mask freezes there; the last 30 % fine-tune the kept weights. The dual joins for the last fifth of the rise, when
-    the mask has settled. Without a known length rho rises for ever and the dual stays at zero.
+    With a known length: a short dense start (5 % of the run), then rho rises geometrically until 70 % of it, where the
+    mask freezes; the last 30 % fine-tune the kept weights. In the proximal form the pull is so strong at the end that
+    pruned weights are held at zero whatever the learning rate, so nothing is left to project at the freeze, and the
+    dual joins for the last fifth of the rise, when the mask has settled. In the gradient form nothing guarantees that
+    w has come near z by then, and a dual would only inflate what is to be projected: it stays at zero. Without a known
+    length rho rises for ever, and the dual stays at zero too.
 
     Args:
         penalty: the form of the penalty, which sets the unit of rho.
         total_steps: number of optimizer steps of the whole run, or None if unknown.
+        freeze_at: number of steps after which the mask freezes, or None for 70 % of the run.
+        interval: steps between two updates, or None for at most 10.
 
     Returns:
         The plan.
+
+    Raises:
+        ValueError: ``interval`` is longer than the constrained phase.
     """
     initial, final = (1e-3, 100.0) if penalty == "proximal" else (1e-3, 10.0)
-    if total_steps is None:
-        return Plan(Rise(initial), Every(10, dual_start=None), None)
-    start = total_steps // 20
-    stop = max(start, (total_steps * 7) // 10)
-    interval = min(10, max(1, (stop - start) // 20))
-    settled = stop - (stop - start) // 5
+    if freeze_at is not None:
+        stop = freeze_at
+    elif total_steps is not None:
+        stop = max(1, (total_steps * 7) // 10)
+    else:
+        return Plan(Rise(initial), Every(10 if interval is None else interval, dual_start=None), None)
+    start = stop // 14
+    longest = max(1, stop - start)
+    if interval is None:
+        interval = min(10, max(1, longest // 20))
+    elif interval > longest:
+        raise ValueError(
+            f"update_every={interval} is longer than the constrained phase, {longest} steps from step {start} to the "
+            f"freeze after step {stop}: z would never move; choose a shorter interval or a longer run"
+        )
+    settled = stop - longest // 5 if penalty == "proximal" else None
     return Plan(
         # rho is read only when z moves: the ramp ends early enough for its last value to be in force before the freeze.
         Ramp(initial, final, start=start, stop=max(start, stop - 2 * interval)),
         Every(interval, start=start, dual_start=settled),
-        max(1, stop),
+        stop,
     )
 
 
@@ -231,29 +257,36 @@ def make_plan(
     """
     if total_steps is not None:
         _check_count("total_steps", total_steps)
-    plan = default_plan(penalty, total_steps)
+    if freeze_at is not None:
+        _check_count("freeze_at", freeze_at)
+        if total_steps is not None and freeze_at > total_steps:
+            raise ValueError(f"freeze_at={freeze_at} lies beyond total_steps={total_steps}; it must be at most that")
+    interval = None
+    if isinstance(update_every, int):
+        _check_count("update_every", update_every)
+        interval, update_every = update_every, None
+    # The default ramp needs room for the interval; with a rho of the user's own, the interval is the user's affair.
+    plan = default_plan(penalty, total_steps, freeze_at, interval if rho is None else None)
     if rho is not None:
-        if isinstance(rho, (int, float)):
+        if isinstance(rho, (int, float)) and not isinstance(rho, bool):
             rho = Constant(float(rho))
         elif not callable(rho):
             raise TypeError(f"rho={rho!r} must be a number or a schedule (step -> number)")
-        plan = replace(plan, rho=rho)
-    if update_every is not None:
-        if isinstance(update_every, int):
-            if not isinstance(plan.updates, Every):
-                raise TypeError("the default update schedule takes no interval")
-            update_every = replace(plan.updates, interval=update_every)
-        elif not callable(update_every):
+        # Whether the mask settles under a rho of the user's own is not known: the dual joins when the user says so.
+        assert isinstance(plan.updates, Every)
+        plan = replace(plan, rho=rho, updates=replace(plan.updates, dual_start=None))
+    if interval is not None:
+        assert isinstance(plan.updates, Every)
+        plan = replace(plan, updates=replace(plan.updates, interval=interval))
+    elif update_every is not None:
+        if not callable(update_every):
             raise TypeError(f"update_every={update_every!r} must be an int or a schedule (step -> Update)")
         plan = replace(plan, updates=update_every)
-    if freeze_at is not None:
-        _check_count("freeze_at", freeze_at)
-        plan = replace(plan, freeze_at=freeze_at)
-    elif plan.rho == Constant(0.0):
+    # Without a known length the first step still tells a schedule from something else.
+    highest = _rehearse(plan, total_steps or plan.freeze_at or 1)
+    if highest == 0 and freeze_at is None and total_steps is not None:
         # Without a penalty the run is the inner optimizer's own, bit for bit, until finalize() is called.
         plan = replace(plan, freeze_at=None)
-    if total_steps is not None:
-        _rehearse(plan, total_steps)
     return plan
 
 
@@ -270,11 +303,16 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
         The new rho.
 
     Raises:
+        TypeError: the schedule returns no number.
         ValueError: the schedule's value is negative or not finite, or it falls while the dual is in use. The scaled
             dual would then have to grow by ``current / new`` and outgrow the kept weights, and the single consensus
             buffer could no longer tell the two apart.
     """
-    value = float(plan.rho(step))
+    value = plan.rho(step)
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"rho is {value!r} at step {step}; a number is needed: mend the schedule") from None
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"rho is {value} at step {step}; it must be finite and at least 0: mend the schedule")
     if dual_in_use and value < current:
@@ -285,16 +323,24 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
     return value
 
 
-def _rehearse(plan: Plan, total_steps: int) -> None:
-    """Walk through the schedules of a whole run, so that a bad value is found before training starts."""
-    rho = next_rho(plan, 0, 0.0, False)
+def _rehearse(plan: Plan, total_steps: int) -> float:
+    """Walk through the schedules of a whole run, so that a bad value is found before training starts, and return the
+    highest rho."""
+    highest = rho = next_rho(plan, 0, 0.0, False)
     dual_in_use = False
     end = total_steps if plan.freeze_at is None else min(total_steps, plan.freeze_at)
     for step in range(1, end + 1):
         update = plan.updates(step)
+        if not isinstance(update, Update):
+            raise TypeError(
+                f"the update schedule returns {update!r} at step {step}; return Update.NONE, Update.AUXILIARY or "
+                "Update.AUXILIARY_AND_DUAL"
+            )
         if update is not Update.NONE:
             dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL
             rho = next_rho(plan, step, rho, dual_in_use)
+            highest = max(highest, rho)
+    return highest
 
 
 def _check_count(name: str, value: int) -> None:

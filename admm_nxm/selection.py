@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from ._table import format_table
 from .pattern import Pattern
 
-__all__ = ["Ineligible", "Select", "SelectedWeight", "Selection", "SkippedWeight", "select_weights"]
+__all__ = [
+    "TRAINABLE_DTYPES",
+    "Ineligible",
+    "Select",
+    "SelectedWeight",
+    "Selection",
+    "SkippedWeight",
+    "named_tensors",
+    "select_weights",
+]
 
 # Evaluated at run time, where ``|`` between a type and a Callable needs a newer Python than 3.10.
 Rule = Union[Pattern, str, None]  # noqa: UP007
@@ -38,9 +48,11 @@ _HEADS = {
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$|relative_attention_bias")
 # Where only names are at hand, these are transformers' Conv1D in GPT-2 and its kin, stored as (input, output), or a
-# Linear in other families; the wide ones tell which.
+# Linear in other families.
 _CONV1D_NAMES = {"c_attn", "c_fc", "c_proj", "q_attn"}
-_CONV1D_WIDE = {"c_attn", "c_fc"}
+
+
+TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -180,12 +192,14 @@ def select_weights(
 
     Raises:
         TypeError: ``model`` has no names, or ``select`` is of the wrong kind.
-        ValueError: nothing to prune, an ineligible weight, a rule that matches nothing, a flattened parameter.
+        ValueError: nothing to prune, an ineligible weight, a rule that matches nothing, a flattened parameter, two
+            tensors of one name.
     """
     if ineligible not in ("error", "skip"):
         raise ValueError(f'ineligible={ineligible!r} must be "error" or "skip"')
     candidates = _candidates(model)
     rule_of = _explicit_rules(select, candidates) if select is not None else _default_rules(pattern)
+    dim_rules = [(_compile("dims", expression, candidates), dim) for expression, dim in (dims or {}).items()]
     weights: list[SelectedWeight] = []
     skipped: list[SkippedWeight] = []
     params: dict[str, Tensor] = {}
@@ -199,7 +213,7 @@ def select_weights(
         if candidate.param.ndim < 2:
             skipped.append(SkippedWeight(candidate.name, shape, "not a matrix"))
             continue
-        dim = _grouped_dim(candidate, candidates, dims)
+        dim = _grouped_dim(candidate, candidates, dim_rules)
         problem = _ineligible(candidate, rule, dim, trainable, held)
         if problem is not None and ineligible == "error":
             raise ValueError(
@@ -221,9 +235,14 @@ def select_weights(
     return selection, params
 
 
+def named_tensors(model: Source) -> dict[str, Tensor]:
+    """Return the parameters of a model by the names that a :class:`Selection` gives them, tied ones by each name."""
+    return {name: candidate.param for candidate in _candidates(model) for name in candidate.names}
+
+
 def _candidates(model: Source) -> list[_Candidate]:
     if isinstance(model, nn.Module):
-        return _candidates_of_module(model)
+        return _candidates_of_module(_unwrap(model))
     if isinstance(model, Mapping):
         model = model.items()
     try:
@@ -240,17 +259,35 @@ def _candidates(model: Source) -> list[_Candidate]:
                 f"model yields {type(pair).__name__}, not pairs of name and tensor; "
                 "pass the module itself or model.named_parameters()"
             )
-        places.setdefault(id(pair[1]), []).append(_clean(pair[0]))
         tensors[id(pair[1])] = pair[1]
+    # DistributedDataParallel puts the whole model under one name.
+    wrapped = all(_clean(name).startswith("module.") for name, _ in pairs)
+    holders: dict[str, int] = {}
+    for name, tensor in pairs:
+        name = _clean(name).removeprefix("module." if wrapped else "")
+        if name not in holders:
+            places.setdefault(id(tensor), []).append(name)
+        elif holders[name] != id(tensor):
+            raise ValueError(f"model yields two different tensors called {name!r}; give each its own name")
+        holders[name] = id(tensor)
     return [
         _Candidate(tensors[key], tuple(names), (None,) * len(names), any(map(_numbered, names)))
         for key, names in places.items()
     ]
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile, in any order."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
+        else:
+            return model
+
+
 def _candidates_of_module(model: nn.Module) -> list[_Candidate]:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
     blocks = _block_prefixes(model)
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     tensors: dict[int, Tensor] = {}
@@ -275,7 +312,8 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the repeated blocks: composite members of a ModuleList, or alike members of a Sequential."""
     prefixes = []
     for name, module in model.named_modules():
-        members = dict(module.named_children())
+        # named_children() would leave out a block that stands here a second time.
+        members = {key: member for key, member in module._modules.items() if member is not None}
         if isinstance(module, nn.ModuleList):
             pass
         elif isinstance(module, nn.Sequential):
@@ -340,20 +378,17 @@ def _default_reason(candidate: _Candidate) -> str | None:
 
 def _explicit_rules(select: Select, candidates: list[_Candidate]) -> RuleOf:
     if isinstance(select, Mapping):
-        rules = [(re.compile(expression), rule) for expression, rule in select.items()]
-        for expression, rule in rules:
-            if rule is not None and not any(expression.fullmatch(name) for c in candidates for name in c.names):
-                raise ValueError(
-                    f"select rule {expression.pattern!r} matches no parameter; the expression must match the whole "
-                    f"name, such as {candidates[0].name if candidates else 'encoder.layer.0.weight'!r}"
-                )
+        rules = [
+            (_compile("select", expression), None)
+            if rule is None
+            else (_compile("select", expression, candidates), Pattern.parse(rule))
+            for expression, rule in select.items()
+        ]
 
         def rule_by_name(candidate: _Candidate) -> tuple[Pattern | None, str]:
             for expression, rule in rules:
                 if any(expression.fullmatch(name) for name in candidate.names):
-                    if rule is None:
-                        return None, f"left dense by select rule {expression.pattern!r}"
-                    return Pattern.parse(rule), ""
+                    return rule, "" if rule is not None else f"left dense by select rule {expression.pattern!r}"
             return None, "no select rule matches"
 
         return rule_by_name
@@ -367,6 +402,20 @@ def _explicit_rules(select: Select, candidates: list[_Candidate]) -> RuleOf:
     return rule_by_call
 
 
+def _compile(kind: str, expression: str, candidates: list[_Candidate] | None = None) -> re.Pattern[str]:
+    """Compile the expression of a rule, which has to match one of the candidates, if they are given."""
+    try:
+        compiled = re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{kind} rule {expression!r} is no regular expression: {error}") from None
+    if candidates is not None and not any(compiled.fullmatch(name) for c in candidates for name in c.names):
+        raise ValueError(
+            f"{kind} rule {expression!r} matches no parameter; the expression must match the whole name, such as "
+            f"{candidates[0].name if candidates else 'encoder.layer.0.weight'!r}"
+        )
+    return compiled
+
+
 def _is_embedding(name: str, owner: nn.Module | None) -> bool:
     if owner is not None:
         return isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
@@ -378,13 +427,15 @@ def _is_conv1d(owner: nn.Module | None) -> bool:
     return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(owner).__mro__)
 
 
-def _grouped_dim(candidate: _Candidate, candidates: list[_Candidate], dims: Mapping[str, int] | None) -> int:
+def _grouped_dim(
+    candidate: _Candidate, candidates: list[_Candidate], dim_rules: list[tuple[re.Pattern[str], int]]
+) -> int:
     ndim = candidate.param.ndim
-    for expression, dim in (dims or {}).items():
-        if any(re.fullmatch(expression, name) for name in candidate.names):
+    for expression, dim in dim_rules:
+        if any(expression.fullmatch(name) for name in candidate.names):
             if not -ndim <= dim < ndim:
                 raise ValueError(
-                    f"dims rule {expression!r} gives dimension {dim} to {candidate.name!r} of shape "
+                    f"dims rule {expression.pattern!r} gives dimension {dim} to {candidate.name!r} of shape "
                     f"{tuple(candidate.param.shape)}; allowed are {-ndim} to {ndim - 1}"
                 )
             return dim % ndim
@@ -399,24 +450,59 @@ def _grouped_dim(candidate: _Candidate, candidates: list[_Candidate], dims: Mapp
 
 def _input_dim(name: str, owner: nn.Module | None, param: Tensor, candidates: list[_Candidate]) -> int:
     """The dimension of ``param`` along which the inputs run, as its module computes."""
-    if owner is None:
+    if owner is None and param.ndim == 2:
         return 0 if _named_conv1d(name, candidates) else -1
+    if owner is None and param.ndim > 3:
+        return 1  # the weight of a convolution
     if _is_conv1d(owner) or isinstance(owner, nn.modules.conv._ConvTransposeNd):
         return 0
     if isinstance(owner, nn.modules.conv._ConvNd):
         return 1
-    if param.ndim == 3 and getattr(owner, "is_transposed", False):
-        return 1  # transformers' fused experts stored as (experts, input, output)
+    if param.ndim == 3 and _experts_transposed(name, owner, candidates):
+        return 1
     return -1
 
 
+def _experts_transposed(name: str, owner: nn.Module | None, candidates: list[_Candidate]) -> bool:
+    """Whether transformers' fused experts are stored as (experts, input, output): GPT-OSS, Llama 4."""
+    parent = name.rpartition(".")[0]
+    shapes = {c.name: tuple(c.param.shape) for c in candidates if c.param.ndim == 3}
+    up, down = shapes.get(f"{parent}.gate_up_proj"), shapes.get(f"{parent}.down_proj")
+    if up is not None and down is not None:
+        return up[1:] == (down[2], 2 * down[1])
+    return getattr(owner, "is_transposed", False)
+
+
 def _named_conv1d(name: str, candidates: list[_Candidate]) -> bool:
-    if _CONV1D_NAMES.isdisjoint(name.split(".")[-2:-1]):
+    """Whether a weight with a name of the GPT-2 family is a Conv1D's, as (input, output), and not a Linear's.
+
+    A bias is as long as the output is wide. Without biases the output of c_attn (query, key and value) is wider than
+    its input, and so most often that of c_fc. Square weights go with the nearest other one.
+    """
+    parent = name.rpartition(".")[0]
+    if _leaf(parent) not in _CONV1D_NAMES:
         return False
-    wide = [
-        c.param.shape for c in candidates if c.param.ndim == 2 and not _CONV1D_WIDE.isdisjoint(c.name.split(".")[-2:-1])
-    ]
-    return any(rows < columns for rows, columns in wide)
+    shapes = {c.name: tuple(c.param.shape) for c in candidates}
+    oblong = {
+        module: shape
+        for module, shape in ((key.removesuffix(".weight"), shape) for key, shape in shapes.items())
+        if _leaf(module) in _CONV1D_NAMES and len(shape) == 2 and shape[0] != shape[1]
+    }
+    by_bias = {m: shapes[f"{m}.bias"] == shape[1:] for m, shape in oblong.items() if f"{m}.bias" in shapes}
+    by_attention = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_attn"}
+    by_mlp = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_fc"}
+    evidence = by_bias or by_attention or by_mlp
+    nearest = max(evidence, key=lambda module: _common_parts(module, parent), default=None)
+    return nearest is not None and evidence[nearest]
+
+
+def _common_parts(a: str, b: str) -> int:
+    pairs = zip(a.split("."), b.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _leaf(module_name: str) -> str:
+    return module_name.rpartition(".")[2]
 
 
 def _ineligible(
@@ -428,6 +514,8 @@ def _ineligible(
         return f"its layout is {param.layout}", "convert it with .to_dense()"
     if not param.is_floating_point():
         return f"its dtype is {param.dtype} (quantised)", "prune before quantising"
+    if trainable and param.dtype not in TRAINABLE_DTYPES:
+        return f"its dtype is {param.dtype}, in which nothing can be trained", "train in bfloat16 or wider"
     if trainable and not param.requires_grad:
         return "it is frozen (requires_grad=False)", "unfreeze it"
     if held is not None and id(param) not in held:

@@ -18,7 +18,7 @@ from ._sharding import is_sharded, local, reduce_sums
 from ._table import format_table
 from .pattern import Pattern
 from .projection import by_group
-from .selection import Select, Selection, SkippedWeight, select_weights
+from .selection import Select, Selection, SkippedWeight, named_tensors, select_weights
 
 __all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "verify"]
 
@@ -138,8 +138,8 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
     Raises:
         FileNotFoundError: nothing at that path.
         TypeError: the target is of no known kind.
-        ValueError: the target holds no weight to count, a Selection's weight is missing, or the file is no valid
-            safetensors file.
+        ValueError: the target holds no weight to count, a Selection's weight is missing, a file is no valid
+            safetensors file, or two files hold the same weight.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 3.0, 0.0]])
     >>> verify({"layers.0.fc.weight": weight}).weights[0].bad_groups
@@ -204,7 +204,9 @@ def _cover(
 ) -> tuple[Selection, dict[str, Tensor]]:
     """Return which weights of the target to count, and those tensors."""
     if isinstance(pattern, Selection):
-        tensors = dict(named.named_parameters(remove_duplicate=False)) if isinstance(named, nn.Module) else named
+        if not pattern.weights:
+            raise ValueError("the selection names no weight: there is nothing to verify")
+        tensors = named_tensors(named)
         found = {}
         for weight in pattern:
             name = next((name for name in (weight.name, *weight.aliases) if name in tensors), None)
@@ -217,7 +219,7 @@ def _cover(
             found[weight.name] = tensors[name]
         return pattern, found
     if pattern is None or isinstance(pattern, (str, Pattern)):
-        return select_weights(named, pattern or "2:4", ineligible="skip", trainable=False)
+        return select_weights(named, "2:4" if pattern is None else pattern, ineligible="skip", trainable=False)
     return select_weights(named, select=pattern, ineligible="skip", trainable=False)
 
 
@@ -233,6 +235,8 @@ def _open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Tensor], Callab
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
         handles[file] = handle
         for name in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+            if name in files:
+                raise ValueError(f"{files[name]} and {file} both hold {name!r}; name the file to verify")
             files[name] = file
             view = handle.get_slice(name)
             floating = str(view.get_dtype()).startswith(("F", "BF"))
@@ -252,10 +256,14 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise FileNotFoundError(f"nothing to verify at {path}")
-    index = path / "model.safetensors.index.json"
+    # In the order of transformers' from_pretrained, which leaves the index of an earlier save unread.
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
-            return sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return sorted({path / file for file in weight_map.values()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} is not a readable index of safetensors files: {error!r}") from error
     files = sorted(path.glob("*.safetensors"))

@@ -43,12 +43,19 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["falls from 1.0 to", "at step 5", "dual_start=None"],
     ),
-    "update interval of zero": ({"update_every": 0}, ValueError, ["0", "at least 1"]),
+    "update interval of zero": ({"update_every": 0}, ValueError, ["update_every=0", "at least 1"]),
     "update interval of another type": ({"update_every": 2.5}, TypeError, ["2.5", "int or a schedule"]),
     "no steps": ({"total_steps": 0}, ValueError, ["total_steps=0", "at least 1"]),
     "steps of another type": ({"total_steps": 1e3}, TypeError, ["1000.0", "int"]),
     "freeze before the first step": ({"freeze_at": 0}, ValueError, ["freeze_at=0", "at least 1"]),
+    "freeze beyond the end": ({"total_steps": 20, "freeze_at": 21}, ValueError, ["freeze_at=21", "total_steps=20"]),
+    "interval beyond the freeze": (
+        {"total_steps": 100, "update_every": 80},
+        ValueError,
+        ["update_every=80", "65 steps", "shorter interval"],
+    ),
     "state dtype not floating": ({"state_dtype": torch.int8}, ValueError, ["torch.int8", "torch.bfloat16"]),
+    "tolerance of another type": ({"residual_tolerance": "a"}, ValueError, ["'a'", "above 0"]),
     "tolerance of zero": ({"residual_tolerance": 0.0}, ValueError, ["residual_tolerance=0.0", "above 0"]),
     "unknown treatment of the ineligible": ({"ineligible": "warn"}, ValueError, ["'warn'", '"error"', '"skip"']),
     "select of another type": ({"select": "2:4"}, TypeError, ["select", "mapping"]),
@@ -80,9 +87,14 @@ def sparse(net: Net) -> None:
     net.blocks[1].down.weight = nn.Parameter(torch.eye(8, 16).to_sparse())
 
 
+def eight_bits(net: Net) -> None:
+    net.blocks[1].down.weight = nn.Parameter(torch.zeros(8, 16).to(torch.float8_e4m3fn))
+
+
 INELIGIBLE: dict[str, tuple[Callable[[Net], None], str, str]] = {
     "frozen": (frozen, "requires_grad=False", "unfreeze it"),
     "quantised": (quantised, "torch.int8 (quantised)", "prune before quantising"),
+    "8-bit float": (eight_bits, "torch.float8_e4m3fn", "bfloat16"),
     "sparse": (sparse, "torch.sparse_coo", "to_dense"),
 }
 
@@ -149,6 +161,15 @@ def test_wrapping_what_accelerate_has_prepared_is_refused_with_the_right_order()
     both = accelerator.prepare(admm(net))
     with pytest.raises(TypeError, match="already wrapped"):
         ADMMNxM(both, net)
+
+
+def test_optimizer_that_keeps_its_state_on_one_rank_is_refused() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        pass
+
+    net = make_net()
+    with pytest.raises(TypeError, match=r"one rank only.*FSDP2"):
+        ADMMNxM(ZeroRedundancyOptimizer(net.parameters(), lr=0.1), net)
 
 
 @pytest.mark.parametrize(

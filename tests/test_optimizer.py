@@ -253,7 +253,11 @@ def test_warning_survives_a_resume_in_the_frozen_phase() -> None:
     resumed_net = make_net()
     resumed = admm(resumed_net, rho=1e-6, total_steps=20)
     resumed_net.load_state_dict(net.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.warns(ConvergenceWarning) as caught:  # a run may end without finalize(): saving says so, once
+        state = optimizer.state_dict()
+    assert [warning.filename for warning in caught] == [__file__]
+    optimizer.state_dict()
+    resumed.load_state_dict(state)
     with pytest.warns(ConvergenceWarning):
         resumed.finalize()
 
@@ -472,3 +476,158 @@ def test_several_parameter_groups_and_constant_schedule() -> None:
 def test_plan_is_the_one_that_was_asked_for() -> None:
     rho, updates = Constant(0.5), Every(7)
     assert admm(make_net(), rho=rho, update_every=updates, freeze_at=9).plan == Plan(rho, updates, 9)
+
+
+# ---------------------------------------------------------------- weights that come from elsewhere, or stand still
+
+
+@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+def test_defaults_finish_the_job_in_both_forms_where_there_is_time(penalty: str) -> None:
+    net = make_net()
+    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-3), net, penalty=penalty, total_steps=600)
+    train(net, optimizer, 600)
+    assert optimizer.finalize().ok  # a ConvergenceWarning would be an error here
+
+
+def test_weights_loaded_while_projected_stay_and_start_anew() -> None:
+    """Trainer loads its best model after an evaluation: finalize must ship that one."""
+    net, best = make_net(), make_net(seed=5)
+    with torch.no_grad():
+        for w in (m.weight for m in best.blocks.modules() if isinstance(m, nn.Linear)):
+            w.copy_(project(w, "1:4"))
+    optimizer = admm(net, rho=0.1, update_every=Every(3))
+    train(net, optimizer, 10)
+    optimizer.eval()
+    net.load_state_dict(best.state_dict())
+    optimizer.train()
+    assert_same_weights(net, best)
+    assert not optimizer.dual("blocks.0.up.weight").any()
+    optimizer.finalize()  # nothing is left to project, and so nothing to warn of
+    assert_same_weights(net, best)
+
+
+def test_only_the_weights_that_were_changed_while_projected_stay() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.1, update_every=Every(3))
+    train(net, optimizer, 10)
+    before = weights_of(net)
+    with optimizer.projected(), torch.no_grad():
+        net.blocks[0].up.weight.fill_(2.0)
+    assert torch.equal(net.blocks[0].up.weight, torch.full((16, 8), 2.0))
+    before.pop("blocks.0.up.weight")
+    assert_same_weights({name: w for name, w in weights_of(net).items() if name in before}, before)
+
+
+def test_dense_weights_loaded_after_the_freeze_are_projected_and_announced() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 20)
+    dense = make_net(seed=5)
+    net.load_state_dict(dense.state_dict())
+    with pytest.warns(ConvergenceWarning):
+        assert optimizer.finalize().ok
+    for name, mask in optimizer.masks().items():
+        assert torch.equal(net.get_parameter(name), project(dense.get_parameter(name), "1:4"))
+        assert torch.equal(mask, keep_mask(dense.get_parameter(name), "1:4"))
+    train(net, optimizer, 2)
+    assert optimizer.finalize().ok
+
+
+def test_feasible_weights_loaded_after_the_freeze_bring_their_mask() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 20)
+    best = make_net(seed=5)
+    with torch.no_grad():
+        for name in optimizer.masks():
+            best.get_parameter(name).copy_(project(best.get_parameter(name), "1:4"))
+    net.load_state_dict(best.state_dict())
+    assert optimizer.finalize().ok
+    assert_same_weights(net, best)
+    for name, mask in optimizer.masks().items():
+        assert torch.equal(mask, best.get_parameter(name) != 0)
+
+
+def test_masks_are_copies() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 20)
+    for mask in optimizer.masks().values():
+        mask.fill_(True)
+    train(net, optimizer, 2)
+    assert optimizer.finalize().ok
+
+
+def test_finalize_refused_in_evaluation_mode_changes_nothing() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.1)
+    train(net, optimizer, 5)
+    with torch.no_grad():
+        net.blocks[0].up.weight[0, 0] = float("nan")
+    optimizer.eval()
+    before = weights_of(net)
+    with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight"):
+        optimizer.finalize()
+    assert_same_weights(net, before)
+
+
+def test_nan_that_appears_after_finalize_is_named_by_the_next() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 20)
+    optimizer.finalize()
+    with torch.no_grad():
+        net.blocks[1].up.weight[optimizer.masks()["blocks.1.up.weight"]] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks\.1\.up\.weight"):
+        optimizer.finalize()
+
+
+def test_state_of_a_weight_that_stands_still_moves_only_with_rho() -> None:
+    net = make_net()
+    still = net.blocks[0].up.weight
+    optimizer = admm(net, rho=lambda step: 0.01 * (1 + step), update_every=Every(2))
+    train(net, optimizer, 8)
+    z, u, rho = optimizer.auxiliary("blocks.0.up.weight"), optimizer.dual("blocks.0.up.weight"), optimizer.rho
+    mask = optimizer.masks()["blocks.0.up.weight"]
+    assert u.any()
+    for x in batches(10, 8):
+        loss_of(net, x).backward()
+        still.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.rho > rho
+    assert torch.equal(optimizer.auxiliary("blocks.0.up.weight"), z)
+    assert torch.equal(optimizer.masks()["blocks.0.up.weight"], mask)
+    torch.testing.assert_close(optimizer.dual("blocks.0.up.weight") * optimizer.rho, u * rho)
+
+
+def test_one_failed_weight_among_many_is_announced_by_name() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleList(nn.Sequential(nn.Linear(64, 64, bias=False)) for _ in range(80))
+    net.append(nn.Sequential(nn.Linear(4, 4, bias=False)))
+    optimizer = ADMMNxM(torch.optim.SGD(net.parameters(), lr=0.1), net, total_steps=40)
+    for _ in range(40):
+        for w in list(net.parameters())[:-1]:
+            w.grad = torch.zeros_like(w)
+        optimizer.step()
+    with pytest.warns(ConvergenceWarning, match=r"by [01]\.\d% of.*'80\.0\.weight', by [3-6]\d\.\d%.*no gradient"):
+        assert optimizer.finalize().ok
+    assert optimizer.param_groups[0]["admm_freeze_residual"] < 0.02
+
+
+def test_hyperparameters_of_the_constrained_phase_fit_a_given_freeze() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=100, freeze_at=30, update_every=7)
+    train(net, optimizer, 100)
+    assert optimizer.param_groups[0]["admm_frozen_at"] == 30
+    assert optimizer.rho == 100.0
+    assert optimizer.finalize().ok
+
+
+def test_patched_step_of_the_inner_optimizer_is_called() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    calls, original = [], optimizer.inner.step
+    optimizer.inner.step = lambda: calls.append(original())  # type: ignore[method-assign]
+    train(net, optimizer, 3)
+    assert len(calls) == 3

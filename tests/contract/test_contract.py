@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, Every, project, verify
+from admm_nxm import ADMMNxM, ConvergenceWarning, Every, Rise, project, verify
 from tests.helpers import (
     TORCH_OPTIMIZERS,
     Factory,
@@ -278,7 +278,7 @@ def save_and_load(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@every_inner
+@every_inner_and_outside
 @pytest.mark.parametrize("stop", [0, 1, 6, 13, 17])
 def test_c06_interrupted_and_resumed_equals_uninterrupted(factory: Factory, stop: int) -> None:
     def fresh() -> tuple[nn.Module, ADMMNxM]:
@@ -402,6 +402,8 @@ def test_c06_loading_does_not_change_or_share_what_was_passed() -> None:
 
 
 BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "other pattern, not frozen": ({"pattern": "2:4"}, 6, "another selection, pattern or grouped dimension"),
+    "longer schedule": ({"total_steps": 40}, 12, r"rho = .* at step 12.*total_steps=40.*freeze_at"),
     "other pattern": ({"pattern": "2:4"}, 18, "pattern 2:4"),
     "another selection": ({"select": {r"blocks\.0\..*weight": "1:4"}}, 6, "2 parameters that are not selected"),
     "more selected": ({"select": {r".*\.weight": "1:4"}}, 6, "no admm_consensus for weight 'head.weight'"),
@@ -415,11 +417,20 @@ def test_c06_checkpoint_that_does_not_fit_is_refused_and_nothing_is_loaded(
     net = make_net()
     optimizer = admm(net, total_steps=20)
     train(net, optimizer, steps)
-    other = admm(make_net(), total_steps=20, **options)
+    other = admm(make_net(), **{"total_steps": 20, **options})
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
     assert other.param_groups[0]["admm_step"] == 0
+
+
+def test_c06_more_selected_weights_are_noticed_without_inner_state() -> None:
+    net = make_net()
+    optimizer = admm(net, TORCH_OPTIMIZERS["SGD-single"], total_steps=20)
+    train(net, optimizer, 6)
+    other = admm(make_net(), TORCH_OPTIMIZERS["SGD-single"], total_steps=20, select={r".*\.weight": "1:4"})
+    with pytest.raises(ValueError, match="another selection"):
+        other.load_state_dict(optimizer.state_dict())
 
 
 def test_c06_wrong_shape_and_mask_cast_by_an_in_place_loader_are_refused() -> None:
@@ -816,6 +827,13 @@ def test_c13_zero_rho_is_the_inner_optimizer_bit_for_bit(factory: Factory, penal
     train(net, optimizer, 25)
     assert_same_weights(net, plain_net)
     assert optimizer.phase == "dense"
+
+
+def test_c13_schedule_that_is_zero_throughout_is_the_inner_optimizer_too() -> None:
+    plain_net, net = make_net(), make_net()
+    train(plain_net, torch.optim.AdamW(plain_net.parameters(), lr=1e-2), 25)
+    train(net, admm(net, rho=Rise(0.0), total_steps=20), 25)
+    assert_same_weights(net, plain_net)
 
 
 # ---------------------------------------------------------------- 14: no waiting for the device
