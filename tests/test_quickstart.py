@@ -149,7 +149,7 @@ def test_whole_run(quickstart, arguments, tmp_path, monkeypatch, capsys, pattern
     assert all(line.startswith((f"{spelled}  :", "dense:")) for line in lines)
     assert "loss" in err
     assert "primal residual" in err
-    assert {"dense", "constrained", "frozen"} == set(re.findall(r"primal residual [\d.]+, (\w+)", err))
+    assert {"dense", "constrained", "frozen"} == set(re.findall(r"primal residual [-\d.e]+, (\w+)", err))
 
 
 def test_the_saved_folder_loads_and_scores_as_printed(quickstart, arguments, capsys):

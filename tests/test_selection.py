@@ -340,6 +340,13 @@ def test_fused_experts_asked_for_are_grouped_along_their_inputs(architecture: st
     assert dims_of(by_names) == dims_of(selection)
 
 
+@pytest.mark.parametrize("source", ["module", "pairs"])
+def test_other_weights_of_three_dimensions_are_grouped_along_the_last(source: str) -> None:
+    model = nn.Bilinear(4, 8, 12)
+    model = model if source == "module" else model.named_parameters()
+    assert dims_of(chosen(model, select={"weight": "2:4"})) == {"weight": 2}
+
+
 def test_experts_that_say_they_are_transposed_are_believed() -> None:
     class Experts(nn.Module):
         def __init__(self, is_transposed: bool) -> None:
@@ -743,6 +750,11 @@ def test_parameters_that_lost_their_shape_are_refused_with_the_way_out(
     with pytest.raises(ValueError, match=r"'blocks\.0\.up\.weight' is a .* Shard with FSDP2") as caught:
         select_weights(net, ineligible=ineligible)  # type: ignore[arg-type]
     assert kind in str(caught.value)
+
+
+def test_a_packed_weight_of_integers_is_no_flattened_one() -> None:
+    selection = chosen(replaced(torch.ones(64, dtype=torch.uint8)))
+    assert reasons_of(selection)["blocks.0.up.weight"] == "not a matrix"
 
 
 def test_flat_parameters_are_refused_by_names_too() -> None:
