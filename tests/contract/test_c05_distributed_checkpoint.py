@@ -25,7 +25,7 @@ from admm_nxm import ADMMNxM
 from tests.helpers import TORCH_OPTIMIZERS, Factory, admm, assert_same_weights, make_net, train, weights_of
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning",
+    "ignore:torch.distributed is .*unavailable or uninitialized:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
     "ignore::FutureWarning:torch.distributed",
 )
