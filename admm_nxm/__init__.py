@@ -18,6 +18,7 @@ from ._version import __version__
 from .optimizer import ADMMNxM, ConvergenceWarning, Residuals, WeightResidual
 from .pattern import Pattern
 from .projection import keep_mask, project
+from .saliency import Curvature, Saliency
 from .schedules import Constant, Every, Ramp, Rise, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
 from .sparsity import SparsityReport, SparsityViolation, WeightReport, verify
@@ -26,11 +27,13 @@ __all__ = [
     "ADMMNxM",
     "Constant",
     "ConvergenceWarning",
+    "Curvature",
     "Every",
     "Pattern",
     "Ramp",
     "Residuals",
     "Rise",
+    "Saliency",
     "SelectedWeight",
     "Selection",
     "SkippedWeight",

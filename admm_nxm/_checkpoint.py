@@ -66,13 +66,14 @@ def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[st
     return {**state_dict, "state": inner_state}, own, stepped
 
 
-def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int, int]]) -> int:
+def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int, int]], stores: str) -> int:
     """Return a number that tells one selection from another: which parameters, with which pattern, along which
-    dimension. v means something else under another pattern, and its shape does not show it."""
+    dimension, and what is stored for each. The state means something else under another pattern, and its shape does
+    not show it."""
     facts = [
         (place, w.shape, w.pattern.keep, w.pattern.group, w.dim) for w, place in zip(selection, places, strict=True)
     ]
-    return zlib.crc32(repr(facts).encode())
+    return zlib.crc32(f"{facts!r} {stores}".encode())
 
 
 def check_entry(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from . import consensus as admm
 from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, fingerprint, split
 from ._inner import check_inner, has_no_effect, raw_step, share_step_hooks
 from ._sharding import check_sharding, local, reduce_sums, wrap_like
+from .forms import FORMS, Form
 from .kernels import backend_for
 from .pattern import Pattern
 from .projection import keep_mask, project
 from .residuals import Residuals, WeightResidual, ratio
-from .schedules import Penalty, Plan, Schedule, Update, UpdateSchedule, make_plan, next_rho
+from .saliency import Curvature, Saliency
+from .schedules import Every, Penalty, Plan, Schedule, Update, UpdateSchedule, check_update, make_plan, next_rho
 from .selection import TRAINABLE_DTYPES, Ineligible, Select, SelectedWeight, Selection, select_weights
 from .sparsity import SparsityReport, check_weights
 
@@ -67,8 +69,8 @@ class ADMMNxM(Optimizer):
 
     The loop stays as it was; at its end :meth:`finalize` makes the weights satisfy the pattern exactly. With
     ``total_steps`` the run goes through its phases by itself: a short dense start, a constrained phase in which the
-    penalty rises and z (later u) moves, and from 70 % of the steps a frozen mask under which the kept weights are
-    fine-tuned.
+    penalty rises and z moves, and from 90 % of the steps a frozen mask under which the kept weights are fine-tuned.
+    :meth:`paper` builds the form of the paper.
 
     The state is one buffer per prunable weight. It is created in the first step and lives in the inner optimizer's
     state, so checkpoints, ``deepcopy`` and sharding treat it like a momentum.
@@ -77,16 +79,22 @@ class ADMMNxM(Optimizer):
         optimizer: the inner optimizer, any ``torch.optim.Optimizer`` whose ``step()`` works without a closure.
         model: the module, or its ``named_parameters()``.
         pattern: pattern of the default selection rules, such as ``"2:4"`` or ``Pattern(2, 4)``.
-        penalty: ``"proximal"`` moves w toward v by ``rho / (1 + rho)`` after each inner step, whatever the learning
-            rate (rho is dimensionless). ``"gradient"`` adds ``rho * (w - v)`` to the gradient, as in the paper (rho in
-            units of the loss per squared weight); optimizers that bound a weight's travel per step, such as Adam,
-            then need many steps to bring weights to zero.
+        penalty: ``"lazy"`` evaluates the model at the proximal point, w moved toward z by ``rho / (1 + rho)`` (rho is
+            dimensionless), and lets w itself be: pruned weights fade out of the model, keep learning, and may come
+            back. The parameters hold that point between steps. ``"proximal"`` moves w itself after each inner step.
+            ``"gradient"`` adds ``rho * (w - v)`` to the gradient, as in the paper (rho in units of the loss per
+            squared weight); optimizers that bound a weight's travel per step, such as Adam, then need many steps to
+            bring weights to zero.
         rho: penalty, a number or a schedule (step -> rho, read whenever z moves); by default it rises.
-        update_every: steps between two z/u updates, or a schedule (step -> Update); by default at most 10. The dual
-            is used late in the default plan only; ``Every(interval)`` uses it from the beginning.
+        saliency: what the mask ranks by. ``"curvature"`` (the default of the lazy form) weighs magnitudes by the inner
+            optimizer's second moment, see :class:`Curvature`; ``"magnitude"`` does not; or a callable. The other
+            forms read the mask off the consensus and know magnitude only.
+        update_every: steps between two z/u updates, or a schedule (step -> Update); by default at most 10.
+            ``Every(interval)`` uses the dual from the beginning; the lazy form has none, the default plan of the
+            proximal form uses it late.
         total_steps: number of optimizer steps of the whole run, frozen phase included. None: the penalty rises until
             :meth:`finalize` is called.
-        freeze_at: number of steps after which the mask freezes; by default 70 % of ``total_steps``.
+        freeze_at: number of steps after which the mask freezes; by default 90 % of ``total_steps`` (70 % unless lazy).
         select: rules that replace the default selection: a mapping from regular expressions (whole parameter name,
             first match wins) to a Pattern, its spelling or None (leave dense), or a callable ``(name, module)``.
         dims: regular expression -> grouped dimension, where the module's input dimension is not the one.
@@ -111,6 +119,7 @@ class ADMMNxM(Optimizer):
     """The schedules in force."""
 
     penalty: Penalty
+    saliency: Saliency | None
     total_steps: int | None
     state_dtype: torch.dtype | None
     residual_tolerance: float
@@ -126,8 +135,9 @@ class ADMMNxM(Optimizer):
         model: nn.Module | Iterable[tuple[str, Tensor]],
         *,
         pattern: Pattern | str = "2:4",
-        penalty: Penalty = "proximal",
+        penalty: Penalty = "lazy",
         rho: float | Schedule | None = None,
+        saliency: Saliency | Literal["curvature", "magnitude"] | None = None,
         update_every: int | UpdateSchedule | None = None,
         total_steps: int | None = None,
         freeze_at: int | None = None,
@@ -138,13 +148,15 @@ class ADMMNxM(Optimizer):
         residual_tolerance: float = 0.02,
     ) -> None:
         check_inner(optimizer, ADMMNxM)
-        if penalty not in ("proximal", "gradient"):
-            raise ValueError(f'penalty={penalty!r} must be "proximal" or "gradient"')
+        if penalty not in FORMS:
+            allowed = ", ".join(f'"{name}"' for name in FORMS)
+            raise ValueError(f"penalty={penalty!r} must be one of {allowed}")
         if state_dtype is not None and state_dtype not in TRAINABLE_DTYPES:
             allowed = ", ".join(map(str, TRAINABLE_DTYPES))
             raise ValueError(f"state_dtype={state_dtype!r} must be one of {allowed}, or None for the weights' own")
         if not isinstance(residual_tolerance, (int, float)) or not residual_tolerance > 0:
             raise ValueError(f"residual_tolerance={residual_tolerance!r} must be above 0: a share of the weights' norm")
+        ranking = _saliency_of(saliency, penalty)
         plan = make_plan(penalty, total_steps, rho, update_every, freeze_at)
         places = {
             id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
@@ -160,6 +172,7 @@ class ADMMNxM(Optimizer):
                 "selection": selection,
                 "plan": plan,
                 "penalty": penalty,
+                "saliency": ranking,
                 "total_steps": total_steps,
                 "state_dtype": state_dtype,
                 "residual_tolerance": float(residual_tolerance),
@@ -172,7 +185,56 @@ class ADMMNxM(Optimizer):
             }
         )
         self._set(**{key: self._get(key) for key in COUNTERS})
-        self._set(admm_selection=fingerprint(selection, self._places))
+        self._set(admm_selection=self._fingerprint())
+
+    @classmethod
+    def paper(
+        cls,
+        optimizer: Optimizer,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        *,
+        total_steps: int,
+        rho: float | Schedule = 1e-2,
+        update_every: int | UpdateSchedule | None = None,
+        **options: Any,
+    ) -> ADMMNxM:
+        """Build the optimizer in the paper's form: the penalty in the gradient, a constant rho, the dual from the start.
+
+        The last 30 % of the run fine-tune the kept weights under the frozen mask; ``freeze_at=total_steps`` leaves
+        that out.
+
+        Args:
+            optimizer: the inner optimizer.
+            model: the module, or its ``named_parameters()``.
+            total_steps: number of optimizer steps of the whole run.
+            rho: penalty, in units of the loss per squared weight; it wants tuning, by factors of 10.
+            update_every: steps between two z/u updates; by default a fifteenth of the run.
+            options: further arguments of :class:`ADMMNxM`, ``penalty`` and ``saliency`` excepted.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            TypeError, ValueError: as for :class:`ADMMNxM`.
+
+        Source: Holmes, Zhang, He, Wu, NxMTransformer (arXiv 2110.15766), algorithm 1.
+        """
+        fixed = sorted({"penalty", "saliency"} & options.keys())
+        if fixed:
+            raise TypeError(f"{', '.join(fixed)} cannot be set in the paper's form; call ADMMNxM(...) instead")
+        if update_every is None:
+            update_every = max(1, total_steps // 15) if isinstance(total_steps, int) else 1
+        if isinstance(update_every, int) and not isinstance(update_every, bool) and update_every > 0:
+            update_every = Every(update_every)
+        return cls(
+            optimizer,
+            model,
+            penalty="gradient",
+            rho=rho,
+            update_every=update_every,
+            total_steps=total_steps,
+            **options,
+        )
 
     # ------------------------------------------------------------------ the contract of torch.optim.Optimizer
 
@@ -260,22 +322,24 @@ class ADMMNxM(Optimizer):
             self._set(admm_rho=next_rho(self.plan, 0, 0.0, False))
         rho = self._get("admm_rho")
         active = self._active()
+        alike = _alike(active)
         # w-step: the inner optimizer on f(w) + rho/2 * ||w - z + u||^2
-        if rho > 0 and self.penalty == "gradient":
-            for (device, maximize), group in _alike(active).items():
-                g, w, v = [b.g for b, _ in group], [b.w for b, _ in group], [v for _, v in group]
-                backend_for(device).add_penalty(g, w, v, -rho if maximize else rho)
+        for (device, maximize), (bounds, states) in alike.items():
+            gradients, weights = [b.g for b in bounds], [b.w for b in bounds]
+            self._form.before(backend_for(device), gradients, weights, states, rho, maximize)
         raw_step(self.inner)
         self._store(active)
-        if rho > 0 and self.penalty == "proximal":
-            for (device, _), group in _alike(active).items():
-                backend_for(device).pull([b.w for b, _ in group], [v for _, v in group], rho / (1.0 + rho))
+        for (device, _), (bounds, states) in alike.items():
+            self._form.after(backend_for(device), [b.w for b in bounds], states, rho)
         step = int(self._get("admm_step")) + 1
         self._set(admm_step=step)
         # z-step and u-step
         update = self.plan.updates(step)
         if update is not Update.NONE:
             self._move_consensus(active, update, step)
+        rho = self._get("admm_rho")
+        for (device, _), (bounds, states) in alike.items():
+            self._form.show(backend_for(device), [b.w for b in bounds], states, rho)
         if self.plan.freeze_at is not None and step >= self.plan.freeze_at:
             self._freeze()
 
@@ -299,6 +363,7 @@ class ADMMNxM(Optimizer):
     def _move_consensus(self, active: list[tuple[_Bound, Tensor]], update: Update, step: int) -> None:
         # Only weights that had their w-step: for one that stands still, u would grow by w at each update.
         moved = {bound.spec.name for bound, _ in active}
+        check_update(update, self._form.takes_dual, step)
         with_dual = update is Update.AUXILIARY_AND_DUAL
         in_use = bool(self._get("admm_dual_in_use")) or with_dual
         old = self._get("admm_rho")
@@ -310,11 +375,17 @@ class ADMMNxM(Optimizer):
             if v is None:
                 continue
             if bound.spec.name in moved:
-                self._movement[bound.spec.name] = backend_for(v.device).advance(
-                    bound.w, v, *bound.grouping, with_dual=with_dual, dual_scale=scale
+                self._movement[bound.spec.name] = self._form.advance(
+                    backend_for(v.device),
+                    bound.w,
+                    v,
+                    *bound.grouping,
+                    factor=self._factor(bound),
+                    with_dual=with_dual,
+                    dual_scale=scale,
                 )
             elif in_use and scale != 1.0:
-                admm.rescale(v, *bound.grouping, scale)
+                self._form.rescale(v, *bound.grouping, scale)
         self._set(admm_rho=new, admm_dual_in_use=int(in_use))
 
     def _freeze(self) -> None:
@@ -484,7 +555,7 @@ class ADMMNxM(Optimizer):
         """Return name -> boolean mask of each prunable weight, True = kept, shaped and sharded like the weight."""
         return {
             bound.spec.name: wrap_like(
-                admm.mask(self._consensus_or_initial(bound), *bound.grouping).clone(), bound.param
+                self._form.mask(self._consensus_or_initial(bound), *bound.grouping).clone(), bound.param
             )
             for bound in self._bound()
         }
@@ -503,8 +574,7 @@ class ADMMNxM(Optimizer):
             KeyError: no prunable weight has that name.
         """
         bound = self._find(name)
-        v = self._consensus_or_initial(bound)
-        z = self._projected(bound)[0] if v.dtype == torch.bool else admm.auxiliary(v, *bound.grouping)
+        z = self._form.auxiliary(self._training_weight(bound), self._consensus_or_initial(bound), *bound.grouping)
         return wrap_like(z, bound.param)
 
     @torch.no_grad()
@@ -522,7 +592,7 @@ class ADMMNxM(Optimizer):
         """
         bound = self._find(name)
         v = self._consensus_or_initial(bound)
-        u = torch.zeros_like(bound.w) if v.dtype == torch.bool else admm.dual(v, *bound.grouping)
+        u = torch.zeros_like(bound.w) if v.dtype == torch.bool else self._form.dual(v, *bound.grouping)
         return wrap_like(u, bound.param)
 
     @torch.no_grad()
@@ -538,7 +608,7 @@ class ADMMNxM(Optimizer):
         for bound in bounds:
             v = self._consensus_or_initial(bound)
             w = self._training_weight(bound)
-            z = torch.where(admm.mask(v, *bound.grouping), w if v.dtype == torch.bool else v, torch.zeros_like(v))
+            z = self._form.auxiliary(w, v, *bound.grouping)
             movement = unmeasured.new_zeros(4) if self.frozen else self._movement.get(bound.spec.name, unmeasured)
             rows.append(torch.cat([admm.primal_sums(w, z), movement.to(w.device)]).to(bounds[0].param.device))
         table = reduce_sums(rows, [bound.param for bound in bounds])
@@ -613,7 +683,7 @@ class ADMMNxM(Optimizer):
             if not count:
                 bound.w.copy_(local(self._backup[bound.spec.name]))
             elif v is not None:
-                v.copy_(admm.initial(bound.w, *bound.grouping, v.dtype))
+                v.copy_(self._form.initial(bound.w, *bound.grouping, v.dtype))
         self._backup = None
         self._set(admm_projected=0)
 
@@ -679,11 +749,11 @@ class ADMMNxM(Optimizer):
                 f"the checkpoint has ADMM state for {len(own)} parameters that are not selected here (positions "
                 f"{sorted(own)} in the optimizer); build ADMMNxM with the selection that the checkpoint was made with"
             )
-        mine = fingerprint(self.selection, self._places)
+        mine = self._fingerprint()
         if saved_counters["admm_step"] > 0 and saved_counters["admm_selection"] not in (0, mine):
             raise ValueError(
-                "the checkpoint was made with another selection, pattern or grouped dimension, under which its ADMM "
-                "state means something else; build ADMMNxM as it was built then"
+                "the checkpoint was made with another selection, pattern, grouped dimension or form of the penalty, "
+                "under which its ADMM state means something else; build ADMMNxM as it was built then"
             )
         self._check_plan_goes_on(saved_counters)
         self.inner.load_state_dict(inner_part)
@@ -720,10 +790,17 @@ class ADMMNxM(Optimizer):
         if self.frozen:
             part = part != 0  # loaders that write in place have put the mask into floating-point numbers
         elif part.dtype != dtype:
-            part = admm.recast(part, *bound.grouping, dtype)
+            part = self._form.recast(part, *bound.grouping, dtype)
         return wrap_like(part, bound.param)
 
     # ------------------------------------------------------------------ where things are
+
+    @property
+    def _form(self) -> Form:
+        return FORMS[self.penalty]
+
+    def _fingerprint(self) -> int:
+        return fingerprint(self.selection, self._places, self._form.stores)
 
     def _get(self, key: str) -> int | float:
         value: int | float = self.param_groups[0].get(key, COUNTERS[key])
@@ -761,17 +838,31 @@ class ADMMNxM(Optimizer):
         """The same, or what it would start from: a weight that never had a gradient has not moved since."""
         v = self._consensus(bound)
         if v is None:
-            v = admm.initial(self._training_weight(bound), *bound.grouping, self._dtype_of(bound))
-            if self.frozen:
-                v = admm.mask(v, *bound.grouping)
+            v = self._initial(bound, self._training_weight(bound))
         return v
+
+    def _initial(self, bound: _Bound, weight: Tensor) -> Tensor:
+        """The state that a weight starts from; once frozen, its mask."""
+        state = self._form.initial(weight, *bound.grouping, self._dtype_of(bound))
+        return self._form.mask(state, *bound.grouping) if self.frozen else state
 
     def _training_weight(self, bound: _Bound) -> Tensor:
         backup = None if self._backup is None else self._backup.get(bound.spec.name)
         return bound.w if backup is None else local(backup)
 
     def _projected(self, bound: _Bound) -> tuple[Tensor, Tensor]:
-        return admm.projected(self._training_weight(bound), self._consensus_or_initial(bound), *bound.grouping)
+        weight, state = self._training_weight(bound), self._consensus_or_initial(bound)
+        factor = None if self.frozen else self._factor(bound)
+        return self._form.projected(weight, state, *bound.grouping, factor, self._get("admm_rho"))
+
+    def _factor(self, bound: _Bound) -> Tensor | None:
+        """What the projection ranks by beside the magnitude; None where there is nothing."""
+        if self.saliency is None:
+            return None
+        state = self.inner.state.get(bound.param, {})
+        return self.saliency(
+            {key: local(value) if torch.is_tensor(value) else value for key, value in state.items()}, bound.w.shape
+        )
 
     def _active(self) -> list[tuple[_Bound, Tensor]]:
         """The weights that have a gradient, each with its v (or mask), newly made in its first step."""
@@ -783,9 +874,7 @@ class ADMMNxM(Optimizer):
             v = None if first else self._consensus(bound)
             if v is None:
                 self._check_unchanged(bound)
-                v = admm.initial(bound.w, *bound.grouping, self._dtype_of(bound))
-                if self.frozen:
-                    v = admm.mask(v, *bound.grouping)
+                v = self._initial(bound, bound.w)
             active.append((bound, v))
         return active
 
@@ -816,11 +905,35 @@ class ADMMNxM(Optimizer):
         check_sharding(bound.spec.name, bound.param, bound.spec.dim, bound.spec.pattern.group)
 
 
+def _saliency_of(saliency: object, penalty: Penalty) -> Saliency | None:
+    """Fill in the form's default, and refuse what it cannot rank by; None is magnitude."""
+    possible = FORMS[penalty].takes_saliency
+    if saliency is None:
+        return Curvature() if possible else None
+    if saliency == "magnitude":
+        return None
+    ranking = Curvature() if saliency == "curvature" else saliency
+    if isinstance(ranking, str) or not callable(ranking):
+        raise ValueError(
+            f'saliency={saliency!r} must be "curvature", "magnitude", Curvature(exponent) or a callable '
+            "(state of the inner optimizer, shape) -> factor"
+        )
+    if not possible:
+        raise ValueError(
+            f'saliency={saliency!r} needs penalty="lazy": with penalty="{penalty}" the mask is read off the '
+            'consensus by magnitude; use saliency="magnitude" or leave it out'
+        )
+    ranking_: Saliency = ranking
+    return ranking_
+
+
 def _alike(
     active: list[tuple[_Bound, Tensor]],
-) -> dict[tuple[torch.device, bool], list[tuple[_Bound, Tensor]]]:
-    """Sort weights by device and by the direction in which their group optimises."""
-    groups: dict[tuple[torch.device, bool], list[tuple[_Bound, Tensor]]] = {}
+) -> dict[tuple[torch.device, bool], tuple[list[_Bound], list[Tensor]]]:
+    """Sort weights and their states by device and by the direction in which their group optimises."""
+    groups: dict[tuple[torch.device, bool], tuple[list[_Bound], list[Tensor]]] = {}
     for bound, v in active:
-        groups.setdefault((v.device, bound.maximize), []).append((bound, v))
+        bounds, states = groups.setdefault((v.device, bound.maximize), ([], []))
+        bounds.append(bound)
+        states.append(v)
     return groups

@@ -49,11 +49,11 @@ class ReferenceADMM:
     """Scaled ADMM on one weight, with plain gradient descent as the w-step.
 
     Args:
-        w: weight of any shape, grouped along its last dimension. Read once; the result is in :attr:`w`.
+        weight: of any shape, grouped along its last dimension. Read once; what the model holds is in :attr:`w`.
         pattern: the NxM pattern.
         plan: schedules, as :class:`admm_nxm.ADMMNxM` uses them.
         lr: step size of the gradient descent.
-        penalty: ``"proximal"`` or ``"gradient"``.
+        penalty: ``"lazy"``, ``"proximal"`` or ``"gradient"``.
         state_dtype: dtype of z and u; the weight's own if None.
 
     Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes; NxMTransformer, section 3.2.
@@ -69,6 +69,7 @@ class ReferenceADMM:
     z: list[float] = field(init=False)
     u: list[float] = field(init=False)
     mask: list[bool] | None = field(init=False, default=None)
+    hidden: list[float] = field(init=False)  # lazy: w itself, while ``w`` holds what the model is shown
     steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -78,12 +79,16 @@ class ReferenceADMM:
         self.w = [float(value) for value in self.weight.detach().flatten().tolist()]
         self.z = project_list([round_to(self.narrow, value) for value in self.w], self.pattern)
         self.u = [0.0] * len(self.w)
+        self.kept = keep_list(self.w, self.pattern)  # lazy: the mask of z
+        self.hidden = list(self.w)
         self.rho = float(self.plan.rho(0))
 
     def step(self, gradient: list[float]) -> None:
         """Do one step of gradient descent and whatever the plan says comes after it."""
         frozen = self.mask is not None
         gradient = list(gradient)
+        if self.penalty == "lazy" and not frozen and self.rho > 0:
+            self._reveal()
         for i in range(len(self.w)):
             if self.mask is not None and not self.mask[i]:
                 gradient[i] = 0.0
@@ -100,6 +105,8 @@ class ReferenceADMM:
             for i in range(len(self.w)):
                 self.w[i] = self._r(self.w[i] - kappa * self._to_v(i))
         self.update(self.plan.updates(self.steps))
+        if self.penalty == "lazy":
+            self._show()
         if self.plan.freeze_at is not None and self.steps >= self.plan.freeze_at:
             self.freeze()
 
@@ -108,20 +115,47 @@ class ReferenceADMM:
         if kind is Update.NONE:
             return
         new_rho = float(self.plan.rho(self.steps))
+        if self.penalty == "lazy":
+            self.kept = keep_list(self.w, self.pattern)
+            self.rho = new_rho
+            return
         rescale = self.rho / new_rho if self.rho > 0 and new_rho > 0 else 1.0
         a = self._sum()
         kept = keep_list(a, self.pattern)
         for i in range(len(a)):
             self.z[i] = a[i] if kept[i] else 0.0
             # u = a - z, which is 0 where z = a; written out because inf - inf is not.
-            self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale)
+            self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale, self.narrow)
         self.rho = new_rho
 
     def freeze(self) -> None:
         """W = P(w + u), and its mask from now on."""
+        if self.penalty == "lazy":
+            self._reveal()
+            self.mask = self.kept if self.rho > 0 else keep_list(self.w, self.pattern)
+            self.w = [value if kept else 0.0 for value, kept in zip(self.w, self.mask, strict=True)]
+            return
         wide = [round_to(self.wide, w + u) for w, u in zip(self.w, self.u, strict=True)]
         self.mask = keep_list(self._sum(), self.pattern)
         self.w = [self._r(value) if kept else 0.0 for value, kept in zip(wide, self.mask, strict=True)]
+
+    def _reveal(self) -> None:
+        """Give the pruned places their w back."""
+        for i, kept in enumerate(self.kept):
+            if not kept:
+                self.w[i] = self._r(self.hidden[i])
+
+    def _show(self) -> None:
+        """Keep w aside, and show the model the proximal point between w and z = P(w)."""
+        kappa = self.rho / (1.0 + self.rho)
+        for i, kept in enumerate(self.kept):
+            if kept:
+                self.z[i] = self.w[i]
+                continue
+            self.z[i] = 0.0
+            self.hidden[i] = round_to(self.narrow, self.w[i]) or -0.0
+            if kappa:
+                self.w[i] = self._times(self.w[i], 1.0 - kappa, self.dtype)
 
     def _sum(self) -> list[float]:
         """W + u, in the dtype of z and u."""
@@ -131,10 +165,10 @@ class ReferenceADMM:
         """W - z + u at one place."""
         return round_to(self.wide, self.w[i] - (self.z[i] - self.u[i]))
 
-    def _times(self, value: float, factor: float) -> float:
+    def _times(self, value: float, factor: float, dtype: torch.dtype) -> float:
         """Multiply as torch does a tensor by a Python number: both in float32 for dtypes up to that."""
-        compute = torch.float64 if self.narrow == torch.float64 else torch.float32
-        return round_to(self.narrow, round_to(compute, value * round_to(compute, factor)))
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return round_to(dtype, round_to(compute, value * round_to(compute, factor)))
 
     def _r(self, value: float) -> float:
         return round_to(self.dtype, value)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal, Protocol
+
+from ._checks import at_least
 
 __all__ = [
     "Constant",
@@ -22,10 +23,11 @@ __all__ = [
     "Schedule",
     "Update",
     "UpdateSchedule",
+    "check_update",
     "make_plan",
 ]
 
-Penalty = Literal["proximal", "gradient"]
+Penalty = Literal["lazy", "proximal", "gradient"]
 
 
 class Update(enum.IntEnum):
@@ -52,13 +54,6 @@ class UpdateSchedule(Protocol):
         """Return what moves after step number ``step``."""
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} must be a finite number, at least {low}")
-    if not (math.isfinite(value) and value >= low):
-        raise ValueError(f"{name}={value!r} must be a finite number, at least {low}")
-
-
 def _is_step(name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
@@ -75,7 +70,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _at_least("rho", self.value, 0.0)
+        at_least("rho", self.value, 0.0)
 
     def __call__(self, step: int, /) -> float:  # noqa: ARG002 - the same at every step
         """Return ``value``."""
@@ -102,10 +97,10 @@ class Ramp:
     stop: int
 
     def __post_init__(self) -> None:
-        _at_least("initial", self.initial, 0.0)
+        at_least("initial", self.initial, 0.0)
         if self.initial == 0:
             raise ValueError("initial=0 cannot rise geometrically; choose a small positive rho such as 1e-3")
-        _at_least("final", self.final, self.initial)
+        at_least("final", self.final, self.initial)
         _is_step("start", self.start, 0)
         _is_step("stop", self.stop, self.start)
 
@@ -130,7 +125,7 @@ class Rise:
     rate: float
 
     def __post_init__(self) -> None:
-        _at_least("rate", self.rate, 0.0)
+        at_least("rate", self.rate, 0.0)
 
     def __call__(self, step: int, /) -> float:
         """Return ``rate * (step + 1)``."""
@@ -189,17 +184,22 @@ def default_plan(
 ) -> Plan:
     """Return the schedules that need no tuning.
 
-    With a known length: a short dense start (5 % of the run), then rho rises geometrically until 70 % of it, where the
-    mask freezes; the last 30 % fine-tune the kept weights. In the proximal form the pull is so strong at the end that
-    pruned weights are held at zero whatever the learning rate, so nothing is left to project at the freeze, and the
-    dual joins for the last fifth of the rise, when the mask has settled. In the gradient form nothing guarantees that
-    w has come near z by then, and a dual would only inflate what is to be projected: it stays at zero. Without a known
-    length rho rises for ever, and the dual stays at zero too.
+    With a known length: a short dense start (5 % of the run), then rho rises geometrically until the mask freezes, and
+    the rest of the run fine-tunes the kept weights under it.
+
+    - lazy: rho from 0.03 to 1000 until 90 % of the run. What the model is shown goes from w to z and arrives before
+      the freeze whatever the learning rate, so nothing is left to project.
+    - proximal: rho from 0.001 to 100 until 70 %. The pull is so strong at the end that pruned weights are held at zero
+      whatever the learning rate. The dual joins for the last fifth of the rise, when the mask has settled.
+    - gradient: rho from 0.001 to 10 until 70 %. Nothing guarantees that w has come near z by then, and a dual would
+      only inflate what is to be projected: it stays at zero.
+
+    Without a known length rho rises for ever, and the dual stays at zero.
 
     Args:
         penalty: the form of the penalty, which sets the unit of rho.
         total_steps: number of optimizer steps of the whole run, or None if unknown.
-        freeze_at: number of steps after which the mask freezes, or None for 70 % of the run.
+        freeze_at: number of steps after which the mask freezes, or None for the form's own share of the run.
         interval: steps between two updates, or None for at most 10.
 
     Returns:
@@ -208,14 +208,14 @@ def default_plan(
     Raises:
         ValueError: ``interval`` is longer than the constrained phase.
     """
-    initial, final = (1e-3, 100.0) if penalty == "proximal" else (1e-3, 10.0)
+    default = _DEFAULTS[penalty]
     if freeze_at is not None:
         stop = freeze_at
     elif total_steps is not None:
-        stop = max(1, (total_steps * 7) // 10)
+        stop = max(1, (total_steps * default.constrained) // 100)
     else:
-        return Plan(Rise(initial), Every(10 if interval is None else interval, dual_start=None), None)
-    start = stop // 14
+        return Plan(Rise(default.rise), Every(10 if interval is None else interval, dual_start=None), None)
+    start = stop * 5 // default.constrained
     longest = max(1, stop - start)
     if interval is None:
         interval = min(10, max(1, longest // 20))
@@ -224,13 +224,32 @@ def default_plan(
             f"update_every={interval} is longer than the constrained phase, {longest} steps from step {start} to the "
             f"freeze after step {stop}: z would never move; choose a shorter interval or a longer run"
         )
-    settled = stop - longest // 5 if penalty == "proximal" else None
+    settled = stop - longest // 5 if default.late_dual else None
     return Plan(
         # rho is read only when z moves: the ramp ends early enough for its last value to be in force before the freeze.
-        Ramp(initial, final, start=start, stop=max(start, stop - 2 * interval)),
+        Ramp(default.initial, default.final, start=start, stop=max(start, stop - 2 * interval)),
         Every(interval, start=start, dual_start=settled),
         stop,
     )
+
+
+@dataclass(frozen=True)
+class _Default:
+    """The default plan of one form: rho at both ends, its rise per step where the length is unknown, the share of the
+    run (in percent) until the freeze, and whether the dual joins at the end."""
+
+    initial: float
+    final: float
+    rise: float
+    constrained: int
+    late_dual: bool
+
+
+_DEFAULTS: dict[Penalty, _Default] = {
+    "lazy": _Default(initial=0.03, final=1000.0, rise=0.1, constrained=90, late_dual=False),
+    "proximal": _Default(initial=1e-3, final=100.0, rise=1e-3, constrained=70, late_dual=True),
+    "gradient": _Default(initial=1e-3, final=10.0, rise=1e-3, constrained=70, late_dual=False),
+}
 
 
 def make_plan(
@@ -283,7 +302,7 @@ def make_plan(
             raise TypeError(f"update_every={update_every!r} must be an int or a schedule (step -> Update)")
         plan = replace(plan, updates=update_every)
     # Without a known length the first step still tells a schedule from something else.
-    highest = _rehearse(plan, total_steps or plan.freeze_at or 1)
+    highest = _rehearse(plan, total_steps or plan.freeze_at or 1, takes_dual=penalty != "lazy")
     if highest == 0 and freeze_at is None and total_steps is not None:
         # Without a penalty the run is the inner optimizer's own, bit for bit, until finalize() is called.
         plan = replace(plan, freeze_at=None)
@@ -323,7 +342,32 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
     return value
 
 
-def _rehearse(plan: Plan, total_steps: int) -> float:
+def check_update(update: Update, takes_dual: bool, step: int) -> None:
+    """Refuse what an update schedule cannot ask for.
+
+    Args:
+        update: what the schedule returned.
+        takes_dual: whether the form of the penalty has a dual.
+        step: number of finished steps, for the message.
+
+    Raises:
+        TypeError: not an Update.
+        ValueError: a dual step where the form of the penalty has no dual.
+    """
+    if not isinstance(update, Update):
+        raise TypeError(
+            f"the update schedule returns {update!r} at step {step}; return Update.NONE, Update.AUXILIARY or "
+            "Update.AUXILIARY_AND_DUAL"
+        )
+    if update is Update.AUXILIARY_AND_DUAL and not takes_dual:
+        raise ValueError(
+            f'the update schedule asks for a dual step at step {step}, and penalty="lazy" has no dual: w is not moved '
+            "toward z, and u would grow without end. Leave the dual out with Every(interval, dual_start=None), or use "
+            'penalty="proximal" or penalty="gradient"'
+        )
+
+
+def _rehearse(plan: Plan, total_steps: int, takes_dual: bool) -> float:
     """Walk through the schedules of a whole run, so that a bad value is found before training starts, and return the
     highest rho."""
     highest = rho = next_rho(plan, 0, 0.0, False)
@@ -331,11 +375,7 @@ def _rehearse(plan: Plan, total_steps: int) -> float:
     end = total_steps if plan.freeze_at is None else min(total_steps, plan.freeze_at)
     for step in range(1, end + 1):
         update = plan.updates(step)
-        if not isinstance(update, Update):
-            raise TypeError(
-                f"the update schedule returns {update!r} at step {step}; return Update.NONE, Update.AUXILIARY or "
-                "Update.AUXILIARY_AND_DUAL"
-            )
+        check_update(update, takes_dual, step)
         if update is not Update.NONE:
             dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL
             rho = next_rho(plan, step, rho, dual_in_use)

@@ -31,6 +31,17 @@ class Backend(Protocol):
     ) -> Tensor:
         """The z/u update of one v; returns what :func:`admm_nxm.kernels.eager.advance` returns."""
 
+    def reveal(self, weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
+        """``w = hidden`` off the mask."""
+
+    def conceal(self, weights: Sequence[Tensor], hidden: Sequence[Tensor], fraction: float) -> None:
+        """``hidden = w`` off the mask, then ``w = (1 - fraction) * w`` there."""
+
+    def advance_hidden(
+        self, weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None
+    ) -> Tensor:
+        """The z-step of one hidden state; returns what :func:`admm_nxm.kernels.eager.advance_hidden` returns."""
+
     def keep_only(self, tensor: Tensor, mask: Tensor) -> None:
         """Set to +0.0 whatever the mask does not keep."""
 

@@ -13,7 +13,19 @@ from torch import Tensor
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
 
-__all__ = ["add_penalty", "advance", "keep_only", "pull", "target"]
+__all__ = [
+    "add_penalty",
+    "advance",
+    "advance_hidden",
+    "conceal",
+    "hidden_mask",
+    "hide",
+    "keep_only",
+    "pull",
+    "ranked",
+    "reveal",
+    "target",
+]
 
 
 def add_penalty(
@@ -92,6 +104,88 @@ def advance(
     # A dual of zero is stored as -0.0: only then is u, read as -v, the +0.0 that it is.
     consensus.copy_(_choose(mask, a, -dual))
     return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])
+
+
+def hidden_mask(hidden: Tensor) -> Tensor:
+    """Read the mask off a hidden state: kept places hold +0.0, and nothing else does.
+
+    Args:
+        hidden: the primal weight off the mask, as :func:`hide` stores it.
+
+    Returns:
+        Boolean tensor of the same shape, True = kept.
+    """
+    return hidden.view(INTEGER_OF_SIZE[hidden.element_size()]) == 0
+
+
+def hide(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return w off the mask and +0.0 on it, in ``dtype``.
+
+    A zero off the mask becomes -0.0, or it would pass for a kept place.
+
+    Args:
+        weight: w.
+        mask: boolean, True = kept.
+        dtype: dtype of the state.
+
+    Returns:
+        A new tensor.
+    """
+    w = weight.to(dtype)
+    return _choose(mask, None, torch.where(w == 0, -torch.zeros_like(w), w))
+
+
+def reveal(weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
+    """Put the primal weight back where the model was shown a smaller one: ``w = hidden`` off the mask.
+
+    Args:
+        weights: what the model was evaluated at, changed in place.
+        hidden: the hidden state of each.
+    """
+    for w, h in zip(weights, hidden, strict=True):
+        w.copy_(_choose(hidden_mask(h), w, h.to(w.dtype)))
+
+
+def conceal(weights: Sequence[Tensor], hidden: Sequence[Tensor], fraction: float) -> None:
+    """Store the primal weight off the mask, and leave the proximal point there: ``w = (1 - fraction) * w``.
+
+    Args:
+        weights: w, changed in place off the mask.
+        hidden: the hidden state of each, changed in place; its mask stays.
+        fraction: how far toward the pattern, from 0 (show w) to 1 (show its projection).
+    """
+    for w, h in zip(weights, hidden, strict=True):
+        mask = hidden_mask(h)
+        h.copy_(hide(w, mask, h.dtype))
+        if fraction:
+            w.copy_(_choose(mask, w, w * (1.0 - fraction)))
+
+
+def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+    """Do the z-step of one weight that is brought to the pattern lazily: the mask becomes that of
+    ``|w| * factor``.
+
+    Args:
+        weight: the primal weight w, revealed.
+        hidden: its hidden state, changed in place.
+        pattern: the NxM pattern.
+        dim: the grouped dimension.
+        factor: float32, at least 0, of the weight's shape; None for 1.
+
+    Returns:
+        float32 tensor of 4, as :func:`advance` returns it; z moves where the mask does.
+    """
+    old_mask = hidden_mask(hidden)
+    mask = keep_mask(ranked(weight, factor), pattern, dim)
+    moved = _choose(mask ^ old_mask, weight, None).float().square_().sum()
+    gained = old_mask.logical_not_().logical_and_(mask).sum()
+    hidden.copy_(hide(weight, mask, hidden.dtype))
+    return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])
+
+
+def ranked(weight: Tensor, factor: Tensor | None) -> Tensor:
+    """Return what the mask ranks: ``weight * factor``, or the weight itself."""
+    return weight if factor is None else weight.float() * factor
 
 
 def _choose(mask: Tensor, kept: Tensor | None, other: Tensor | None) -> Tensor:

@@ -1,0 +1,62 @@
+"""What the projection ranks weights by, beside their magnitude.
+
+A saliency gives each weight a factor, and the projection keeps the ``keep`` largest ``|w| * factor`` of each group. It
+is read off the inner optimizer's own state when the mask moves, so it costs no memory and survives a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._checks import at_least
+
+__all__ = ["Curvature", "Saliency"]
+
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
+"""Where torch's optimizers keep a mean (Adam and its kin; RMSprop, Adadelta) or sum (Adagrad) of squared gradients."""
+
+
+class Saliency(Protocol):
+    """Inner state of one weight -> its factor."""
+
+    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Tensor | None:
+        """Return the factor of each entry, at least 0, or None to rank by magnitude alone.
+
+        Args:
+            state: what the inner optimizer holds for the weight; this rank's part where sharded.
+            shape: the weight's shape.
+        """
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Squared gradients to a power: ``|w| * h ** exponent``, with h the inner optimizer's second moment.
+
+    An exponent of 0.5 is the diagonal Fisher estimate of the loss that pruning a weight costs, ``h * w**2``; a smaller
+    one trusts the magnitude more, because h is noisy. Where the inner optimizer has no second moment of the weight's
+    shape (SGD, Adafactor, 8-bit states), weights are ranked by magnitude.
+
+    Args:
+        exponent: finite and at least 0; 0 is magnitude.
+
+    Source: LeCun, Denker, Solla, Optimal Brain Damage (NeurIPS 1989), with Adam's estimate of the diagonal.
+    """
+
+    exponent: float = 0.25
+
+    def __post_init__(self) -> None:
+        at_least("exponent", self.exponent, 0.0)
+
+    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Tensor | None:
+        """Return ``h ** exponent`` in float32, or None."""
+        for key in _SECOND_MOMENTS:
+            h = state.get(key)
+            if torch.is_tensor(h) and h.is_floating_point() and h.shape == shape and self.exponent > 0:
+                # A gradient that was always zero must not tie all of a group at zero.
+                return h.float().clamp_min(1e-20).pow_(self.exponent)
+        return None
