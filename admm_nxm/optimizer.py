@@ -198,7 +198,7 @@ class ADMMNxM(Optimizer):
         update_every: int | UpdateSchedule | None = None,
         **options: Any,
     ) -> ADMMNxM:
-        """Build the optimizer in the paper's form: the penalty in the gradient, a constant rho, the dual from the start.
+        """Build the paper's form: the penalty in the gradient, a constant rho, the dual from the start.
 
         The last 30 % of the run fine-tune the kept weights under the frozen mask; ``freeze_at=total_steps`` leaves
         that out.
