@@ -28,9 +28,11 @@ class Figures:
 
 
 class Method(Protocol):
-    """One way to train and prune. ``optimizer`` is what an LR scheduler is built on."""
+    """One way to train and prune."""
 
-    optimizer: Optimizer
+    @property
+    def optimizer(self) -> Optimizer:
+        """What an LR scheduler is built on."""
 
     def step(self, number: int) -> None:
         """Do step ``number``, counted from 1, with the gradients in place."""
@@ -75,7 +77,7 @@ class Dense:
     """Fine-tuning without pruning."""
 
     def __init__(self, job: Job) -> None:
-        self.optimizer = job.inner
+        self.optimizer: Optimizer = job.inner
 
     def step(self, number: int) -> None:
         self.optimizer.step()
@@ -200,7 +202,7 @@ class PAT(Dense):
             groups += [{**options, "params": chosen, **constraint}] if chosen else []
             groups += [{**options, "params": rest}] if rest else []
         # LR schedulers refuse PAT's class unless it is given the base optimizer's groups, which it shares.
-        self.optimizer = type(job.inner)(groups)
+        self.optimizer: Optimizer = torch.optim.AdamW(groups)
         self.pat = PruneOptimizer(
             self.optimizer,
             warmup_steps=max(1, job.steps // 20),

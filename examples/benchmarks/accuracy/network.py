@@ -40,7 +40,7 @@ class Classifier(nn.Module):
             ).last_hidden_state
         weight = batch.attention.unsqueeze(-1).float()
         pooled = (states.float() * weight).sum(1) / weight.sum(1)
-        return cast(Tensor, self.head(self.dropout(pooled)))
+        return cast("Tensor", self.head(self.dropout(pooled)))
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ _CPU = Plan(
     patterns=("2:4", "1:4", "2:8"),
     tuned_at={"2:4": "2:4", "1:4": "1:4", "2:8": "1:4"},
     methods=("dense", "asp", "gradual", "sr-ste", "pat", "admm-paper", "admm", "admm-paper+kd", "admm+kd"),
-    lrs=(1e-4, 3e-4, 9e-4),
+    lrs=(3e-4, 9e-4, 2.7e-3),
     seeds=(0, 1, 2, 3, 4),
     steps=200,
     budgets=tuple((steps, lr) for steps in (100, 400, 1600) for lr in (2e-5, 8e-5, 3e-4)),
@@ -174,7 +174,7 @@ def choose(
     return lr, json.loads(setting)
 
 
-class NotTuned(Exception):
+class NotTunedError(Exception):
     """A final run needs a choice that the tuning runs do not yet give."""
 
 
@@ -182,7 +182,7 @@ def _chosen(plan: Plan, lines: list[Line], method: str, pattern: str | None) -> 
     at = None if pattern is None else plan.tuned_at[pattern]
     choice = choose(plan, lines, method.removesuffix(DISTILLED), at)
     if choice is None:
-        raise NotTuned(f"{method} at {pattern}: its tuning runs are not complete; run the stage tune first")
+        raise NotTunedError(f"{method} at {pattern}: its tuning runs are not complete; run the stage tune first")
     return choice
 
 

@@ -275,7 +275,7 @@ def traces(items: Sequence[Trace], plots: Mapping[Figure, str]) -> str:
     if not shown:
         return f"{title}\n\nPrimal residual and mask churn over steps: {NOT_MEASURED}."
     text = (
-        "One line is one run. The churn is the share of mask entries that changed since the update before. "
+        "One line is one run. The churn is the share of kept places that the last z-step brought in. "
         "A residual of exactly zero is a gap: the axis is logarithmic."
     )
     images = [

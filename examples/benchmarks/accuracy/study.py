@@ -16,9 +16,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,21 @@ def device_name(device: str) -> str:
     return f"cpu, {names[0] if names else 'unknown'}"
 
 
-def read_lines(results: Path) -> list[dict[str, Any]]:
+def installed(package: str) -> bool:
+    """Return whether a package is there."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def read_lines(results: Path) -> list[Mapping[str, Any]]:
     """Read the raw results that are there; traces apart."""
     files = sorted(file for file in results.glob("*.jsonl") if not file.name.startswith("traces-"))
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what :meth:`training.Spec.key` returns for the run of this line."""
     setting = json.dumps(line["setting"])
     return tuple(
@@ -82,8 +90,8 @@ def start_worker(threads: int) -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def work(spec: training.Spec, cache: Path, device: str) -> dict[str, Any]:
@@ -113,7 +121,9 @@ def run_stage(name: str, stage: str, options: argparse.Namespace, executor: Proc
     """Run what a stage lacks, telling how far it is."""
     plan, results = plans.PLANS[name], options.results
     provenance = (device_name(options.device), commit_of(ROOT))
-    versions = {package: version(package) for package in ("torch", "transformers", "admm-nxm")}
+    versions = {
+        package: version(package) for package in ("torch", "transformers", "torchao", "admm-nxm") if installed(package)
+    }
     began, done = time.monotonic(), 0
     running: dict[Future[dict[str, Any]], training.Spec] = {}
     while True:
@@ -156,21 +166,25 @@ def main() -> int:
     if options.workers < 1 or options.threads < 1:
         parser.error("--workers and --threads must be at least 1")
     try:
-        model_folder(options.cache)
-        for task in plans.PLANS[options.plan].tasks:
-            load_task(task, options.cache)
+        return run(options)
     except TaskError as error:
         print(error, file=sys.stderr)
         return 2
+    except plans.NotTunedError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the stages asked for, after a look at whether what they need is there."""
+    model_folder(options.cache)
+    for task in plans.PLANS[options.plan].tasks:
+        load_task(task, options.cache)
     options.results.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, start_worker, (options.threads,)) as executor:
         for stage in options.stage:
-            try:
-                run_stage(options.plan, stage, options, executor)
-            except plans.NotTuned as error:
-                print(error, file=sys.stderr)
-                return 1
+            run_stage(options.plan, stage, options, executor)
     return 0
 
 

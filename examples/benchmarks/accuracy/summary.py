@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from records import Pairs
 from scipy import stats  # type: ignore[import-untyped]
+
+from records import Pairs
 
 LEVEL = 0.95
 ROUNDING = 1e-9

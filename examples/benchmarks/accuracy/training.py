@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from admm_nxm import Pattern, verify
 from batches import Encoded
@@ -100,11 +100,11 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     model = Classifier(model_folder(cache), spec.layers, len(task.labels)).to(device).train()
     named = {name: p for name, p in model.named_parameters() if ".layer." in name and p.ndim == 2}
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")]
-    groups = [{"params": others}, {"params": model.head.parameters(), "lr": HEAD_LR}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": model.head.parameters(), "lr": HEAD_LR}]
     inner = torch.optim.AdamW(groups, lr=spec.lr, weight_decay=0.01, fused=True)
     base = spec.method.removesuffix(DISTILLED)
     pattern = None if spec.pattern is None else Pattern.parse(spec.pattern)
-    method = METHODS[base](Job(inner, named, pattern, spec.steps, json.loads(spec.setting)))
+    method = METHODS[base](Job(inner, dict(named), pattern, spec.steps, json.loads(spec.setting)))
     warmup = max(1, round(WARMUP * spec.steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         method.optimizer, lambda done: min((done + 1) / warmup, (spec.steps - done) / max(1, spec.steps - warmup))
@@ -114,11 +114,11 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     loss_at_projection = None
     for number, batch in enumerate(training.train(BATCH, spec.steps, spec.seed), start=1):
         logits = model(batch)
-        loss = F.cross_entropy(logits, batch.labels)
+        loss = cross_entropy(logits, batch.labels)
         if teacher is not None:
             loss = (loss + distillation(logits, teacher[batch.rows].to(device))) / 2
         method.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         method.step(number)
         scheduler.step()
@@ -144,16 +144,16 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the divergence of the softened class distributions (Hinton, Vinyals, Dean 2015)."""
-    return TEMPERATURE**2 * F.kl_div(
-        F.log_softmax(student / TEMPERATURE, -1),
-        F.log_softmax(teacher / TEMPERATURE, -1),
+    return TEMPERATURE**2 * kl_div(
+        log_softmax(student / TEMPERATURE, -1),
+        log_softmax(teacher / TEMPERATURE, -1),
         reduction="batchmean",
         log_target=True,
     )
 
 
 def teacher_logits(spec: Spec, cache: Path, device: str) -> Tensor:
-    """Return the dense model's logits of the training rows; trained once for each task, seed, length and learning rate."""
+    """Return the dense model's logits of the training rows; trained once for each task, seed, length and rate."""
     assert spec.teacher_lr is not None, "distillation needs the teacher's learning rate"
     teacher = Spec(spec.task, spec.layers, None, "dense", spec.seed, spec.teacher_lr, spec.steps, stage="tune")
     name = f"{spec.task}-{spec.layers}-{spec.seed}-{spec.teacher_lr:g}-{spec.steps}.pt"
