@@ -185,7 +185,9 @@ class PAT(Dense):
     copy, a dense warm-up of 5 % and, from the share ``healing`` of the run, fine-tuning of what is left."""
 
     def __init__(self, job: Job) -> None:
-        from torchao.prototype.pat.optim import PruneOptimizer
+        from torchao.prototype.pat.optim import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+            PruneOptimizer,
+        )
 
         pruned = {id(w) for w in job.weights}
         groups = []

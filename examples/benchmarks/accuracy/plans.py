@@ -47,6 +47,7 @@ class Plan:
         patterns: patterns of the final runs.
         tuned_at: pattern -> the pattern at which it is tuned.
         methods: methods of the final runs, those with ``+kd`` included.
+        distilled_at: patterns at which those with ``+kd`` are run.
         lrs: learning rates, the middle one first tried.
         seeds: seeds of the final runs.
         steps: length of tuning and final runs.
@@ -63,6 +64,7 @@ class Plan:
     patterns: tuple[str, ...]
     tuned_at: Mapping[str, str]
     methods: tuple[str, ...]
+    distilled_at: tuple[str, ...]
     lrs: tuple[float, float, float]
     seeds: tuple[int, ...]
     steps: int
@@ -80,6 +82,7 @@ _CPU = Plan(
     patterns=("2:4", "1:4", "2:8"),
     tuned_at={"2:4": "2:4", "1:4": "1:4", "2:8": "1:4"},
     methods=("dense", "asp", "gradual", "sr-ste", "pat", "admm-paper", "admm", "admm-paper+kd", "admm+kd"),
+    distilled_at=("1:4",),
     lrs=(3e-4, 9e-4, 2.7e-3),
     seeds=(0, 1, 2, 3, 4),
     steps=200,
@@ -104,6 +107,7 @@ PLANS: dict[str, Plan] = {
         **{
             **_CPU.__dict__,
             "layers": 6,
+            "distilled_at": _CPU.patterns,
             "tasks": ("polarity", "tweets", "topics", "supersense", "entailment"),
             "steps": 400,
             "budget_tasks": ("supersense", "entailment"),
@@ -118,6 +122,7 @@ PLANS: dict[str, Plan] = {
         patterns=("2:4",),
         tuned_at={"2:4": "2:4"},
         methods=("asp", "admm"),
+        distilled_at=(),
         lrs=(1e-4, 3e-4, 9e-4),
         seeds=(0,),
         steps=20,
@@ -186,12 +191,18 @@ def _chosen(plan: Plan, lines: list[Line], method: str, pattern: str | None) -> 
     return choice
 
 
+def _patterns(plan: Plan, method: str) -> tuple[str | None, ...]:
+    if method == "dense":
+        return (None,)
+    return plan.distilled_at if method.endswith(DISTILLED) else plan.patterns
+
+
 def final(plan: Plan, lines: list[Line]) -> Iterator[Spec]:
     """Yield the final runs, seed by seed, so that whatever has been run can be compared."""
     teacher_lr, _ = _chosen(plan, lines, "dense", None) if "dense" in plan.methods else (None, {})
     for seed in plan.seeds:
         for method in plan.methods:
-            for pattern in (None,) if method == "dense" else plan.patterns:
+            for pattern in _patterns(plan, method):
                 lr, setting = _chosen(plan, lines, method, pattern)
                 for task in plan.tasks:
                     yield Spec(
