@@ -23,6 +23,7 @@ HEAD_LR = 1e-3
 BATCH = 16
 MAX_LENGTH = 48
 WARMUP = 0.1
+DEV_ROWS_BESIDE_TEST = 1000  # where test is scored, dev chooses nothing any more and only shows what a projection costs
 DISTILLED = "+kd"
 TEMPERATURE = 2.0
 
@@ -109,7 +110,9 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         method.optimizer, lambda done: min((done + 1) / warmup, (spec.steps - done) / max(1, spec.steps - warmup))
     )
-    training, dev = encoded(spec.task, "train", cache, device), encoded(spec.task, "dev", cache, device).all()
+    tested = spec.stage in ("final", "budget")
+    training = encoded(spec.task, "train", cache, device)
+    dev = encoded(spec.task, "dev", cache, device).all(limit=DEV_ROWS_BESIDE_TEST if tested else None)
     teacher = teacher_logits(spec, cache, device) if spec.method.endswith(DISTILLED) else None
     loss_at_projection = None
     for number, batch in enumerate(training.train(BATCH, spec.steps, spec.seed), start=1):
@@ -131,7 +134,6 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
         report = verify(dict(named), pattern)
         if not report.ok:
             raise RuntimeError(f"{spec} did not end in its pattern: {report}")
-    tested = spec.stage in ("final", "budget")
     return model, {
         "dev": round(accuracy(model, dev), 3),
         "test": round(accuracy(model, encoded(spec.task, "test", cache, device).all()), 3) if tested else None,
