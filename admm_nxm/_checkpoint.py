@@ -29,6 +29,8 @@ COUNTERS: Mapping[str, int | float] = {
     "admm_dual_in_use": 0,
     "admm_frozen_at": -1,
     "admm_freeze_residual": -1.0,
+    "admm_freeze_churn": -1.0,
+    "admm_far_weights": -1,
     "admm_worst_residual": -1.0,
     "admm_worst_weight": -1,
     "admm_selection": 0,

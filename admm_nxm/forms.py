@@ -39,6 +39,9 @@ class Form(Protocol):
     takes_dual: ClassVar[bool]
     """Whether u may move."""
 
+    freezes_what_was_shown: ClassVar[bool]
+    """Whether the mask that freezes is the one that the model was evaluated with, so that z must not move just then."""
+
     takes_saliency: ClassVar[bool]
     """Whether the projection may rank by something else than magnitude: the state must tell its mask without it."""
 
@@ -107,12 +110,16 @@ class Form(Protocol):
     def show(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
         """Leave in the weights what the model is evaluated at next, under the rho of the coming step."""
 
+    def release(self, backend: Backend, weight: Tensor, state: Tensor) -> None:
+        """Leave w itself in a weight that had no step while rho fell to zero: from then on nothing is put back."""
+
 
 class _Consensus:
     """State v = z - u, and the weights hold w itself."""
 
     stores: ClassVar[str] = "v"
     takes_dual: ClassVar[bool] = True
+    freezes_what_was_shown: ClassVar[bool] = False
     takes_saliency: ClassVar[bool] = False
 
     def initial(self, weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
@@ -173,6 +180,9 @@ class _Consensus:
     def show(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
         pass
 
+    def release(self, backend: Backend, weight: Tensor, state: Tensor) -> None:
+        pass
+
 
 class GradientForm(_Consensus):
     """``rho * (w - v)`` is added to the gradient."""
@@ -209,6 +219,7 @@ class LazyForm:
 
     stores: ClassVar[str] = "w off the mask"
     takes_dual: ClassVar[bool] = False
+    freezes_what_was_shown: ClassVar[bool] = True
     takes_saliency: ClassVar[bool] = True
 
     def initial(self, weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
@@ -278,6 +289,9 @@ class LazyForm:
 
     def show(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
         backend.conceal(weights, states, fraction_of(rho))
+
+    def release(self, backend: Backend, weight: Tensor, state: Tensor) -> None:
+        backend.reveal([weight], [state])
 
 
 def _is_mask(state: Tensor) -> bool:

@@ -38,6 +38,12 @@ _HOOKS_OF_ITS_OWN = (
 )
 
 
+_RESTLESS = 0.1
+"""Mask churn at the last z-step above which the frozen mask is called arbitrary."""
+
+_WHY_RESTLESS = "the dual was at work while the mask moved, and u grows by w until pruned weights out-rank kept ones"
+
+
 class ConvergenceWarning(UserWarning):
     """The weights were far from the pattern when they were projected onto it."""
 
@@ -268,7 +274,8 @@ class ADMMNxM(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         hooks = (*_HOOKS_OF_ITS_OWN, "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
         # ``step`` and its kin stand here if an LR scheduler or a scaler has put its own wrapping on this instance.
-        return {key: value for key, value in self.__dict__.items() if key not in hooks and not callable(value)}
+        wrapped = {key for key, value in self.__dict__.items() if callable(value) and hasattr(type(self), key)}
+        return {key: value for key, value in self.__dict__.items() if key not in hooks and key not in wrapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -335,12 +342,13 @@ class ADMMNxM(Optimizer):
         self._set(admm_step=step)
         # z-step and u-step
         update = self.plan.updates(step)
-        if update is not Update.NONE:
+        freezing = self.plan.freeze_at is not None and step >= self.plan.freeze_at
+        if update is not Update.NONE and not (freezing and self._form.freezes_what_was_shown):
             self._move_consensus(active, update, step)
         rho = self._get("admm_rho")
         for (device, _), (bounds, states) in alike.items():
             self._form.show(backend_for(device), [b.w for b in bounds], states, rho)
-        if self.plan.freeze_at is not None and step >= self.plan.freeze_at:
+        if freezing:
             self._freeze()
 
     def _masked_step(self) -> None:
@@ -386,6 +394,8 @@ class ADMMNxM(Optimizer):
                 )
             elif in_use and scale != 1.0:
                 self._form.rescale(v, *bound.grouping, scale)
+            elif old > 0 and new == 0:
+                self._form.release(backend_for(v.device), bound.w, v)
         self._set(admm_rho=new, admm_dual_in_use=int(in_use))
 
     def _freeze(self) -> None:
@@ -393,7 +403,9 @@ class ADMMNxM(Optimizer):
         sums = []
         for bound in self._bound():
             z, mask = self._projected(bound)
-            sums.append(admm.primal_sums(bound.w, z))
+            moved = self._movement.get(bound.spec.name)
+            churn = mask.new_zeros(2, dtype=torch.float32) if moved is None else moved[2:].to(mask.device)
+            sums.append(torch.cat([admm.primal_sums(bound.w, z), churn]))
             bound.w.copy_(z)
             state = self.inner.state.get(bound.param)
             if state is None or CONSENSUS not in state:
@@ -431,7 +443,8 @@ class ADMMNxM(Optimizer):
 
         Warns:
             ConvergenceWarning: the primal residual at the projection was above ``residual_tolerance`` over all weights,
-                or above five times that for one of them.
+                or above five times that for one of them; or the last z-step before the freeze replaced more than a
+                tenth of the kept places.
 
         Raises:
             ValueError: a prunable weight has a NaN or an infinity; nothing is changed then.
@@ -478,7 +491,7 @@ class ADMMNxM(Optimizer):
         sums = []
         for bound, mask, count in zip(bounds, masks, counts, strict=True):
             z = bound.w if not count else project(bound.w, *bound.grouping)
-            sums.append(admm.primal_sums(bound.w, z))
+            sums.append(torch.cat([admm.primal_sums(bound.w, z), mask.new_zeros(2, dtype=torch.float32)]))
             if count:
                 mask.copy_(keep_mask(bound.w, *bound.grouping))
                 bound.w.copy_(z)
@@ -493,10 +506,13 @@ class ADMMNxM(Optimizer):
         if everywhere:
             sums = reduce_sums(list(sums), [bound.param for bound in self._bound()])
             self._freeze_sums = None
-        each = [ratio(difference, norm) for difference, norm in sums.tolist()]
+        each = [ratio(difference, norm) for difference, norm, *_ in sums.tolist()]
         worst = max(range(len(each)), key=each.__getitem__)
+        difference, norm, gained, kept = sums.sum(0).tolist()
         self._set(
-            admm_freeze_residual=ratio(*sums.sum(0).tolist()),
+            admm_freeze_residual=ratio(difference, norm),
+            admm_freeze_churn=gained / kept if kept else 0.0,
+            admm_far_weights=sum(residual > 5 * self.residual_tolerance for residual in each),
             admm_worst_residual=each[worst],
             admm_worst_weight=worst,
         )
@@ -505,7 +521,20 @@ class ADMMNxM(Optimizer):
     def _warn_if_far(self, *, stacklevel: int) -> None:
         self._announced = True
         residual, worst = self._get("admm_freeze_residual"), self._get("admm_worst_residual")
-        if residual <= self.residual_tolerance and worst <= 5 * self.residual_tolerance:
+        churn = self._get("admm_freeze_churn")
+        far = residual > self.residual_tolerance or worst > 5 * self.residual_tolerance
+        if not far and churn <= _RESTLESS:
+            return
+        if not far:
+            warnings.warn(
+                f"the mask had not settled: the last z-step before the freeze replaced {churn:.0%} of the kept places "
+                f"(more than {_RESTLESS:.0%}), so the frozen mask is the one that happened to be there. Likely cause: "
+                f"{_WHY_RESTLESS if self._get('admm_dual_in_use') else 'the learning rate is high up to the freeze'}. "
+                "Remedy: leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait, let the "
+                "learning rate decay before the freeze, or leave penalty, rho and update_every at their defaults.",
+                ConvergenceWarning,
+                stacklevel=stacklevel,
+            )
             return
         step, rho = int(self._get("admm_frozen_at")), self._get("admm_rho")
         if rho == 0:
@@ -514,7 +543,7 @@ class ADMMNxM(Optimizer):
         elif self.plan.freeze_at is not None and step < self.plan.freeze_at:
             cause = f"finalize() came after {step} steps, and the penalty was to rise until step {self.plan.freeze_at}"
             remedy = "train to the end, or give the true number of optimizer steps as total_steps"
-        elif residual <= self.residual_tolerance:
+        elif 0 < 2 * self._get("admm_far_weights") <= len(self.selection):
             cause = "this weight had no gradient for long, or its learning rate is far from the others'"
             remedy = "train it, or leave it dense by a select rule"
         elif self.penalty == "gradient":
@@ -523,7 +552,13 @@ class ADMMNxM(Optimizer):
                 f"steps of {type(self.inner).__name__}; a step moves a weight by no more than about the learning rate "
                 "under Adam and its kin, and by learning rate * rho * distance under SGD"
             )
-            remedy = 'use penalty="proximal", a longer run, or a larger learning rate'
+            remedy = "leave penalty at its default, or use a larger rho, a longer run, or a larger learning rate"
+        elif churn > _RESTLESS and self._get("admm_dual_in_use"):
+            cause = f"the last z-step still replaced {churn:.0%} of the kept places: {_WHY_RESTLESS}"
+            remedy = (
+                "leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait until the mask has "
+                "settled, or leave penalty, rho and update_every at their defaults"
+            )
         else:
             cause = f"the pull toward the pattern was weak (rho = {rho:.3g} after {step} steps)"
             remedy = "leave rho at its default and give total_steps, so that rho rises far enough, or a larger rho"
@@ -684,6 +719,7 @@ class ADMMNxM(Optimizer):
                 bound.w.copy_(local(self._backup[bound.spec.name]))
             elif v is not None:
                 v.copy_(self._form.initial(bound.w, *bound.grouping, v.dtype))
+                self._movement.pop(bound.spec.name, None)
         self._backup = None
         self._set(admm_projected=0)
 

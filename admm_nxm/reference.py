@@ -80,7 +80,7 @@ class ReferenceADMM:
         self.z = project_list([round_to(self.narrow, value) for value in self.w], self.pattern)
         self.u = [0.0] * len(self.w)
         self.kept = keep_list(self.w, self.pattern)  # lazy: the mask of z
-        self.hidden = list(self.w)
+        self.hidden = [round_to(self.narrow, value) or -0.0 for value in self.w]
         self.rho = float(self.plan.rho(0))
 
     def step(self, gradient: list[float]) -> None:
@@ -104,10 +104,12 @@ class ReferenceADMM:
             kappa = self.rho / (1.0 + self.rho)
             for i in range(len(self.w)):
                 self.w[i] = self._r(self.w[i] - kappa * self._to_v(i))
-        self.update(self.plan.updates(self.steps))
+        freezing = self.plan.freeze_at is not None and self.steps >= self.plan.freeze_at
+        if not (self.penalty == "lazy" and freezing):
+            self.update(self.plan.updates(self.steps))
         if self.penalty == "lazy":
             self._show()
-        if self.plan.freeze_at is not None and self.steps >= self.plan.freeze_at:
+        if freezing:
             self.freeze()
 
     def update(self, kind: Update) -> None:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM
+from admm_nxm import ADMMNxM, Every
+from admm_nxm.forms import FORMS
+
+PENALTIES = tuple(FORMS)
+"""Every form of the penalty; a new one is tested wherever this is used."""
+
+WITH_DUAL = tuple(name for name, form in FORMS.items() if form.takes_dual)
+DEFAULT = inspect.signature(ADMMNxM).parameters["penalty"].default
+
+every_form = pytest.mark.parametrize("penalty", PENALTIES)
+# The toy runs keep their learning rate until the freeze, and their few kept places may still change places then.
+restless = pytest.mark.filterwarnings("ignore:the mask had not settled")
+every_form_with_a_dual = pytest.mark.parametrize("penalty", WITH_DUAL)
 
 
 class Block(nn.Module):
@@ -122,6 +135,29 @@ def torch_optimizers() -> dict[str, Factory]:
 
 
 TORCH_OPTIMIZERS = torch_optimizers()
+
+A_FEW = ("AdamW-single", "AdamW-fused", "SGD-foreach-options", "Adagrad-single", "Adafactor-single")
+
+
+def forms_and_inners(factories: Mapping[str, Factory], few: Collection[str] = A_FEW) -> pytest.MarkDecorator:
+    """The default form of the penalty over every inner optimizer, the other forms over a few."""
+    cases = [
+        pytest.param(penalty, factory, id=f"{penalty}-{name}")
+        for penalty in PENALTIES
+        for name, factory in factories.items()
+        if penalty == DEFAULT or name in few
+    ]
+    return pytest.mark.parametrize(("penalty", "factory"), cases)
+
+
+def every(interval: int, penalty: str = DEFAULT) -> Every:
+    """z moves every so many steps, and the dual with it where the form has one."""
+    return Every(interval, dual_start=0 if penalty in WITH_DUAL else None)
+
+
+def tolerance(penalty: str) -> float:
+    """The default residual tolerance, except for the form that needs more steps than the runs here have."""
+    return 9.0 if penalty == "gradient" else 0.02
 
 
 def admm(net: nn.Module, factory: Factory | None = None, **options: object) -> ADMMNxM:

@@ -12,7 +12,7 @@ from torch import nn
 
 import admm_nxm
 from admm_nxm import ADMMNxM, Every, Pattern, Ramp
-from tests.helpers import Net, admm, assert_same_weights, make_net, weights_of
+from tests.helpers import PENALTIES, Net, admm, assert_same_weights, make_net, weights_of
 
 
 def build(**options: Any) -> ADMMNxM:
@@ -28,7 +28,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "keep below 1": ({"pattern": "0:4"}, ValueError, ["keep=0", "keep >= 1"]),
     "pattern of another type": ({"pattern": 24}, TypeError, ["24", "Pattern"]),
     "width not divisible": ({"pattern": "3:5"}, ValueError, ["blocks.0.up.weight", "(16, 8)", "width 8", "skip"]),
-    "unknown penalty": ({"penalty": "l2"}, ValueError, ["'l2'", '"proximal"', '"gradient"']),
+    "unknown penalty": ({"penalty": "l2"}, ValueError, ["'l2'", *(f'"{penalty}"' for penalty in PENALTIES)]),
+    "unknown saliency": ({"saliency": "fisher"}, ValueError, ["'fisher'", '"curvature"', '"magnitude"', "callable"]),
+    "saliency of another type": ({"saliency": 0.5}, ValueError, ["saliency=0.5", "Curvature(exponent)", "callable"]),
     "negative rho": ({"rho": -0.1}, ValueError, ["-0.1", "at least 0"]),
     "rho not a number": ({"rho": float("nan")}, ValueError, ["nan", "finite"]),
     "infinite rho": ({"rho": float("inf")}, ValueError, ["inf", "finite"]),
@@ -39,7 +41,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ["rho is -", "at step 6", "at least 0"],
     ),
     "schedule that falls under a dual": (
-        {"rho": lambda step: 1 / (1 + step), "total_steps": 20, "update_every": Every(5)},
+        {"penalty": "proximal", "rho": lambda step: 1 / (1 + step), "total_steps": 20, "update_every": Every(5)},
         ValueError,
         ["falls from 1.0 to", "at step 5", "dual_start=None"],
     ),
@@ -49,10 +51,15 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "steps of another type": ({"total_steps": 1e3}, TypeError, ["1000.0", "int"]),
     "freeze before the first step": ({"freeze_at": 0}, ValueError, ["freeze_at=0", "at least 1"]),
     "freeze beyond the end": ({"total_steps": 20, "freeze_at": 21}, ValueError, ["freeze_at=21", "total_steps=20"]),
-    "interval beyond the freeze": (
-        {"total_steps": 100, "update_every": 80},
+    "dual in the form that has none": (
+        {"total_steps": 20, "update_every": Every(5)},
         ValueError,
-        ["update_every=80", "65 steps", "shorter interval"],
+        ["at step 5", 'penalty="lazy" has no dual', "Every(interval, dual_start=None)", 'penalty="proximal"'],
+    ),
+    "interval beyond the freeze": (
+        {"total_steps": 100, "freeze_at": 70, "update_every": 80},
+        ValueError,
+        ["update_every=80", "steps from step", "after step 70", "shorter interval"],
     ),
     "state dtype not floating": ({"state_dtype": torch.int8}, ValueError, ["torch.int8", "torch.bfloat16"]),
     "tolerance of another type": ({"residual_tolerance": "a"}, ValueError, ["'a'", "above 0"]),
@@ -222,7 +229,7 @@ def test_refused_construction_leaves_the_inner_optimizer_untouched() -> None:
 
 
 def test_public_names_are_the_promised_ones() -> None:
-    promised = {"ADMMNxM", "Pattern", "SparsityReport", "keep_mask", "project", "verify"}
+    promised = {"ADMMNxM", "Curvature", "Pattern", "Saliency", "SparsityReport", "keep_mask", "project", "verify"}
     assert promised <= set(admm_nxm.__all__)
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from admm_nxm import Pattern
 from admm_nxm import consensus as admm
+from admm_nxm.forms import FORMS
 from admm_nxm.kernels import backend_for, eager
 from admm_nxm.reference import ReferenceADMM, keep_list, project_list, round_to
 from admm_nxm.schedules import Constant, Every, Plan, Update
 from tests.helpers import same_bits
 
+# Weight and state; a state narrower than the weight rounds, overflows and underflows.
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -26,7 +28,7 @@ DTYPES = [
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(2, 8), Pattern(5, 16), Pattern(4, 4), Pattern(3, 20)]
 
 
-def awkward(generator: torch.Generator, count: int, dtype: torch.dtype, infinities: bool) -> Tensor:
+def awkward(generator: torch.Generator, count: int, dtype: torch.dtype, infinities: bool, nans: bool = False) -> Tensor:
     """Values with many ties, both zeros, denormals and huge numbers among them."""
     values = torch.randn(count, generator=generator, dtype=torch.float64)
     kind = torch.randint(0, 8, (count,), generator=generator)
@@ -41,6 +43,9 @@ def awkward(generator: torch.Generator, count: int, dtype: torch.dtype, infiniti
         rare = torch.randint(0, 12, (count,), generator=generator)
         values = torch.where(rare == 0, values.sign() * float("inf"), values)
         values = torch.where(values.isnan(), torch.zeros_like(values), values)
+    if nans:
+        rare = torch.randint(0, 12, (count,), generator=generator)
+        values = torch.where(rare == 0, torch.full_like(values, float("nan")), values)
     return values.to(dtype)
 
 
@@ -102,6 +107,180 @@ def test_update_equals_reference_on_awkward_values(
     seed: int, dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, inf: bool
 ) -> None:
     run_both(seed, dtypes, pattern, updates=4, infinities=inf)
+
+
+# ---------------------------------------------------------------- the lazy form
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Equal bits, except that a NaN equals any other."""
+    return torch.equal(a.isnan(), b.isnan()) and same_bits(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
+
+
+def values_of(t: Tensor) -> list[float]:
+    return [float(value) for value in t.tolist()]
+
+
+def times(value: float, factor: float, dtype: torch.dtype) -> float:
+    """As torch multiplies by a Python number: in float32 for dtypes up to that, then rounded."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return round_to(dtype, round_to(compute, value * round_to(compute, factor)))
+
+
+def hidden_list(w: list[float], kept: list[bool], dtype: torch.dtype) -> list[float]:
+    """w off the mask, with zeros that say so, and +0.0 on it."""
+    return [0.0 if k else round_to(dtype, value) or -0.0 for value, k in zip(w, kept, strict=True)]
+
+
+def run_lazy(
+    seed: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    pattern: Pattern,
+    updates: int,
+    wild: bool,
+    weighted: bool,
+) -> None:
+    """Conceal, reveal and advance by turns, with w moved at random in between, against lists."""
+    dtype, state_dtype = dtypes
+    generator = torch.Generator().manual_seed(seed)
+    count = pattern.group * 4
+
+    def draw() -> Tensor:
+        return awkward(generator, count, dtype, infinities=wild, nans=wild)
+
+    def moved(w: Tensor) -> Tensor:
+        return torch.where(torch.rand(count, generator=generator) < 0.5, w, draw())
+
+    w, bystander = draw(), draw()
+    kept = keep_list(values_of(w), pattern)
+    h = FORMS["lazy"].initial(w, pattern, 0, state_dtype)
+    beside = FORMS["lazy"].initial(bystander, pattern, 0, state_dtype)
+    assert alike(h, tensor(hidden_list(values_of(w), kept, state_dtype), state_dtype))
+    for fraction in [0.0, 0.03, 0.5, 1000 / 1001, 1.0][:updates] + [0.7] * (updates - 5):
+        # w is kept aside, and the model is shown a smaller one.
+        expected, hidden = values_of(w), hidden_list(values_of(w), kept, state_dtype)
+        shown = [x if k or not fraction else times(x, 1 - fraction, dtype) for x, k in zip(expected, kept, strict=True)]
+        eager.conceal([bystander, w], [beside, h], fraction)
+        assert alike(w, tensor(shown, dtype))
+        assert alike(h, tensor(hidden, state_dtype))
+        # Whatever becomes of the shown one, w comes back off the mask; on it, the model holds w itself.
+        held = moved(w)
+        revealed = [x if k else round_to(dtype, y) for x, y, k in zip(values_of(held), hidden, kept, strict=True)]
+        w.copy_(held)
+        eager.reveal([bystander, w], [beside, h])
+        assert alike(w, tensor(revealed, dtype))
+        assert eager.hidden_mask(h).tolist() == kept
+        # The mask becomes that of the scores.
+        w = moved(w)
+        factor = awkward(generator, count, torch.float32, infinities=False).abs() if weighted else None
+        w[w.isnan()] = float("nan")  # NaNs of several makes have an order of their own
+        if factor is not None:
+            factor.masked_fill_(w.isinf() & (factor == 0), 1.0)
+        scores = values_of(w)
+        if factor is not None:
+            scores = [
+                round_to(torch.float32, round_to(torch.float32, x) * f)
+                for x, f in zip(scores, values_of(factor), strict=True)
+            ]
+        before, old = w.clone(), kept
+        kept = keep_list(scores, pattern)
+        figures = eager.advance_hidden(w, h, pattern, 0, factor)
+        assert same_bits(w.nan_to_num(nan=0.5), before.nan_to_num(nan=0.5))
+        assert eager.hidden_mask(h).tolist() == kept
+        assert alike(h, tensor(hidden_list(values_of(w), kept, state_dtype), state_dtype))
+        assert figures[2:].tolist() == [sum(k and not o for k, o in zip(kept, old, strict=True)), sum(kept)]
+        if not wild:
+            changed = torch.tensor([k != o for k, o in zip(kept, old, strict=True)])
+            sums = torch.stack([w.double()[changed].square().sum(), w.double().square().sum()])
+            torch.testing.assert_close(figures[:2].double(), sums, rtol=1e-5, atol=1e-37)
+
+
+LAZY_DTYPES = [*DTYPES, (torch.float32, torch.float16), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["magnitude", "weighted"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtypes", LAZY_DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+def test_lazy_passes_equal_lists_over_15_updates(
+    dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, weighted: bool
+) -> None:
+    run_lazy(1, dtypes, pattern, updates=15, wild=False, weighted=weighted)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    dtypes=st.sampled_from(LAZY_DTYPES),
+    pattern=st.sampled_from(PATTERNS),
+    wild=st.booleans(),
+    weighted=st.booleans(),
+)
+@example(seed=5301078, dtypes=LAZY_DTYPES[0], pattern=PATTERNS[0], wild=False, weighted=False)  # denormals move alone
+def test_lazy_passes_equal_lists_on_awkward_values(
+    seed: int, dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, wild: bool, weighted: bool
+) -> None:
+    run_lazy(seed, dtypes, pattern, updates=5, wild=wild, weighted=weighted)
+
+
+def test_infinite_weight_of_no_consequence_is_kept_to_be_seen() -> None:
+    w, h = torch.tensor([float("inf"), 1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    eager.advance_hidden(w, h, Pattern(1, 4), 0, torch.tensor([0.0, 1.0, 1.0, 1.0]))  # inf * 0 is NaN
+    assert eager.hidden_mask(h).tolist() == [True, False, False, False]
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 1e30, -1e30, float("inf"), -float("inf"), float("nan"), 1.0]
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_state_tells_its_mask_whatever_the_values(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    w = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype).repeat(2)
+    mask = torch.arange(len(w)) < len(SPECIAL)
+    h = eager.hide(w, mask, state_dtype)
+    assert h.dtype == state_dtype
+    assert torch.equal(eager.hidden_mask(h), mask)
+    assert same_bits(h[mask], torch.zeros(len(SPECIAL), dtype=state_dtype))
+    pruned = w[~mask].to(state_dtype)
+    assert torch.equal(h[~mask].nan_to_num(nan=0.5), pruned.nan_to_num(nan=0.5))
+    assert h[~mask][pruned == 0].signbit().all()
+
+
+@pytest.mark.parametrize("dtypes", LAZY_DTYPES)
+def test_concealing_nothing_leaves_the_weight_to_the_last_bit(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    dtype, state_dtype = dtypes
+    w = awkward(torch.Generator().manual_seed(2), 64, dtype, infinities=True)
+    before = w.clone()
+    h = FORMS["lazy"].initial(w, Pattern(2, 4), 0, state_dtype)
+    eager.conceal([w], [h], 0.0)
+    assert same_bits(w, before)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_lazy_passes_work_along_any_dimension_without_copying_the_weight(dim: int, weighted: bool) -> None:
+    pattern, lazy = Pattern(1, 4), FORMS["lazy"]
+    w = torch.randn(4, 8, 12).transpose(0, 2).contiguous().transpose(0, 2)  # same values, other strides
+    h = lazy.initial(w, pattern, dim, torch.float32)
+    assert h.stride() == w.stride()
+    strides = w.stride()
+
+    def flat(t: Tensor) -> Tensor:
+        return t.movedim(dim, -1).reshape(-1).clone()
+
+    flat_w, flat_h = flat(w), lazy.initial(flat(w), pattern, 0, torch.float32)
+    for _ in range(3):
+        change, factor = torch.randn(4, 8, 12), torch.rand(4, 8, 12) if weighted else None
+        for a, b, dimension, to in ((w, h, dim, lambda t: t), (flat_w, flat_h, 0, flat)):
+            eager.conceal([a], [b], 0.3)
+            eager.reveal([a], [b])
+            a.add_(to(change))
+            eager.advance_hidden(a, b, pattern, dimension, None if factor is None else to(factor))
+        assert same_bits(flat(w), flat_w)
+        assert same_bits(flat(h), flat_h)
+    assert (w.stride(), h.stride()) == (strides, strides)
+
+
+# ---------------------------------------------------------------- either
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from admm_nxm import Constant, Every, Ramp, Rise, Update
-from admm_nxm.schedules import Plan, default_plan, make_plan, next_rho
+from admm_nxm.schedules import Plan, check_update, default_plan, make_plan, next_rho
+from tests.helpers import PENALTIES, WITH_DUAL, every_form
 
 SCHEDULES = [
     Constant(0.1),
@@ -23,7 +24,6 @@ SCHEDULES = [
     Every(5, start=3, dual_start=20),
     Every(5, dual_start=None),
 ]
-PENALTIES = ["proximal", "gradient"]
 
 
 def plan(**given_by_user) -> Plan:
@@ -181,7 +181,7 @@ def test_different_schedules_differ() -> None:
     assert len(set(SCHEDULES)) == len(SCHEDULES)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@every_form
 @pytest.mark.parametrize("total_steps", [None, 100])
 def test_a_default_plan_can_be_pickled(penalty: str, total_steps: int | None) -> None:
     made = plan(penalty=penalty, total_steps=total_steps)
@@ -194,6 +194,8 @@ any_length = given(st.sampled_from(PENALTIES), st.integers(1, 2000))
 
 
 @any_length
+@example("lazy", 1)
+@example("lazy", 2)
 @example("proximal", 1)
 @example("proximal", 2)
 @settings(deadline=None)
@@ -229,6 +231,7 @@ def test_the_last_rho_is_in_force_before_the_freeze(penalty: str, total_steps: i
 
 
 @given(st.sampled_from(PENALTIES), st.integers(40, 2000))
+@example("lazy", 40)
 @example("proximal", 40)
 @settings(deadline=None)
 def test_z_moves_first_and_the_dual_joins_the_proximal_form_later(penalty: str, total_steps: int) -> None:
@@ -242,22 +245,32 @@ def test_z_moves_first_and_the_dual_joins_the_proximal_form_later(penalty: str, 
     assert made.rho(min(moved)) > 0
 
 
-@pytest.mark.parametrize(("penalty", "final"), [("proximal", 100.0), ("gradient", 10.0)])
-def test_the_default_plan_has_the_documented_phases(penalty: str, final: float) -> None:
+DOCUMENTED = {  # rho at both ends, the freeze of a run of 1000 steps, rho in the first step of one of unknown length
+    "lazy": (0.03, 1000.0, 900, 0.1),
+    "proximal": (0.001, 100.0, 700, 0.001),
+    "gradient": (0.001, 10.0, 700, 0.001),
+}
+
+
+@every_form
+def test_the_default_plan_has_the_documented_phases(penalty: str) -> None:
+    initial, final, freeze_at, _ = DOCUMENTED[penalty]
     made = plan(penalty=penalty, total_steps=1000)
     moved = updates(made.updates, 1000)
     with_dual = [step for step, kind in moved.items() if kind is Update.AUXILIARY_AND_DUAL]
-    assert made.freeze_at == 700
+    assert made.freeze_at == freeze_at
     assert list(moved) == list(range(50, 1001, 10))  # a dense start of 5 %, then every ten steps
     assert with_dual == (list(range(570, 1001, 10)) if penalty == "proximal" else [])  # the last fifth of the rise
     assert made.rho(49) == 0.0
-    assert made.rho(50) == 1e-3
-    assert made.rho(679) < made.rho(680) == final  # two updates before the freeze
+    assert made.rho(50) == initial
+    assert made.rho(freeze_at - 21) < made.rho(freeze_at - 20) == final  # two updates before the freeze
 
 
-def test_the_phases_end_where_the_user_freezes() -> None:
-    assert plan(total_steps=5000, freeze_at=700) == plan(total_steps=1000)
-    assert plan(total_steps=None, freeze_at=700) == plan(total_steps=1000)
+@every_form
+def test_the_phases_end_where_the_user_freezes(penalty: str) -> None:
+    whole = plan(penalty=penalty, total_steps=1000)
+    for total_steps in (5000, None):
+        assert plan(penalty=penalty, total_steps=total_steps, freeze_at=whole.freeze_at) == whole
 
 
 @pytest.mark.parametrize(("total_steps", "interval"), [(1, 1), (40, 1), (100, 3), (310, 10), (10**5, 10)])
@@ -265,11 +278,12 @@ def test_a_short_run_updates_more_often(total_steps: int, interval: int) -> None
     assert plan(total_steps=total_steps).updates.interval == interval
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@every_form
 def test_without_a_length_rho_rises_for_ever_and_the_dual_stays_out(penalty: str) -> None:
     made = plan(penalty=penalty, total_steps=None)
     assert made.freeze_at is None
-    assert [made.rho(step) for step in (0, 9, 99_999)] == pytest.approx([0.001, 0.01, 100.0])
+    first = DOCUMENTED[penalty][-1]
+    assert [made.rho(step) for step in (0, 9, 99_999)] == pytest.approx([first, 10 * first, 100_000 * first])
     assert list(updates(made.updates, 30)) == [10, 20, 30]
     assert set(updates(made.updates, 100).values()) == {Update.AUXILIARY}
 
@@ -408,6 +422,33 @@ def test_a_rho_that_falls_with_the_first_dual_step_is_refused() -> None:
 @pytest.mark.parametrize("dual_start", [None, 60])
 def test_rho_may_fall_before_the_dual_is_in_use(dual_start: int | None) -> None:
     assert plan(rho=falling, update_every=Every(10, dual_start=dual_start)).rho is falling
+
+
+@pytest.mark.parametrize("total_steps", [100, None])
+def test_a_dual_asked_of_the_lazy_form_is_refused_with_the_remedy(total_steps: int | None) -> None:
+    with pytest.raises(
+        ValueError, match=r'dual step at step 1, and penalty="lazy" has no dual.*dual_start=None.*penalty="proximal"'
+    ):
+        plan(penalty="lazy", total_steps=total_steps, update_every=Every(1))
+    for penalty in WITH_DUAL:
+        assert plan(penalty=penalty, total_steps=total_steps, update_every=Every(1)).updates == Every(1)
+
+
+def test_a_dual_that_would_come_after_the_freeze_of_the_lazy_form_does_not_matter() -> None:
+    late = Every(10, dual_start=60)
+    assert plan(penalty="lazy", update_every=late, freeze_at=59).updates is late
+    with pytest.raises(ValueError, match="dual step at step 60"):
+        plan(penalty="lazy", update_every=late, freeze_at=60)
+
+
+@pytest.mark.parametrize("update", list(Update))
+def test_what_may_move_depends_on_whether_there_is_a_dual(update: Update) -> None:
+    check_update(update, True, 3)
+    if update is Update.AUXILIARY_AND_DUAL:
+        with pytest.raises(ValueError, match="at step 3"):
+            check_update(update, False, 3)
+    else:
+        check_update(update, False, 3)
 
 
 def test_what_a_schedule_does_after_the_freeze_does_not_matter() -> None:

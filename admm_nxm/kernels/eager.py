@@ -131,8 +131,10 @@ def hide(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         A new tensor.
     """
-    w = weight.to(dtype)
-    return _choose(mask, None, torch.where(w == 0, -torch.zeros_like(w), w))
+    integer = INTEGER_OF_SIZE[dtype.itemsize]
+    bits = weight.to(dtype, copy=True).view(integer)
+    bits |= (bits == 0).to(integer).mul_(torch.iinfo(integer).min)  # +0.0 becomes -0.0
+    return _choose(mask, None, bits.view(dtype))
 
 
 def reveal(weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:

@@ -22,13 +22,27 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from admm_nxm import ADMMNxM
-from tests.helpers import TORCH_OPTIMIZERS, Factory, admm, assert_same_weights, make_net, train, weights_of
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is .*unavailable or uninitialized:UserWarning",
-    "ignore:TypedStorage is deprecated:UserWarning",
-    "ignore::FutureWarning:torch.distributed",
+from tests.helpers import (
+    TORCH_OPTIMIZERS,
+    Factory,
+    admm,
+    assert_same_weights,
+    every_form,
+    forms_and_inners,
+    make_net,
+    restless,
+    train,
+    weights_of,
 )
+
+pytestmark = [
+    restless,
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is .*unavailable or uninitialized:UserWarning",
+        "ignore:TypedStorage is deprecated:UserWarning",
+        "ignore::FutureWarning:torch.distributed",
+    ),
+]
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -38,9 +52,9 @@ def fresh(factory: Factory, seed: int = 0, **options: Any) -> tuple[nn.Module, A
     return net, admm(net, factory, **{"total_steps": 20, "residual_tolerance": 99.0, **options})
 
 
-@pytest.mark.parametrize("factory", TORCH_OPTIMIZERS.values(), ids=TORCH_OPTIMIZERS.keys())
-def test_c05_fake_step_creates_the_keys_and_nothing_else(factory: Factory) -> None:
-    net, optimizer = fresh(factory)
+@forms_and_inners(TORCH_OPTIMIZERS)
+def test_c05_fake_step_creates_the_keys_and_nothing_else(penalty: str, factory: Factory) -> None:
+    net, optimizer = fresh(factory, penalty=penalty)
     before = weights_of(net)
     state = get_optimizer_state_dict(net, optimizer)
     assert_same_weights(net, before)
@@ -53,10 +67,11 @@ def test_c05_fake_step_creates_the_keys_and_nothing_else(factory: Factory) -> No
     assert optimizer.param_groups[0]["admm_step"] == 1
 
 
-def test_c05_state_made_by_the_fake_step_follows_weights_loaded_after_it() -> None:
-    net, optimizer = fresh(TORCH_OPTIMIZERS["SGD-single"])
+@every_form
+def test_c05_state_made_by_the_fake_step_follows_weights_loaded_after_it(penalty: str) -> None:
+    net, optimizer = fresh(TORCH_OPTIMIZERS["SGD-single"], penalty=penalty)
     get_optimizer_state_dict(net, optimizer)
-    other_net, other = fresh(TORCH_OPTIMIZERS["SGD-single"], seed=3)
+    other_net, other = fresh(TORCH_OPTIMIZERS["SGD-single"], seed=3, penalty=penalty)
     net.load_state_dict(other_net.state_dict())
     train(net, optimizer, 20)
     train(other_net, other, 20)
@@ -74,19 +89,20 @@ def test_c05_ordinary_step_with_zero_learning_rate_counts(lr_zero_step: int) -> 
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("stop", [6, 17])
-@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
-def test_c05_saved_and_loaded_equals_uninterrupted(name: str, stop: int, flat: bool, tmp_path: Path) -> None:
-    factory = TORCH_OPTIMIZERS[name]
+@pytest.mark.parametrize("stop", [6, 19], ids=["constrained", "frozen"])
+@forms_and_inners(TORCH_OPTIMIZERS)
+def test_c05_saved_and_loaded_equals_uninterrupted(
+    penalty: str, factory: Factory, stop: int, flat: bool, tmp_path: Path
+) -> None:
     options = FLAT if flat else StateDictOptions()
-    first_net, first = fresh(factory)
+    first_net, first = fresh(factory, penalty=penalty)
     train(first_net, first, stop)
     if flat and not all(
         isinstance(value, (int, float, torch.Tensor))
         for e in first.inner.state_dict()["state"].values()
         for value in e.values()
     ):
-        pytest.skip(f"{name} keeps state that torch cannot flatten")
+        pytest.skip(f"{type(first.inner).__name__} keeps state that torch cannot flatten")
 
     def states(net: nn.Module, optimizer: ADMMNxM) -> dict[str, Any]:
         return {
@@ -96,12 +112,12 @@ def test_c05_saved_and_loaded_equals_uninterrupted(name: str, stop: int, flat: b
 
     path = os.fspath(tmp_path / "checkpoint")
     dcp.save(states(first_net, first), checkpoint_id=path)
-    second_net, second = fresh(factory, seed=1)
+    second_net, second = fresh(factory, seed=1, penalty=penalty)
     loaded = states(second_net, second)
     dcp.load(loaded, checkpoint_id=path)
     set_model_state_dict(second_net, loaded["model"])
     set_optimizer_state_dict(second_net, second, loaded["optimizer"], options=options)
-    assert second.frozen == (stop == 17)
+    assert second.frozen == (stop == 19)
     train(first_net, first, 20 - stop, start=stop)
     train(second_net, second, 20 - stop, start=stop)
     assert_same_weights(first_net, second_net)
@@ -110,12 +126,13 @@ def test_c05_saved_and_loaded_equals_uninterrupted(name: str, stop: int, flat: b
     assert_same_weights(first_net, second_net)
 
 
-def test_c05_checkpoint_of_a_constrained_run_does_not_fit_a_frozen_optimizer(tmp_path: Path) -> None:
+@every_form
+def test_c05_checkpoint_of_a_constrained_run_does_not_fit_a_frozen_optimizer(penalty: str, tmp_path: Path) -> None:
     factory = TORCH_OPTIMIZERS["AdamW-single"]
-    early_net, early = fresh(factory)
+    early_net, early = fresh(factory, penalty=penalty)
     train(early_net, early, 6)
-    late_net, late = fresh(factory)
-    train(late_net, late, 17)
+    late_net, late = fresh(factory, penalty=penalty)
+    train(late_net, late, 19)
     path = os.fspath(tmp_path / "checkpoint")
     dcp.save(get_optimizer_state_dict(early_net, early), checkpoint_id=path)
     loaded = get_optimizer_state_dict(late_net, late)

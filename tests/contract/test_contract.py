@@ -22,21 +22,29 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, Every, Rise, project, verify
+from admm_nxm import ADMMNxM, Constant, ConvergenceWarning, Every, Rise, keep_mask, project, verify
 from tests.helpers import (
+    A_FEW,
+    PENALTIES,
     TORCH_OPTIMIZERS,
+    WITH_DUAL,
     Factory,
     admm,
     assert_same_weights,
     batches,
+    every,
+    every_form,
+    forms_and_inners,
     loss_of,
     make_net,
+    restless,
     same_bits,
+    tolerance,
     train,
     weights_of,
 )
 
-every_inner = pytest.mark.parametrize("factory", TORCH_OPTIMIZERS.values(), ids=TORCH_OPTIMIZERS.keys())
+pytestmark = restless
 
 
 def outside_optimizers() -> dict[str, Any]:
@@ -82,7 +90,7 @@ OUTSIDE = outside_optimizers()
 every_inner_and_outside = pytest.mark.parametrize(
     "factory", [*TORCH_OPTIMIZERS.values(), *OUTSIDE.values()], ids=[*TORCH_OPTIMIZERS, *OUTSIDE]
 )
-outside_inner = pytest.mark.parametrize("factory", OUTSIDE.values(), ids=OUTSIDE.keys())
+forms_and_inners_and_outside = forms_and_inners({**TORCH_OPTIMIZERS, **OUTSIDE})
 
 
 def quiet_finalize(optimizer: ADMMNxM) -> None:
@@ -152,10 +160,10 @@ def test_c01_scheduler_built_on_the_inner_optimizer_still_works() -> None:
 # ---------------------------------------------------------------- 2: live views of the inner optimizer
 
 
-@every_inner
-def test_c02_groups_state_and_defaults_are_the_inner_optimizers_own(factory: Factory) -> None:
+@forms_and_inners(TORCH_OPTIMIZERS)
+def test_c02_groups_state_and_defaults_are_the_inner_optimizers_own(penalty: str, factory: Factory) -> None:
     net = make_net()
-    optimizer = admm(net, factory)
+    optimizer = admm(net, factory, penalty=penalty)
     inner = optimizer.inner
 
     def check() -> None:
@@ -181,10 +189,11 @@ def test_c02_assignment_reaches_the_inner_optimizer() -> None:
     assert optimizer.inner.defaults is defaults
 
 
-def test_c02_accelerate_prepare_keeps_the_lr_schedule_connected() -> None:
+@every_form
+def test_c02_accelerate_prepare_keeps_the_lr_schedule_connected(penalty: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
     accelerator = accelerate.Accelerator(cpu=True)
     prepared_net, prepared, scheduler = accelerator.prepare(net, optimizer, scheduler)
@@ -202,10 +211,10 @@ def test_c02_accelerate_prepare_keeps_the_lr_schedule_connected() -> None:
 # ---------------------------------------------------------------- 3: nothing in the state before the inner step
 
 
-@every_inner_and_outside
-def test_c03_inner_optimizer_finds_its_state_as_it_left_it(factory: Factory) -> None:
+@forms_and_inners_and_outside
+def test_c03_inner_optimizer_finds_its_state_as_it_left_it(penalty: str, factory: Factory) -> None:
     net = make_net()
-    optimizer = admm(net, factory, penalty="gradient", rho=0.1)
+    optimizer = admm(net, factory, penalty=penalty, rho=0.1)
     state_before_step: list[set[str]] = []
     original = type(optimizer.inner).step
 
@@ -221,9 +230,10 @@ def test_c03_inner_optimizer_finds_its_state_as_it_left_it(factory: Factory) -> 
     assert "admm_consensus" in state_before_step[1]
 
 
-def test_c03_state_of_a_weight_waits_for_the_weights_own_first_step() -> None:
+@every_form
+def test_c03_state_of_a_weight_waits_for_the_weights_own_first_step(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net)
+    optimizer = admm(net, penalty=penalty)
     late = net.blocks[0].down.weight
     for step, x in enumerate(batches(3)):
         loss_of(net, x).backward()
@@ -238,7 +248,7 @@ def test_c03_state_of_a_weight_waits_for_the_weights_own_first_step() -> None:
 # ---------------------------------------------------------------- 4: state at the first step, no cached identity
 
 
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+@every_form
 def test_c04_parameter_objects_may_be_exchanged_before_the_first_step(penalty: str) -> None:
     def run(exchange: bool) -> nn.Module:
         net = make_net()
@@ -280,12 +290,25 @@ def save_and_load(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@every_inner_and_outside
-@pytest.mark.parametrize("stop", [0, 1, 6, 13, 17])
-def test_c06_interrupted_and_resumed_equals_uninterrupted(factory: Factory, stop: int) -> None:
+# Before the first step, after it, in the constrained phase (13: with the dual), and when frozen.
+@pytest.mark.parametrize("stop", [0, 1, 13, 19])
+@forms_and_inners_and_outside
+def test_c06_interrupted_and_resumed_equals_uninterrupted(penalty: str, factory: Factory, stop: int) -> None:
+    check_resume(penalty, factory, stop)
+
+
+# In mid rise, before the dual; after the last step of the constrained phase; after the first of the frozen one.
+@pytest.mark.parametrize("stop", [6, 17, 18])
+@pytest.mark.parametrize("name", A_FEW)
+@every_form
+def test_c06_interrupted_elsewhere_and_resumed_equals_uninterrupted(penalty: str, name: str, stop: int) -> None:
+    check_resume(penalty, TORCH_OPTIMIZERS[name], stop)
+
+
+def check_resume(penalty: str, factory: Factory, stop: int) -> None:
     def fresh() -> tuple[nn.Module, ADMMNxM]:
         net = make_net()
-        return net, admm(net, factory, total_steps=20, residual_tolerance=99.0)
+        return net, admm(net, factory, total_steps=20, penalty=penalty, residual_tolerance=99.0)
 
     whole_net, whole = fresh()
     train(whole_net, whole, 20)
@@ -304,14 +327,14 @@ def test_c06_interrupted_and_resumed_equals_uninterrupted(factory: Factory, stop
     assert_same_weights(second_net, whole_net)
 
 
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+@every_form
 @pytest.mark.parametrize("finalized", [False, True])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_c06_resume_keeps_the_dtype_of_the_state(
     dtype: torch.dtype, state_dtype: torch.dtype, finalized: bool, penalty: str
 ) -> None:
-    options = {"rho": 0.05, "update_every": Every(3), "state_dtype": state_dtype, "penalty": penalty}
+    options = {"rho": 0.05, "update_every": every(3, penalty), "state_dtype": state_dtype, "penalty": penalty}
     net = make_net(dtype=dtype)
     optimizer = admm(net, **options)
     train(net, optimizer, 7)
@@ -333,23 +356,32 @@ def test_c06_resume_keeps_the_dtype_of_the_state(
     assert_same_weights(net, other_net)
 
 
-def test_c06_state_saved_in_another_dtype_is_converted_with_its_meaning() -> None:
-    net = make_net()
-    optimizer = admm(net, rho=0.05, update_every=Every(3))
+@every_form
+def test_c06_state_saved_in_another_dtype_is_converted_with_its_meaning(penalty: str) -> None:
+    options = {"rho": 0.05, "update_every": every(3, penalty), "penalty": penalty}
+    net, other_net = make_net(), make_net(seed=1)
+    optimizer = admm(net, **options)
     train(net, optimizer, 7)
-    other_net = make_net()
-    other = admm(other_net, rho=0.05, update_every=Every(3), state_dtype=torch.bfloat16)
+    other = admm(other_net, state_dtype=torch.bfloat16, **options)
+    other_net.load_state_dict(net.state_dict())
     other.load_state_dict(optimizer.state_dict())
-    for name in optimizer.masks():
-        assert other.state[other_net.get_parameter(name)]["admm_consensus"].dtype == torch.bfloat16
+    for name, mask in optimizer.masks().items():
+        w, other_w = (n.get_parameter(name) for n in (net, other_net))
+        v, other_v = (o.state[p]["admm_consensus"] for o, p in ((optimizer, w), (other, other_w)))
+        assert other_v.dtype == torch.bfloat16
         torch.testing.assert_close(other.dual(name).float(), optimizer.dual(name), rtol=1e-2, atol=0)
         torch.testing.assert_close(other.auxiliary(name).float(), optimizer.auxiliary(name), rtol=1e-2, atol=0)
+        assert torch.equal(other.masks()[name], mask)
+        primal, other_primal = (optimizer._form.primal(p.detach(), s) for p, s in ((w, v), (other_w, other_v)))
+        torch.testing.assert_close(other_primal, primal, rtol=1e-2, atol=0)
 
 
-@every_inner_and_outside
-def test_c06_round_trip_before_the_first_step_is_a_no_op(factory: Factory) -> None:
+@forms_and_inners_and_outside
+def test_c06_round_trip_before_the_first_step_is_a_no_op(penalty: str, factory: Factory) -> None:
     plain_net, net = make_net(), make_net()
-    plain, optimizer = (admm(n, factory, total_steps=20, residual_tolerance=99.0) for n in (plain_net, net))
+    plain, optimizer = (
+        admm(n, factory, total_steps=20, penalty=penalty, residual_tolerance=99.0) for n in (plain_net, net)
+    )
     optimizer.load_state_dict(save_and_load(optimizer.state_dict()))
     with torch.no_grad():  # loading weights after that must not leave a v of the old ones behind
         for n in (plain_net, net):
@@ -360,9 +392,10 @@ def test_c06_round_trip_before_the_first_step_is_a_no_op(factory: Factory) -> No
     assert_same_weights(net, plain_net)
 
 
-def test_c06_state_dict_holds_only_tensors_and_plain_values_and_counts_in_the_groups() -> None:
+@every_form
+def test_c06_state_dict_holds_only_tensors_and_plain_values_and_counts_in_the_groups(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 6)
     state = optimizer.state_dict()
     for entry in state["state"].values():
@@ -372,17 +405,31 @@ def test_c06_state_dict_holds_only_tensors_and_plain_values_and_counts_in_the_gr
         assert all(isinstance(value, (int, float)) for key, value in group.items() if key.startswith("admm"))
 
 
-def test_c06_loading_a_state_dict_of_the_inner_optimizer_alone_starts_admm_anew() -> None:
+@every_form
+def test_c06_loading_a_state_dict_of_the_inner_optimizer_alone_starts_admm_anew(penalty: str) -> None:
     dense_net = make_net()
     dense = torch.optim.AdamW(dense_net.parameters(), lr=1e-2)
     train(dense_net, dense, 5)
-    optimizer = admm(dense_net, total_steps=20)
+    optimizer = admm(dense_net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     train(dense_net, optimizer, 8)
     optimizer.load_state_dict(dense.state_dict())
     assert optimizer.param_groups[0]["admm_step"] == 0
     assert float(optimizer.state[dense_net.head.weight]["step"]) == 5
     train(dense_net, optimizer, 20)
     assert optimizer.finalize().ok
+
+
+def test_c06_state_of_the_inner_optimizer_that_belongs_to_no_parameter_travels_along() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            self.state["all"] = {"count": self.state.get("all", {"count": 0})["count"] + 1}
+            return super().step(closure)
+
+    nets = make_net(), make_net()
+    first, second = (admm(net, lambda net: Counting(net.parameters(), lr=1e-2), total_steps=20) for net in nets)
+    train(nets[0], first, 6)
+    second.load_state_dict(save_and_load(first.state_dict()))
+    assert second.state["all"] == {"count": 6}
 
 
 def test_c06_loading_does_not_change_or_share_what_was_passed() -> None:
@@ -404,47 +451,99 @@ def test_c06_loading_does_not_change_or_share_what_was_passed() -> None:
 
 
 BROKEN_CHECKPOINTS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "other pattern, not frozen": ({"pattern": "2:4"}, 6, "another selection, pattern or grouped dimension"),
-    "longer schedule": ({"total_steps": 40}, 12, r"rho = .* at step 12.*total_steps=40.*freeze_at"),
-    "other pattern": ({"pattern": "2:4"}, 18, "pattern 2:4"),
+    "other pattern, not frozen": ({"pattern": "2:4"}, 6, "another selection, pattern, grouped dimension or form of"),
+    "other pattern": ({"pattern": "2:4"}, 19, "pattern 2:4"),
     "another selection": ({"select": {r"blocks\.0\..*weight": "1:4"}}, 6, "2 parameters that are not selected"),
     "more selected": ({"select": {r".*\.weight": "1:4"}}, 6, "no admm_consensus for weight 'head.weight'"),
 }
 
 
+def assert_refused(optimizer: ADMMNxM, state: dict[str, Any], message: str) -> None:
+    """Nothing may have been loaded."""
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["admm_step"] == 0
+
+
 @pytest.mark.parametrize(("options", "steps", "message"), BROKEN_CHECKPOINTS.values(), ids=BROKEN_CHECKPOINTS.keys())
+@every_form
 def test_c06_checkpoint_that_does_not_fit_is_refused_and_nothing_is_loaded(
-    options: dict[str, Any], steps: int, message: str
+    penalty: str, options: dict[str, Any], steps: int, message: str
 ) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     train(net, optimizer, steps)
-    other = admm(make_net(), **{"total_steps": 20, **options})
-    with pytest.raises(ValueError, match=message):
-        other.load_state_dict(optimizer.state_dict())
-    assert not other.state
-    assert other.param_groups[0]["admm_step"] == 0
+    other = admm(make_net(), **{"total_steps": 20, "penalty": penalty, **options})
+    assert_refused(other, optimizer.state_dict(), message)
 
 
-def test_c06_more_selected_weights_are_noticed_without_inner_state() -> None:
-    net = make_net()
-    optimizer = admm(net, TORCH_OPTIMIZERS["SGD-single"], total_steps=20)
+LONGER_SCHEDULE = r"rho = .* at step 12.*total_steps=40.*freeze_at"
+
+
+def resume_with_a_longer_schedule(penalty: str, **options: Any) -> tuple[nn.Module, ADMMNxM, dict[str, Any]]:
+    net, other_net = make_net(), make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty, **options)
+    train(net, optimizer, 12)
+    other_net.load_state_dict(net.state_dict())
+    return other_net, admm(other_net, total_steps=40, penalty=penalty, **options), optimizer.state_dict()
+
+
+def test_c06_longer_schedule_in_which_rho_falls_under_a_dual_is_refused() -> None:
+    _, other, state = resume_with_a_longer_schedule("proximal")
+    assert_refused(other, state, LONGER_SCHEDULE)
+
+
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "proximal"])
+def test_c06_longer_schedule_is_taken_up_where_there_is_no_dual(penalty: str) -> None:
+    net, other, state = resume_with_a_longer_schedule(penalty, residual_tolerance=9.0)
+    other.load_state_dict(state)
+    train(net, other, 28, start=12)
+    assert other.phase == "frozen"
+    assert other.finalize().ok
+
+
+@pytest.mark.parametrize("other", PENALTIES)
+@every_form
+def test_c06_checkpoint_of_another_form_is_refused_unless_the_state_means_the_same(penalty: str, other: str) -> None:
+    net, other_net = make_net(), make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 6)
-    other = admm(make_net(), TORCH_OPTIMIZERS["SGD-single"], total_steps=20, select={r".*\.weight": "1:4"})
-    with pytest.raises(ValueError, match="another selection"):
-        other.load_state_dict(optimizer.state_dict())
+    resumed = admm(other_net, rho=Constant(9.0), penalty=other, residual_tolerance=9.0)
+    other_net.load_state_dict(net.state_dict())
+    if penalty != other and {penalty, other} != {"proximal", "gradient"}:
+        assert_refused(resumed, save_and_load(optimizer.state_dict()), "form of the penalty.*as it was built then")
+        return
+    resumed.load_state_dict(save_and_load(optimizer.state_dict()))
+    for name, mask in optimizer.masks().items():
+        assert torch.equal(resumed.masks()[name], mask)
+        assert same_bits(resumed.auxiliary(name), optimizer.auxiliary(name))
+        assert same_bits(resumed.dual(name), optimizer.dual(name))
+    train(other_net, resumed, 14, start=6)
+    assert resumed.finalize().ok
 
 
-def test_c06_wrong_shape_and_mask_cast_by_an_in_place_loader_are_refused() -> None:
+@every_form
+def test_c06_more_selected_weights_are_noticed_without_inner_state(penalty: str) -> None:
+    sgd = TORCH_OPTIMIZERS["SGD-single"]
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, sgd, total_steps=20, penalty=penalty)
+    train(net, optimizer, 6)
+    other = admm(make_net(), sgd, total_steps=20, penalty=penalty, select={r".*\.weight": "1:4"})
+    assert_refused(other, optimizer.state_dict(), "another selection")
+
+
+@every_form
+def test_c06_wrong_shape_and_mask_cast_by_an_in_place_loader_are_refused(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 6)
     for change, message in ((lambda v: v[:1], "has shape"), (lambda v: v != 0, "cast to bool")):
         state = copy.deepcopy(optimizer.state_dict())
         entry = next(e for e in state["state"].values() if "admm_consensus" in e)
         entry["admm_consensus"] = change(entry["admm_consensus"])
         with pytest.raises(ValueError, match=message):
-            admm(make_net(), total_steps=20).load_state_dict(state)
+            admm(make_net(), total_steps=20, penalty=penalty).load_state_dict(state)
 
 
 def test_c06_state_dict_hooks_fire_once_and_may_replace() -> None:
@@ -480,10 +579,10 @@ def global_hooks() -> Iterator[list[tuple[str, Any]]]:
         handle.remove()
 
 
-@every_inner
-def test_c07_step_hooks_fire_once_around_the_whole_step(factory: Factory, global_hooks: list) -> None:
+@forms_and_inners(TORCH_OPTIMIZERS)
+def test_c07_step_hooks_fire_once_around_the_whole_step(penalty: str, factory: Factory, global_hooks: list) -> None:
     net = make_net()
-    optimizer = admm(net, factory, rho=1.0, penalty="gradient")
+    optimizer = admm(net, factory, rho=1.0, penalty=penalty)
     train(net, optimizer, 1)
     global_hooks.clear()
     w = net.blocks[0].up.weight
@@ -501,25 +600,28 @@ def test_c07_step_hooks_fire_once_around_the_whole_step(factory: Factory, global
     inner_pre.remove()
 
 
-def test_c07_step_hook_sees_the_weight_after_the_pull() -> None:
+@pytest.mark.parametrize("penalty", ["lazy", "proximal"])
+def test_c07_step_hook_sees_the_weight_after_the_pull(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, rho=1e9)
+    optimizer = admm(net, rho=1e9, penalty=penalty)
     train(net, optimizer, 1)
     w, seen = net.blocks[0].up.weight, []
     optimizer.inner.register_step_post_hook(lambda *_: seen.append(w.detach().clone()))
-    z = optimizer.auxiliary("blocks.0.up.weight")
     train(net, optimizer, 1, start=1)
-    torch.testing.assert_close(seen[0], z, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(seen[0], optimizer.auxiliary("blocks.0.up.weight"), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stop", [0, 6, 13, 17])
+@pytest.mark.parametrize("stop", [0, 6, 13, 17, 19])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_c07_copies_train_on_alike(how: str, stop: int) -> None:
+@every_form
+def test_c07_copies_train_on_alike(penalty: str, how: str, stop: int) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     train(net, optimizer, stop)
     pair = (net, optimizer)
     other_net, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert other.saliency == optimizer.saliency
+    assert other.plan == optimizer.plan
     assert other.inner is not optimizer.inner
     assert other.param_groups is other.inner.param_groups
     train(net, optimizer, 20 - stop, start=stop)
@@ -544,6 +646,8 @@ def test_c07_copy_under_an_lr_scheduler_steps_itself_not_the_original() -> None:
     assert_same_weights(net, before)
     assert other.param_groups[0]["admm_step"] == 3
     assert optimizer.param_groups[0]["admm_step"] == 0
+    assert "step" not in other.__dict__
+    assert other.saliency == optimizer.saliency
 
 
 def test_c07_step_is_a_bound_method() -> None:
@@ -575,9 +679,8 @@ def test_c07_zero_grad_and_add_param_group_delegate() -> None:
 # ---------------------------------------------------------------- 8: closures
 
 
-@every_inner_and_outside
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
-def test_c08_closure_runs_once_and_first_with_gradients_enabled(factory: Factory, penalty: str) -> None:
+@forms_and_inners_and_outside
+def test_c08_closure_runs_once_and_first_with_gradients_enabled(penalty: str, factory: Factory) -> None:
     def run(with_closure: bool) -> tuple[nn.Module, int]:
         net = make_net()
         optimizer = admm(net, factory, total_steps=20, penalty=penalty, residual_tolerance=99.0)
@@ -625,10 +728,11 @@ def test_c08_optimizers_that_need_the_closure_are_refused() -> None:
 
 
 @pytest.mark.parametrize("inner", ["AdamW-fused", "AdamW-single", "SGD-fused", "Adam-foreach"])
-def test_c09_grad_scaler_unscales_before_and_skips_the_whole_step(inner: str) -> None:
+@every_form
+def test_c09_grad_scaler_unscales_before_and_skips_the_whole_step(penalty: str, inner: str) -> None:
     def run(scaled: bool) -> nn.Module:
         net = make_net()
-        optimizer = admm(net, TORCH_OPTIMIZERS[inner], total_steps=20, penalty="gradient", residual_tolerance=9.0)
+        optimizer = admm(net, TORCH_OPTIMIZERS[inner], total_steps=20, penalty=penalty, residual_tolerance=9.0)
         assert not getattr(optimizer, "_step_supports_amp_scaling", False)
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**10)
         for step, x in enumerate(batches(20)):
@@ -655,9 +759,10 @@ def test_c09_grad_scaler_unscales_before_and_skips_the_whole_step(inner: str) ->
     assert_same_weights(run(True), run(False))  # a scale of a power of two costs no bits
 
 
-def test_c09_autocast_trains() -> None:
+@every_form
+def test_c09_autocast_trains(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     for x in batches(20):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -685,7 +790,7 @@ def test_c10_penalty_is_not_clipped() -> None:
     torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+@every_form
 def test_c10_gradient_accumulation_counts_optimizer_steps(penalty: str) -> None:
     def run(parts: int) -> nn.Module:
         net = make_net().double()
@@ -705,20 +810,29 @@ def test_c10_gradient_accumulation_counts_optimizer_steps(penalty: str) -> None:
 # ---------------------------------------------------------------- 12: evaluation measures what will ship
 
 
-@every_inner_and_outside
-@pytest.mark.parametrize("steps", [0, 1, 9, 17])
+def shipped(optimizer: ADMMNxM, name: str, w: Tensor) -> Tensor:
+    """What a prunable weight is evaluated as, given what the model holds in training."""
+    if optimizer.frozen:
+        return w
+    if optimizer.penalty in WITH_DUAL or optimizer.param_groups[0]["admm_step"] == 0:
+        return project(w + optimizer.dual(name), "1:4")
+    assert optimizer.rho > 0
+    return torch.where(optimizer.masks()[name], w, torch.zeros_like(w))  # the lazy form ships the mask it has shown
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 19])
+@forms_and_inners_and_outside
 def test_c12_evaluation_holds_the_projected_weights_and_training_goes_on_bit_for_bit(
-    factory: Factory, steps: int
+    penalty: str, factory: Factory, steps: int
 ) -> None:
     net, plain_net = make_net(), make_net()
-    optimizer, plain = (admm(n, factory, total_steps=20, residual_tolerance=99.0) for n in (net, plain_net))
+    optimizer, plain = (
+        admm(n, factory, total_steps=20, penalty=penalty, residual_tolerance=99.0) for n in (net, plain_net)
+    )
     train(net, optimizer, steps)
     train(plain_net, plain, steps)
     before = weights_of(net)
-    projected = {
-        name: project(before[name] + optimizer.dual(name), "1:4") if not optimizer.frozen else before[name]
-        for name in optimizer.masks()
-    }
+    projected = {name: shipped(optimizer, name, before[name]) for name in optimizer.masks()}
     with optimizer.projected(), optimizer.projected():
         for name, expected in projected.items():
             assert torch.equal(net.get_parameter(name), expected)
@@ -738,10 +852,29 @@ def test_c12_evaluation_holds_the_projected_weights_and_training_goes_on_bit_for
     assert_same_weights(net, plain_net)
 
 
-@pytest.mark.parametrize("name", ["schedulefree.AdamW", "schedulefree.SGD", "schedulefree.RAdam"])
-def test_c12_schedulefree_ships_its_average_feasible(name: str) -> None:
+@every_form
+def test_c12_evaluation_in_the_dense_phase_projects_what_the_model_holds(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, OUTSIDE[name], total_steps=60, residual_tolerance=99.0)
+    optimizer = admm(net, rho=lambda step: float(step >= 30), update_every=every(5, penalty), penalty=penalty)
+    train(net, optimizer, 8)
+    assert optimizer.phase == "dense"
+    before = weights_of(net)
+    with optimizer.projected():
+        for name in optimizer.masks():
+            a = before[name] + optimizer.dual(name)
+            factor = 1.0
+            if penalty == "lazy":
+                factor = optimizer.state[net.get_parameter(name)]["exp_avg_sq"].clamp_min(1e-20) ** 0.25
+            kept = keep_mask(a * factor, "1:4")
+            assert torch.equal(net.get_parameter(name), torch.where(kept, a, torch.zeros_like(a)))
+    assert_same_weights(net, before)
+
+
+@pytest.mark.parametrize("name", ["schedulefree.AdamW", "schedulefree.SGD", "schedulefree.RAdam"])
+@every_form
+def test_c12_schedulefree_ships_its_average_feasible(penalty: str, name: str) -> None:
+    net = make_net()
+    optimizer = admm(net, OUTSIDE[name], total_steps=60, penalty=penalty, residual_tolerance=99.0)
     train(net, optimizer, 30)
     optimizer.eval()
     assert verify(net, "1:4").ok
@@ -755,9 +888,10 @@ def test_c12_schedulefree_ships_its_average_feasible(name: str) -> None:
     assert verify(net, "1:4").ok
 
 
-def test_c12_step_in_evaluation_mode_is_refused_and_an_error_inside_restores() -> None:
+@every_form
+def test_c12_step_in_evaluation_mode_is_refused_and_an_error_inside_restores(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 9)
     before = weights_of(net)
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"), optimizer.projected():
@@ -771,17 +905,18 @@ def test_c12_step_in_evaluation_mode_is_refused_and_an_error_inside_restores() -
     assert_same_weights(net, before)
 
 
-@pytest.mark.parametrize("steps", [9, 17])
-def test_c12_checkpoint_saved_in_evaluation_mode_resumes_from_the_training_weights(steps: int) -> None:
+@pytest.mark.parametrize("steps", [0, 9, 17, 19])
+@every_form
+def test_c12_checkpoint_saved_in_evaluation_mode_resumes_from_the_training_weights(penalty: str, steps: int) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     train(net, optimizer, steps)
     optimizer.eval()
     saved_weights, saved = save_and_load(net.state_dict()), save_and_load(optimizer.state_dict())
     assert verify(saved_weights, "1:4").ok
     optimizer.train()
     other_net = make_net(seed=1)
-    other = admm(other_net, total_steps=20)
+    other = admm(other_net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
     other_net.load_state_dict(saved_weights)
     other.load_state_dict(saved)
     with pytest.raises(RuntimeError, match="train"):
@@ -793,21 +928,23 @@ def test_c12_checkpoint_saved_in_evaluation_mode_resumes_from_the_training_weigh
     assert_same_weights(net, other_net)
 
 
-def test_c12_evaluation_checkpoint_without_the_training_weights_is_refused() -> None:
+@every_form
+def test_c12_evaluation_checkpoint_without_the_training_weights_is_refused(penalty: str) -> None:
     net = make_net()
-    optimizer = admm(net, total_steps=20)
+    optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 9)
     optimizer.eval()
     state = optimizer.state_dict()
     for entry in state["state"].values():
         entry.pop("admm_primal", None)
     with pytest.raises(ValueError, match=r"optimizer\.train\(\) before saving"):
-        admm(make_net(), total_steps=20).load_state_dict(state)
+        admm(make_net(), total_steps=20, penalty=penalty).load_state_dict(state)
 
 
-def test_c12_finalize_leaves_the_evaluation_mode() -> None:
+@every_form
+def test_c12_finalize_leaves_the_evaluation_mode(penalty: str) -> None:
     net, other_net = make_net(), make_net()
-    optimizer, other = admm(net, rho=0.1), admm(other_net, rho=0.1)
+    optimizer, other = (admm(n, rho=0.1, penalty=penalty) for n in (net, other_net))
     for n, o in ((net, optimizer), (other_net, other)):
         train(n, o, 9)
     optimizer.eval()
@@ -820,21 +957,24 @@ def test_c12_finalize_leaves_the_evaluation_mode() -> None:
 # ---------------------------------------------------------------- 13: rho = 0
 
 
-@every_inner_and_outside
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
-def test_c13_zero_rho_is_the_inner_optimizer_bit_for_bit(factory: Factory, penalty: str) -> None:
+@forms_and_inners_and_outside
+def test_c13_zero_rho_is_the_inner_optimizer_bit_for_bit(penalty: str, factory: Factory) -> None:
     plain_net, net = make_net(), make_net()
     train(plain_net, factory(plain_net), 25)
-    optimizer = admm(net, factory, rho=0.0, penalty=penalty, total_steps=20, update_every=Every(2))
+    optimizer = admm(net, factory, rho=0.0, penalty=penalty, total_steps=20, update_every=every(2, penalty))
     train(net, optimizer, 25)
     assert_same_weights(net, plain_net)
     assert optimizer.phase == "dense"
 
 
-def test_c13_schedule_that_is_zero_throughout_is_the_inner_optimizer_too() -> None:
+@every_form
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_c13_schedule_that_is_zero_throughout_is_the_inner_optimizer_too(
+    penalty: str, state_dtype: torch.dtype | None
+) -> None:
     plain_net, net = make_net(), make_net()
     train(plain_net, torch.optim.AdamW(plain_net.parameters(), lr=1e-2), 25)
-    train(net, admm(net, rho=Rise(0.0), total_steps=20), 25)
+    train(net, admm(net, rho=Rise(0.0), total_steps=20, penalty=penalty, state_dtype=state_dtype), 25)
     assert_same_weights(net, plain_net)
 
 
@@ -868,10 +1008,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_inner
-@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+@forms_and_inners(TORCH_OPTIMIZERS)
 def test_c14_step_reads_no_more_from_the_device_than_the_inner_optimizer(
-    factory: Factory, penalty: str, monkeypatch: pytest.MonkeyPatch
+    penalty: str, factory: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def reads(wrapped: bool) -> int:
         net = make_net()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, verify
-from tests.helpers import admm, assert_same_weights, batches, loss_of, make_net, train
+from tests.helpers import admm, assert_same_weights, batches, every_form, loss_of, make_net, tolerance, train
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -37,8 +37,14 @@ def trainer(folder: Path, **options: Any) -> tuple[Any, nn.Module, ADMMNxM]:
         max_position_embeddings=16,
     )
     model = transformers.BertForSequenceClassification(config)
-    total_steps = options.pop("total_steps", STEPS)
-    optimizer = ADMMNxM(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=total_steps)
+    penalty, total_steps = options.pop("penalty"), options.pop("total_steps", STEPS)
+    optimizer = ADMMNxM(
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        model,
+        penalty=penalty,
+        total_steps=total_steps,
+        residual_tolerance=tolerance(penalty),
+    )
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 2, STEPS)
     arguments = transformers.TrainingArguments(
         **{
@@ -63,8 +69,9 @@ def trainer(folder: Path, **options: Any) -> tuple[Any, nn.Module, ADMMNxM]:
     return made, model, optimizer
 
 
-def test_c12_trainer_evaluates_and_saves_the_projected_model(tmp_path: Path) -> None:
-    made, model, optimizer = trainer(tmp_path, eval_on_start=True, gradient_accumulation_steps=2)
+@every_form
+def test_c12_trainer_evaluates_and_saves_the_projected_model(penalty: str, tmp_path: Path) -> None:
+    made, model, optimizer = trainer(tmp_path, penalty=penalty, eval_on_start=True, gradient_accumulation_steps=2)
     feasible: list[bool] = []
 
     class Look(transformers.TrainerCallback):
@@ -81,20 +88,25 @@ def test_c12_trainer_evaluates_and_saves_the_projected_model(tmp_path: Path) -> 
     assert optimizer.finalize().ok
 
 
-def test_c06_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole, whole_model, _ = trainer(tmp_path / "whole")
+@every_form
+def test_c06_trainer_resumes_bit_for_bit(penalty: str, tmp_path: Path) -> None:
+    whole, whole_model, _ = trainer(tmp_path / "whole", penalty=penalty)
     whole.train()
     for step in (3, 12, 18, 21):
-        again, model, optimizer = trainer(tmp_path / f"from-{step}")
+        again, model, optimizer = trainer(tmp_path / f"from-{step}", penalty=penalty)
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same_weights(model, whole_model)
         assert optimizer.finalize().ok
 
 
 @pytest.mark.parametrize("total_steps", [STEPS, None])
-def test_c12_trainers_best_model_is_the_one_that_finalize_ships(tmp_path: Path, total_steps: int | None) -> None:
+@every_form
+def test_c12_trainers_best_model_is_the_one_that_finalize_ships(
+    penalty: str, tmp_path: Path, total_steps: int | None
+) -> None:
     made, model, optimizer = trainer(
         tmp_path,
+        penalty=penalty,
         total_steps=total_steps,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -110,12 +122,13 @@ def test_c12_trainers_best_model_is_the_one_that_finalize_ships(tmp_path: Path, 
     assert_same_weights(model, reloaded)
 
 
-@pytest.mark.parametrize("stop", [6, 17])
-def test_c06_accelerate_save_state_and_load_state_are_exact(tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize("stop", [6, 19])
+@every_form
+def test_c06_accelerate_save_state_and_load_state_are_exact(penalty: str, tmp_path: Path, stop: int) -> None:
     def prepared() -> tuple[Any, nn.Module, ADMMNxM, Any]:
         accelerate.state.AcceleratorState._reset_state(True)
         net = make_net()
-        optimizer = admm(net, total_steps=20)
+        optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         prepared_net, wrapped = accelerator.prepare(net, optimizer)
         return accelerator, prepared_net, optimizer, wrapped
@@ -145,10 +158,13 @@ def test_c06_accelerate_save_state_and_load_state_are_exact(tmp_path: Path, stop
     assert second[2].finalize().ok
 
 
-def test_c02_state_survives_the_round_trip_of_prepare_in_mid_run() -> None:
+@every_form
+def test_c02_state_survives_the_round_trip_of_prepare_in_mid_run(penalty: str) -> None:
     accelerate.state.AcceleratorState._reset_state(True)
     net, plain_net = make_net(), make_net()
-    optimizer, plain = admm(net, total_steps=20), admm(plain_net, total_steps=20)
+    optimizer, plain = (
+        admm(n, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty)) for n in (net, plain_net)
+    )
     train(net, optimizer, 8)
     train(plain_net, plain, 8)
     accelerate.Accelerator(cpu=True).prepare(optimizer)

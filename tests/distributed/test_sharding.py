@@ -5,6 +5,7 @@ Every check runs the same steps on plain tensors and on sharded ones, with the s
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.distributed.tensor.placement_types import Partial
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, project, verify
 from admm_nxm._sharding import check_sharding, local, reduce_sums, wrap_like
+from tests.helpers import PENALTIES, every_form
 
 # Older torch warns of random numbers on a CPU mesh, which nothing here draws.
 pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support:UserWarning")
@@ -93,10 +95,10 @@ def replicated(weight: Tensor) -> list[Placement]:
 def check_runs_alike(rank: int, mesh: Any, tmp: str) -> None:
     for placements in (by_rows, by_groups, replicated):
         for inner in ("AdamW", "SGD"):
-            for penalty in ("proximal", "gradient"):
+            for penalty in PENALTIES:
                 plain, sharded = Stack(), Stack().shard(placements, mesh)
                 one, two = make(plain, inner, penalty=penalty), make(sharded, inner, penalty=penalty)
-                for first, last in ((0, 1), (1, 9), (9, 17)):
+                for first, last in ((0, 1), (1, 9), (9, 17), (17, 19)):
                     steps(plain, one, first, last)
                     steps(sharded, two, first, last)
                     assert_equal(plain, sharded)
@@ -120,8 +122,8 @@ def check_runs_alike(rank: int, mesh: Any, tmp: str) -> None:
                 assert report == same
                 assert report.ok
                 assert verify(sharded, "1:4") == verify(plain, "1:4")
-                steps(plain, one, 17, 20)
-                steps(sharded, two, 17, 20)
+                steps(plain, one, 19, 22)
+                steps(sharded, two, 19, 22)
                 assert_equal(plain, sharded)
                 state = two.state[next(iter(sharded.parameters()))]["admm_consensus"]
                 assert isinstance(state, DTensor)
@@ -129,13 +131,14 @@ def check_runs_alike(rank: int, mesh: Any, tmp: str) -> None:
 
 
 def check_step_communicates_nothing(rank: int, mesh: Any, tmp: str) -> None:
-    sharded = Stack().shard(by_rows, mesh)
-    optimizer = make(sharded)
-    for step in range(20):
-        set_gradients(sharded, step)
-        with CommDebugMode() as comm:
-            optimizer.step()
-        assert comm.get_total_counts() == 0, (step, comm.get_comm_counts())
+    for penalty in PENALTIES:
+        sharded = Stack().shard(by_rows, mesh)
+        optimizer = make(sharded, penalty=penalty)
+        for step in range(20):
+            set_gradients(sharded, step)
+            with CommDebugMode() as comm:
+                optimizer.step()
+            assert comm.get_total_counts() == 0, (step, comm.get_comm_counts())
     with CommDebugMode() as comm:
         optimizer.residuals()
     assert comm.get_total_counts() > 0
@@ -182,25 +185,25 @@ def check_checkpoint_travels_between_plain_and_sharded(rank: int, mesh: Any, tmp
     def states(model: nn.Module, optimizer: ADMMNxM) -> dict[str, Any]:
         return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
-    for stop in (7, 17):
+    for stop, penalty in itertools.product((7, 19), PENALTIES):
         plain, sharded = Stack(), Stack().shard(by_rows, mesh)
-        one, two = make(plain), make(sharded)
+        one, two = make(plain, penalty=penalty), make(sharded, penalty=penalty)
         steps(plain, one, 0, stop)
         steps(sharded, two, 0, stop)
         for source, target in (((plain, one), True), ((sharded, two), False)):
-            path = os.path.join(tmp, f"{stop}-{target}")
+            path = os.path.join(tmp, f"{stop}-{penalty}-{target}")
             dcp.save(states(*source), checkpoint_id=path)
             resumed = Stack().shard(by_rows, mesh) if target else Stack()
             with torch.no_grad():
                 for p in resumed.parameters():
                     local(p).zero_()
-            optimizer = make(resumed)
+            optimizer = make(resumed, penalty=penalty)
             loaded = states(resumed, optimizer)
             dcp.load(loaded, checkpoint_id=path)
             set_model_state_dict(resumed, loaded["model"])
             set_optimizer_state_dict(resumed, optimizer, loaded["optimizer"])
             reference = Stack()
-            whole = make(reference)
+            whole = make(reference, penalty=penalty)
             steps(reference, whole, 0, 20)
             steps(resumed, optimizer, stop, 20)
             assert_equal(resumed, reference)
@@ -224,27 +227,26 @@ def check_fsdp2_by_hand_equals_one_process(rank: int, mesh: Any, tmp: str) -> No
                 x = block(x)
             return self.head(x)
 
-    plain, sharded = Chain(), Chain()
-    one = make(plain)
-    early = torch.optim.AdamW(sharded.parameters(), lr=1e-2)
-    two = ADMMNxM(early, sharded, pattern="1:4", total_steps=20, residual_tolerance=99.0)
-    before = list(sharded.parameters())
-    fully_shard(sharded, mesh=mesh)
-    # What Accelerate does with an optimizer that was built before sharding.
-    exchanged = dict(zip(before, sharded.parameters(), strict=True))
-    for group in two.param_groups:
-        group["params"] = [exchanged[p] for p in group["params"]]
-    for step in range(20):
-        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
-        for model, optimizer in ((plain, one), (sharded, two)):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()  # the same batch on both ranks: their mean is that of one process
-            optimizer.step()
-    assert two.param_groups[0]["admm_step"] == 20
-    for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
-        torch.testing.assert_close(full(q), p, rtol=1e-4, atol=1e-6, msg=name)
-    assert all(torch.equal(mask, full(two.masks()[name])) for name, mask in one.masks().items())
-    assert two.finalize().ok
+    for penalty in PENALTIES:
+        plain, sharded = Chain(), Chain()
+        one, two = make(plain, penalty=penalty), make(sharded, penalty=penalty)
+        before = list(sharded.parameters())
+        fully_shard(sharded, mesh=mesh)
+        # What Accelerate does with an optimizer that was built before sharding.
+        exchanged = dict(zip(before, sharded.parameters(), strict=True))
+        for group in two.param_groups:
+            group["params"] = [exchanged[p] for p in group["params"]]
+        for step in range(20):
+            x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+            for model, optimizer in ((plain, one), (sharded, two)):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()  # the same batch on both ranks: their mean is that of one process
+                optimizer.step()
+        assert two.param_groups[0]["admm_step"] == 20
+        for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(full(q), p, rtol=1e-4, atol=1e-6, msg=name)
+        assert all(torch.equal(mask, full(two.masks()[name])) for name, mask in one.masks().items())
+        assert two.finalize().ok
 
 
 CHECKS = {name.removeprefix("check_"): function for name, function in globals().items() if name.startswith("check_")}
@@ -274,9 +276,10 @@ def lone_mesh(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
-def test_c11_one_rank_is_the_plain_run(lone_mesh: Any, placement: Placement) -> None:
+@every_form
+def test_c11_one_rank_is_the_plain_run(penalty: str, lone_mesh: Any, placement: Placement) -> None:
     plain, sharded = Stack(), Stack().shard(lambda weight: [placement], lone_mesh)
-    one, two = make(plain), make(sharded)
+    one, two = make(plain, penalty=penalty), make(sharded, penalty=penalty)
     steps(plain, one, 0, 20)
     steps(sharded, two, 0, 20)
     assert_equal(plain, sharded)

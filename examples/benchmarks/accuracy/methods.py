@@ -55,6 +55,7 @@ class Job:
         pattern: None for the dense run.
         steps: length of the run.
         setting: the method's own hyperparameters.
+        traced: whether residual and churn are recorded on the way, which takes time.
     """
 
     inner: Optimizer
@@ -62,6 +63,7 @@ class Job:
     pattern: Pattern | None
     steps: int
     setting: Setting
+    traced: bool = True
 
     @property
     def weights(self) -> list[Tensor]:
@@ -229,11 +231,11 @@ class ADMM:
             **{key: value for key, value in job.setting.items() if key != "variant"},
         )
         self.figures = Figures()
-        self.every = max(1, job.steps // 40)
+        self.every = max(1, job.steps // 40) if job.traced else 0
 
     def step(self, number: int) -> None:
         self.optimizer.step()
-        if number % self.every == 0 and not self.optimizer.frozen:
+        if self.every and number % self.every == 0 and not self.optimizer.frozen:
             now = self.optimizer.residuals()
             churn = now.mask_churn if now.mask_churn == now.mask_churn else None
             for key, value in (("step", number), ("primal_residual", now.primal), ("churn", churn)):

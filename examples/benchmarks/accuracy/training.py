@@ -105,7 +105,7 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     inner = torch.optim.AdamW(groups, lr=spec.lr, weight_decay=0.01, fused=True)
     base = spec.method.removesuffix(DISTILLED)
     pattern = None if spec.pattern is None else Pattern.parse(spec.pattern)
-    method = METHODS[base](Job(inner, dict(named), pattern, spec.steps, json.loads(spec.setting)))
+    method = METHODS[base](Job(inner, dict(named), pattern, spec.steps, json.loads(spec.setting), spec.seed == 0))
     warmup = max(1, round(WARMUP * spec.steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         method.optimizer, lambda done: min((done + 1) / warmup, (spec.steps - done) / max(1, spec.steps - warmup))
