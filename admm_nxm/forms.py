@@ -248,7 +248,8 @@ class LazyForm:
     ) -> tuple[Tensor, Tensor]:
         if _is_mask(state):
             return torch.where(state, weight, torch.zeros_like(weight)), state
-        w = self.primal(weight, state)
+        # Without a penalty the model holds w itself, and the state may have rounded it.
+        w = self.primal(weight, state) if rho > 0 else weight
         # The model has learned to do with the mask that it was shown; one that it never saw would cost accuracy.
         kept = self.mask(state, pattern, dim) if rho > 0 else keep_mask(eager.ranked(w, factor), pattern, dim)
         return torch.where(kept, w, torch.zeros_like(w)), kept

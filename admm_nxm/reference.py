@@ -133,7 +133,8 @@ class ReferenceADMM:
     def freeze(self) -> None:
         """W = P(w + u), and its mask from now on."""
         if self.penalty == "lazy":
-            self._reveal()
+            if self.rho > 0:
+                self._reveal()
             self.mask = self.kept if self.rho > 0 else keep_list(self.w, self.pattern)
             self.w = [value if kept else 0.0 for value, kept in zip(self.w, self.mask, strict=True)]
             return

@@ -42,7 +42,7 @@ class Curvature:
     shape (SGD, Adafactor, 8-bit states), weights are ranked by magnitude.
 
     Args:
-        exponent: finite and at least 0; 0 is magnitude.
+        exponent: from 0, which is magnitude, to 1.
 
     Source: LeCun, Denker, Solla, Optimal Brain Damage (NeurIPS 1989), with Adam's estimate of the diagonal.
     """
@@ -51,6 +51,8 @@ class Curvature:
 
     def __post_init__(self) -> None:
         at_least("exponent", self.exponent, 0.0)
+        if self.exponent > 1:
+            raise ValueError(f"exponent={self.exponent!r} must be at most 1; 0.5 is the diagonal Fisher estimate")
 
     def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Tensor | None:
         """Return ``h ** exponent`` in float32, or None."""

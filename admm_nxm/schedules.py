@@ -301,6 +301,12 @@ def make_plan(
         if not callable(update_every):
             raise TypeError(f"update_every={update_every!r} must be an int or a schedule (step -> Update)")
         plan = replace(plan, updates=update_every)
+    every = plan.updates
+    unknown = total_steps is None and plan.freeze_at is None
+    if penalty == "lazy" and unknown and isinstance(every, Every) and every.dual_start is not None:
+        first = max(1, every.start, every.dual_start)
+        for step in range(first, first + every.interval):
+            check_update(every(step), False, step)
     # Without a known length the first step still tells a schedule from something else.
     highest = _rehearse(plan, total_steps or plan.freeze_at or 1, takes_dual=penalty != "lazy")
     if highest == 0 and freeze_at is None and total_steps is not None:

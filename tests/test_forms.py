@@ -199,6 +199,17 @@ def test_recast_of_the_hidden_state_keeps_the_mask_where_values_underflow_or_ove
         assert torch.equal(lazy.mask(again, PATTERN, 0), mask)
 
 
+@every_form
+def test_release_leaves_the_primal_weight_in_the_model(penalty: str) -> None:
+    form, w = FORMS[penalty], weight()
+    *_, state = states_on_the_way(penalty, w, torch.float32, rho=0.5)
+    before, primal = state.clone(), form.primal(w, state).clone()
+    assert torch.equal(w, primal) == (penalty in WITH_DUAL)
+    form.release(eager, w, state)
+    assert same_bits(w, primal)
+    assert same_bits(state, before)
+
+
 @every_form_with_a_dual
 def test_rescaling_touches_the_dual_alone(penalty: str) -> None:
     form, w = FORMS[penalty], weight()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, Every, Pattern, Ramp
+from admm_nxm import ADMMNxM, ConvergenceWarning, Every, Pattern, Ramp, Update
 from admm_nxm.kernels import eager
 from admm_nxm.reference import ReferenceADMM
 from tests.helpers import (
@@ -345,9 +345,26 @@ def test_penalty_too_strong_for_floating_point_shows_the_projection_itself() -> 
 # ---------------------------------------------------------------- refused
 
 
-def test_dual_asked_for_without_a_known_length_is_refused_when_it_comes() -> None:
+def test_dual_asked_for_without_a_known_length_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r'at step 8, and penalty="lazy" has no dual.*dual_start=None.*"proximal"'):
+        admm(make_net(), rho=0.1, update_every=Every(3, start=2, dual_start=7))
+
+
+def test_dual_that_a_schedule_asks_for_later_is_refused_when_it_comes() -> None:
     net = make_net()
-    optimizer = admm(net, rho=0.1, update_every=Every(3))
+    late = lambda step: Update.AUXILIARY_AND_DUAL if step == 3 else Update.NONE  # noqa: E731
+    optimizer = admm(net, rho=0.1, update_every=late)
     train(net, optimizer, 2)
     with pytest.raises(ValueError, match=r'at step 3, and penalty="lazy" has no dual.*dual_start=None.*"proximal"'):
         train(net, optimizer, 1, start=2)
+
+
+def test_without_a_penalty_a_narrow_state_rounds_nothing_that_is_evaluated_or_shipped() -> None:
+    nets = make_net(), make_net()
+    for net, dtype in zip(nets, (torch.float32, torch.bfloat16), strict=True):
+        optimizer = admm(net, rho=0.0, update_every=every(4), state_dtype=dtype, saliency="magnitude")
+        train(net, optimizer, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            assert optimizer.finalize().ok
+    assert_same_weights(*nets)

@@ -129,13 +129,27 @@ def test_whole_run_equals_reference(options: dict, dtype: torch.dtype, penalty: 
 def test_defaults_finish_the_job(penalty: str, inner: str, total_steps: int, pattern: str) -> None:
     net = make_net()
     optimizer = admm(net, TORCH_OPTIMIZERS[inner], pattern=pattern, total_steps=total_steps, penalty=penalty)
-    train(net, optimizer, total_steps)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=total_steps)
+    for step in range(total_steps):
+        train(net, optimizer, 1, step)
+        rates.step()
     assert optimizer.phase == "frozen"
     report = optimizer.finalize()  # a ConvergenceWarning would be an error here
     assert report.ok
     assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.002 if penalty == "lazy" else 0.01)
     assert verify(net, pattern).ok
     assert report.sparsity == pytest.approx(Pattern.parse(pattern).sparsity)
+
+
+@restless
+@pytest.mark.parametrize("total_steps", [20, 100, 400])
+@pytest.mark.parametrize("penalty", ["lazy", "proximal"])
+def test_learning_rate_that_does_not_decay_leaves_nothing_to_project_either(penalty: str, total_steps: int) -> None:
+    net = make_net()
+    optimizer = admm(net, pattern="2:4", total_steps=total_steps, penalty=penalty)
+    train(net, optimizer, total_steps)
+    assert optimizer.finalize().ok
+    assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.002 if penalty == "lazy" else 0.01)
 
 
 @every_form

@@ -264,6 +264,7 @@ def fake_datasets(monkeypatch, rows, names=None):
     return module
 
 
+@restless
 def test_hub_dataset(quickstart, arguments, monkeypatch, capsys):
     names = ["fruit", "metal"]
     rows = [{"text": text, "label": names.index(label), "idx": 0} for text, label in rows_of(80)]
@@ -406,6 +407,7 @@ def test_missing_package_of_the_script_itself(quickstart, monkeypatch, capsys, p
     assert 'run: pip install -e ".[demo]"' in err
 
 
+@restless
 def test_saved_weights_that_violate_the_pattern(quickstart, arguments, monkeypatch, capsys):
     dense = {"layer.0.fc.weight": torch.ones(4, 8)}
     monkeypatch.setattr(quickstart, "verify", lambda folder, pattern: verify(dense, pattern))

@@ -302,3 +302,9 @@ def test_error_in_a_ranking_of_ones_own_reaches_the_caller() -> None:
     net = make_net()
     with pytest.raises(KeyError, match="no such key"):
         train(net, admm(net, rho=0.5, update_every=every(1), saliency=broken), 1)
+
+
+def test_exponent_beyond_one_is_refused() -> None:
+    assert Curvature(1.0).exponent == 1.0
+    with pytest.raises(ValueError, match=r"exponent=1.5 must be at most 1; 0.5 is the diagonal Fisher estimate"):
+        Curvature(1.5)

@@ -820,11 +820,22 @@ def shipped(optimizer: ADMMNxM, name: str, w: Tensor) -> Tensor:
     return torch.where(optimizer.masks()[name], w, torch.zeros_like(w))  # the lazy form ships the mask it has shown
 
 
-@pytest.mark.parametrize("steps", [0, 1, 9, 19])
+@pytest.mark.parametrize("steps", [0, 9, 19])
 @forms_and_inners_and_outside
 def test_c12_evaluation_holds_the_projected_weights_and_training_goes_on_bit_for_bit(
     penalty: str, factory: Factory, steps: int
 ) -> None:
+    check_evaluation(penalty, factory, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 13, 17, 18])
+@pytest.mark.parametrize("name", A_FEW)
+@every_form
+def test_c12_evaluation_at_other_times_holds_the_projected_weights_too(penalty: str, name: str, steps: int) -> None:
+    check_evaluation(penalty, TORCH_OPTIMIZERS[name], steps)
+
+
+def check_evaluation(penalty: str, factory: Factory, steps: int) -> None:
     net, plain_net = make_net(), make_net()
     optimizer, plain = (
         admm(n, factory, total_steps=20, penalty=penalty, residual_tolerance=99.0) for n in (net, plain_net)
