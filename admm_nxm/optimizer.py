@@ -655,6 +655,9 @@ class ADMMNxM(Optimizer):
         per_weight = {
             bound.spec.name: WeightResidual(*figures(row)) for bound, row in zip(bounds, table.tolist(), strict=True)
         }
+        unmeasured_rows = table[:, 2:].isnan().all(1)
+        if not unmeasured_rows.all():
+            table[unmeasured_rows, 2:] = 0.0  # a weight that never had a gradient: its z stands still
         return Residuals(*figures(table.sum(0).tolist()), per_weight)
 
     # ------------------------------------------------------------------ the projected model

@@ -732,3 +732,19 @@ def test_patched_step_of_the_inner_optimizer_is_called() -> None:
     optimizer.inner.step = lambda: calls.append(original())  # type: ignore[method-assign]
     train(net, optimizer, 3)
     assert len(calls) == 3
+
+
+@every_form
+def test_weight_without_a_gradient_does_not_hide_how_the_others_move(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, penalty=penalty, rho=0.5, update_every=every(2))
+    for x in batches(4):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        net.get_parameter("blocks.0.up.weight").grad = None
+        optimizer.step()
+    residuals = optimizer.residuals()
+    assert math.isnan(residuals.per_weight["blocks.0.up.weight"].mask_churn)
+    others = [r.mask_churn for name, r in residuals.per_weight.items() if name != "blocks.0.up.weight"]
+    assert residuals.mask_churn == pytest.approx(sum(others) / len(others))  # weights of equal size
+    assert residuals.dual > 0
