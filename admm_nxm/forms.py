@@ -114,7 +114,34 @@ class Form(Protocol):
         """Leave w itself in a weight that had no step while rho fell to zero: from then on nothing is put back."""
 
 
-class _Consensus:
+class _Quiet:
+    """What a form does where it has nothing to do."""
+
+    def rescale(self, state: Tensor, pattern: Pattern, dim: int, factor: float) -> None:
+        pass
+
+    def before(
+        self,
+        backend: Backend,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        states: Sequence[Tensor],
+        rho: float,
+        maximize: bool,
+    ) -> None:
+        pass
+
+    def after(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
+        pass
+
+    def show(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
+        pass
+
+    def release(self, backend: Backend, weight: Tensor, state: Tensor) -> None:
+        pass
+
+
+class _Consensus(_Quiet):
     """State v = z - u, and the weights hold w itself."""
 
     stores: ClassVar[str] = "v"
@@ -150,20 +177,6 @@ class _Consensus:
     def rescale(self, state: Tensor, pattern: Pattern, dim: int, factor: float) -> None:
         admm.rescale(state, pattern, dim, factor)
 
-    def before(
-        self,
-        backend: Backend,
-        gradients: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        states: Sequence[Tensor],
-        rho: float,
-        maximize: bool,
-    ) -> None:
-        pass
-
-    def after(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
-        pass
-
     def advance(
         self,
         backend: Backend,
@@ -176,12 +189,6 @@ class _Consensus:
         dual_scale: float,
     ) -> Tensor:
         return backend.advance(weight, state, pattern, dim, with_dual=with_dual, dual_scale=dual_scale)
-
-    def show(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
-        pass
-
-    def release(self, backend: Backend, weight: Tensor, state: Tensor) -> None:
-        pass
 
 
 class GradientForm(_Consensus):
@@ -208,7 +215,7 @@ class ProximalForm(_Consensus):
             backend.pull(weights, states, fraction_of(rho))
 
 
-class LazyForm:
+class LazyForm(_Quiet):
     """The model is evaluated at the proximal point between w and z = P(w), and w itself is left alone.
 
     z follows w on the mask, which moves with the z-step; so the proximal point is w on the mask and
@@ -257,9 +264,6 @@ class LazyForm:
     def recast(self, state: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
         return eager.hide(state, eager.hidden_mask(state), dtype)
 
-    def rescale(self, state: Tensor, pattern: Pattern, dim: int, factor: float) -> None:
-        pass
-
     def before(
         self,
         backend: Backend,
@@ -271,9 +275,6 @@ class LazyForm:
     ) -> None:
         if rho > 0:
             backend.reveal(weights, states)
-
-    def after(self, backend: Backend, weights: Sequence[Tensor], states: Sequence[Tensor], rho: float) -> None:
-        pass
 
     def advance(
         self,
