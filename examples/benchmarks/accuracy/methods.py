@@ -6,6 +6,7 @@ tune; plans.py says which values were tried.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM, Pattern, keep_mask
+from admm_nxm import ADMMNxM, ConvergenceWarning, Pattern, keep_mask
 
 Setting = Mapping[str, Any]
 
@@ -227,7 +228,6 @@ class ADMM:
             job.named.items(),
             select=lambda name, _: job.target if name in job.named else None,
             total_steps=job.steps,
-            residual_tolerance=100.0,  # the study records the residual of every run; nobody reads its warnings
             **{key: value for key, value in job.setting.items() if key != "variant"},
         )
         self.figures = Figures()
@@ -246,7 +246,9 @@ class ADMM:
         return self.optimizer.projected if freeze_at is not None and number == freeze_at - 1 else None
 
     def finish(self) -> Figures:
-        self.optimizer.finalize()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the study records the figures of every run
+            self.optimizer.finalize()
         self.figures.primal_residual = float(self.optimizer.param_groups[0]["admm_freeze_residual"])
         return self.figures
 
