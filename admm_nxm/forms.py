@@ -2,7 +2,7 @@
 
 A form says what one state tensor per weight means, what is done around the inner optimizer's step, and how z, u, the
 mask and the primal weight are read off. :class:`admm_nxm.ADMMNxM` knows nothing else about it; another form is another
-class here and one line in :data:`FORMS`.
+class here, one line in :data:`FORMS`, and its name and default plan in :mod:`admm_nxm.schedules`.
 
 Once frozen, every form's state is the boolean mask alone.
 """

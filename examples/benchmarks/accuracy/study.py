@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import plans
+import records
 import training
 from tasks import TaskError, default_cache, load_task, model_folder
 
@@ -71,7 +72,7 @@ def installed(package: str) -> bool:
 
 def read_lines(results: Path) -> list[Mapping[str, Any]]:
     """Read the raw results that are there; traces apart."""
-    files = sorted(file for file in results.glob("*.jsonl") if not file.name.startswith("traces-"))
+    files, _ = records.find_files(results)
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -140,7 +141,7 @@ def run_stage(name: str, stage: str, options: argparse.Namespace, executor: Proc
             append(results / f"{name}-{stage}.jsonl", line)
             if measured["trace"]["step"] and stage == "final":
                 kept = {key: line[key] for key in ("task", "model", "pattern", "method", "seed", "lr", "steps")}
-                append(results / f"traces-{name}.jsonl", {**kept, "trace": measured["trace"]})
+                append(results / f"{records.TRACES}{name}.jsonl", {**kept, "trace": measured["trace"]})
             done += 1
             left = (time.monotonic() - began) / done * (len(waiting) + len(running))
             score = "" if line["test"] is None else f" test {line['test']:.1f}"
