@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-__all__ = ["at_least"]
+__all__ = ["at_least", "is_count"]
 
 
 def at_least(name: str, value: float, low: float) -> None:
@@ -19,3 +19,16 @@ def at_least(name: str, value: float, low: float) -> None:
         raise TypeError(f"{name}={value!r} must be a finite number, at least {low}")
     if not (math.isfinite(value) and value >= low):
         raise ValueError(f"{name}={value!r} must be a finite number, at least {low}")
+
+
+def is_count(name: str, value: int, low: int) -> None:
+    """Refuse what is not an int of at least ``low``; the message says that optimizer steps are meant.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
+    if value < low:
+        raise ValueError(f"{name}={value} must be at least {low}: it counts optimizer steps (not epochs, not batches)")

@@ -163,7 +163,7 @@ class ADMMNxM(Optimizer):
         if not isinstance(residual_tolerance, (int, float)) or not residual_tolerance > 0:
             raise ValueError(f"residual_tolerance={residual_tolerance!r} must be above 0: a share of the weights' norm")
         ranking = _saliency_of(saliency, penalty)
-        plan = make_plan(penalty, total_steps, rho, update_every, freeze_at)
+        plan = make_plan(penalty, total_steps, rho, update_every, freeze_at, FORMS[penalty].takes_dual)
         places = {
             id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])
         }

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from ._checks import at_least
+from ._checks import at_least, is_count
 
 __all__ = [
     "Constant",
@@ -52,11 +52,6 @@ class UpdateSchedule(Protocol):
 
     def __call__(self, step: int, /) -> Update:
         """Return what moves after step number ``step``."""
-
-
-def _is_step(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,8 @@ class Ramp:
         if self.initial == 0:
             raise ValueError("initial=0 cannot rise geometrically; choose a small positive rho such as 1e-3")
         at_least("final", self.final, self.initial)
-        _is_step("start", self.start, 0)
-        _is_step("stop", self.stop, self.start)
+        is_count("start", self.start, 0)
+        is_count("stop", self.stop, self.start)
 
     def __call__(self, step: int, /) -> float:
         """Return rho at ``step``."""
@@ -150,10 +145,10 @@ class Every:
     dual_start: int | None = 0
 
     def __post_init__(self) -> None:
-        _is_step("interval", self.interval, 1)
-        _is_step("start", self.start, 0)
+        is_count("interval", self.interval, 1)
+        is_count("start", self.start, 0)
         if self.dual_start is not None:
-            _is_step("dual_start", self.dual_start, 0)
+            is_count("dual_start", self.dual_start, 0)
 
     def __call__(self, step: int, /) -> Update:
         """Return what moves after step number ``step``."""
@@ -258,6 +253,7 @@ def make_plan(
     rho: float | Schedule | None,
     update_every: int | UpdateSchedule | None,
     freeze_at: int | None,
+    takes_dual: bool,
 ) -> Plan:
     """Fill in the default plan with what the user set, and check it.
 
@@ -267,6 +263,7 @@ def make_plan(
         rho: a number, a schedule or None for the default.
         update_every: an interval in steps, a schedule or None for the default.
         freeze_at: number of steps after which the mask freezes, or None for the default.
+        takes_dual: whether the form of the penalty has a dual; a schedule that moves it is refused otherwise.
 
     Returns:
         The plan.
@@ -275,14 +272,14 @@ def make_plan(
         TypeError, ValueError: a value out of range; the message names it, the range and the remedy.
     """
     if total_steps is not None:
-        _check_count("total_steps", total_steps)
+        is_count("total_steps", total_steps, 1)
     if freeze_at is not None:
-        _check_count("freeze_at", freeze_at)
+        is_count("freeze_at", freeze_at, 1)
         if total_steps is not None and freeze_at > total_steps:
             raise ValueError(f"freeze_at={freeze_at} lies beyond total_steps={total_steps}; it must be at most that")
     interval = None
     if isinstance(update_every, int):
-        _check_count("update_every", update_every)
+        is_count("update_every", update_every, 1)
         interval, update_every = update_every, None
     # The default ramp needs room for the interval; with a rho of the user's own, the interval is the user's affair.
     plan = default_plan(penalty, total_steps, freeze_at, interval if rho is None else None)
@@ -303,12 +300,12 @@ def make_plan(
         plan = replace(plan, updates=update_every)
     every = plan.updates
     unknown = total_steps is None and plan.freeze_at is None
-    if penalty == "lazy" and unknown and isinstance(every, Every) and every.dual_start is not None:
+    if not takes_dual and unknown and isinstance(every, Every) and every.dual_start is not None:
         first = max(1, every.start, every.dual_start)
         for step in range(first, first + every.interval):
             check_update(every(step), False, step)
     # Without a known length the first step still tells a schedule from something else.
-    highest = _rehearse(plan, total_steps or plan.freeze_at or 1, takes_dual=penalty != "lazy")
+    highest = _rehearse(plan, total_steps or plan.freeze_at or 1, takes_dual)
     if highest == 0 and freeze_at is None and total_steps is not None:
         # Without a penalty the run is the inner optimizer's own, bit for bit, until finalize() is called.
         plan = replace(plan, freeze_at=None)
@@ -379,18 +376,14 @@ def _rehearse(plan: Plan, total_steps: int, takes_dual: bool) -> float:
     highest = rho = next_rho(plan, 0, 0.0, False)
     dual_in_use = False
     end = total_steps if plan.freeze_at is None else min(total_steps, plan.freeze_at)
-    for step in range(1, end + 1):
-        update = plan.updates(step)
+    every = plan.updates
+    # What moves nothing needs no look: a long run is not walked step by step where its interval is known.
+    first, interval = (every.start or every.interval, every.interval) if type(every) is Every else (1, 1)
+    for step in range(first, end + 1, interval):
+        update = every(step)
         check_update(update, takes_dual, step)
         if update is not Update.NONE:
             dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL
             rho = next_rho(plan, step, rho, dual_in_use)
             highest = max(highest, rho)
     return highest
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int: it counts optimizer steps")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1: it counts optimizer steps (not epochs, not batches)")

@@ -35,6 +35,7 @@ def plan(**given_by_user) -> Plan:
             "rho": None,
             "update_every": None,
             "freeze_at": None,
+            "takes_dual": given_by_user.get("penalty") != "lazy",
             **given_by_user,
         }
     )
@@ -113,17 +114,17 @@ def test_a_ramp_cannot_fall() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "named"),
+    ("start", "stop", "error", "named"),
     [
-        (-1, 10, "start=-1 must be an int, at least 0"),
-        (0.05, 10, "start=0.05 must be an int"),
-        (0, 0.7, "stop=0.7 must be an int"),
-        (True, 10, "start=True must be an int"),
-        (10, 9, "stop=9 must be an int, at least 10"),
+        (-1, 10, ValueError, "start=-1 must be at least 0"),
+        (0.05, 10, TypeError, "start=0.05 must be an int, at least 0"),
+        (0, 0.7, TypeError, "stop=0.7 must be an int, at least 0"),
+        (True, 10, TypeError, "start=True must be an int, at least 0"),
+        (10, 9, ValueError, "stop=9 must be at least 10"),
     ],
 )
-def test_the_ends_of_a_ramp_count_steps(start: int, stop: int, named: str) -> None:
-    with pytest.raises(ValueError, match=named + ".*it counts optimizer steps"):
+def test_the_ends_of_a_ramp_count_steps(start: int, stop: int, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named + ".*it counts optimizer steps"):
         Ramp(0.1, 1.0, start=start, stop=stop)
 
 
@@ -155,12 +156,13 @@ def test_the_dual_may_stay_out() -> None:
 @pytest.mark.parametrize("bad", [-1, 2.5, "3", True, math.inf])
 @pytest.mark.parametrize(("name", "low"), [("interval", 1), ("start", 0), ("dual_start", 0)])
 def test_steps_of_an_update_schedule_out_of_range_are_refused_by_name(name: str, low: int, bad: object) -> None:
-    with pytest.raises(ValueError, match=rf"{name}={bad!r} must be an int, at least {low}: it counts optimizer steps"):
+    error = ValueError if type(bad) is int else TypeError
+    with pytest.raises(error, match=rf"{name}={bad!r} must be .*at least {low}: it counts optimizer steps"):
         Every(**{"interval": 1, name: bad})  # type: ignore[arg-type]
 
 
 def test_an_interval_of_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="interval=0 must be an int, at least 1"):
+    with pytest.raises(ValueError, match="interval=0 must be at least 1"):
         Every(0)
 
 
@@ -461,7 +463,7 @@ def test_what_a_schedule_does_after_the_freeze_does_not_matter() -> None:
     + [("update_every", True), ("update_every", False)],
 )
 def test_a_number_of_steps_that_is_no_int_is_refused_by_name(name: str, bad: object) -> None:
-    with pytest.raises(TypeError, match=rf"{name}={bad!r} must be an int: it counts optimizer steps"):
+    with pytest.raises(TypeError, match=rf"{name}={bad!r} must be an int, at least 1: it counts optimizer steps"):
         plan(**{name: bad})
 
 
@@ -478,3 +480,18 @@ def test_reading_rho_allows_it_to_rise_or_stay_with_the_dual_in_use() -> None:
     assert next_rho(constant, 3, current=0.5, dual_in_use=True) == 1.0
     with pytest.raises(ValueError, match=r"rho falls from 1.5 to 1.0 at step 3"):
         next_rho(constant, 3, current=1.5, dual_in_use=True)
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(Every(10, dual_start=None), [10, 20, 30]), (Every(10, start=7, dual_start=None), [7, 17, 27, 37])],
+)
+def test_a_plan_is_checked_wherever_it_moves_and_only_there(every: Every, expected: list[int]) -> None:
+    seen = []
+
+    def rho(step: int) -> float:
+        seen.append(step)
+        return 1.0
+
+    assert plan(rho=rho, update_every=every, total_steps=39, freeze_at=39).updates == every
+    assert seen == [0, *expected]
