@@ -379,7 +379,7 @@ def test_distillation(document: Document, method: str, gain: float, expected: st
     ],
 )
 def test_targets_at_the_projection(document: Document, change: Line, target: str, expected: str) -> None:
-    text = document([run_line("asp", primal_residual=0.9), run_line(), run_line("admm-paper+kd", **change)])
+    text = document([run_line("asp", primal_residual=0.9), run_line(), run_line("admm+kd", **change)])
     lines = [line for line in section(text, "Targets").splitlines() if target in line]
     assert len(lines) == 2
     assert all(f"| {expected} |" in line for line in lines)
@@ -387,11 +387,18 @@ def test_targets_at_the_projection(document: Document, change: Line, target: str
 
 def test_the_projection_of_tuning_runs_is_judged_apart(document: Document) -> None:
     text = document([run_line(primal_residual=0.002), run_line(stage="tune", test=None, primal_residual=0.5, seed=3)])
-    tested = verdict(text, "primal residual < 1 % in every ADMM run of the stages final and budget")
+    tested = verdict(text, "primal residual < 1 % in every default run of the stages final and budget")
     every = verdict(text, "primal residual < 1 % in every ADMM run of any stage")
     assert (tested[2], every[2]) == ("**pass**", "**fail**")
     assert tested[3] == "max 0.200 % in 1 run (admm, 2:4, a, seed 0, final); 0 at or over the limit"
     assert every[3] == "max 50.000 % in 2 runs (admm, 2:4, a, seed 3, tune); 1 at or over the limit"
+
+
+def test_the_projection_of_the_papers_form_is_no_target(document: Document) -> None:
+    text = document([run_line(primal_residual=0.002), run_line("admm-paper", primal_residual=0.5)])
+    tested = verdict(text, "primal residual < 1 % in every default run of the stages final and budget")
+    every = verdict(text, "primal residual < 1 % in every ADMM run of any stage")
+    assert (tested[2], every[2]) == ("**pass**", "**fail**")
 
 
 def test_range_at_the_projection(document: Document) -> None:
@@ -682,3 +689,66 @@ def test_bad_input_ends_with_one_line_and_status_2(results: Path, capsys: pytest
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(arguments(tmp_path / "nowhere")) == 2
     assert "no such folder of results" in capsys.readouterr().err
+
+
+# The overview, here and in the README
+
+
+def test_the_overview_has_each_pattern_beside_the_others(document: Document) -> None:
+    lines = [
+        run_line(method, pattern=pattern, task=task, seed=seed, test=70.0 + gain + seed + (3 if task == "b" else 0))
+        for pattern, gain_of in (("2:4", {"asp": 0.0, "admm": 1.0}), ("1:4", {"asp": -4.0, "admm": -2.0}))
+        for method, gain in gain_of.items()
+        for task in ("a", "b")
+        for seed in (0, 1)
+    ]
+    text = section(document(lines), "Overview")
+    assert row(text, "`asp`") == ["`asp`", "72.00", "", "68.00", ""]
+    assert row(text, "`admm`") == [
+        "`admm`",
+        "73.00",
+        "+1.00 (2 equal seeds, no interval), not resolved",
+        "70.00",
+        "+2.00 (2 equal seeds, no interval), not resolved",
+    ]
+    assert "2 tasks (a, b), 2 seeds" in text
+
+
+def test_the_readme_holds_the_overview_between_its_marks(tmp_path: Path) -> None:
+    results, output, readme = tmp_path / "results", tmp_path / "results.md", tmp_path / "README.md"
+    results.mkdir()
+    lines = [run_line(method, seed=seed) for method in ("asp", "admm") for seed in (0, 1)]
+    (results / "cpu-final.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--results", str(results), "--output", str(output), "--readme", str(readme)]
+    readme.write_text("before\n<!-- study -->\nold\n<!-- /study -->\nafter\n")
+    assert report.main(command) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- study -->\n")
+    assert text.endswith("<!-- /study -->\nafter\n")
+    assert "old" not in text
+    assert "| `admm` |" in text
+    assert report.main([*command, "--check"]) == 0
+    readme.write_text(text.replace("| `admm` |", "| `ours` |"))
+    assert report.main([*command, "--check"]) == 1
+    readme.write_text("no marks")
+    assert report.main(command) == 2
+
+
+def test_the_tuning_plot_has_the_best_setting_at_each_learning_rate() -> None:
+    settings = {1e-4: [({"rho": 1.0}, 50.0), ({"rho": 2.0}, 60.0)], 1e-3: [({"rho": 1.0}, 55.0)]}
+    lines = [
+        run_line("admm-paper", stage="tune", test=None, seed=100, lr=lr, setting=setting, dev=dev)
+        for lr, tried in settings.items()
+        for setting, dev in tried
+    ]
+    lines.append(run_line("dense", pattern=None, stage="tune", test=None, seed=100, lr=1e-4, dev=70.0))
+    runs = [records.Run(where="here", **line) for line in lines]
+    (figure,) = figures.tuning_figures(runs)
+    assert (figure.name, figure.kind, figure.pattern) == ("tuning-2-4.svg", "tuning", "2:4")
+    (panel,) = figure.panels
+    assert panel.lines == (
+        figures.Line("dense", (1e-4,), (70.0,)),
+        figures.Line("admm-paper", (1e-4, 1e-3), (60.0, 55.0)),
+    )
+    pytest.importorskip("matplotlib")
+    assert b"admm-paper" in load("plots").draw(figure)

@@ -11,11 +11,12 @@ from typing import Literal
 from records import METHODS, PATTERNS, Run, Trace, by_known, scores_by_method
 from summary import of_task, seed_means, tasks_of
 
-Kind = Literal["accuracy", "residual", "churn"]
+Kind = Literal["accuracy", "residual", "churn", "tuning"]
 TITLES: dict[Kind, str] = {
     "accuracy": "Test accuracy (%)",
     "residual": "Primal residual",
     "churn": "Mask churn",
+    "tuning": "Dev accuracy (%) against learning rate",
 }
 
 
@@ -25,12 +26,12 @@ class Line:
 
     Args:
         method: the method.
-        x: steps; for accuracies the numbers of the points.
+        x: steps or learning rates; for accuracies the numbers of the points.
         y: the values; None is a gap.
     """
 
     method: str
-    x: tuple[int, ...]
+    x: tuple[float, ...]
     y: tuple[float | None, ...]
 
 
@@ -131,6 +132,38 @@ def accuracy_figures(runs: Sequence[Run]) -> list[Figure]:
         if len(tasks) > 1 and lines:
             panels.insert(0, Panel(f"mean over {len(tasks)} tasks", lines))
         figures.append(Figure(_name("accuracy", model, pattern, several), "accuracy", pattern, model, tuple(panels)))
+    return figures
+
+
+def _best_setting(runs: Sequence[Run]) -> Line:
+    """One method on one task: at each learning rate the best of its settings."""
+    best: dict[float, float] = {}
+    for run in runs:
+        best[run.lr] = max(best.get(run.lr, run.dev), run.dev)
+    return Line(runs[0].method, tuple(sorted(best)), tuple(best[lr] for lr in sorted(best)))
+
+
+def tuning_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Lay out the tuning grids.
+
+    Args:
+        runs: runs of every stage.
+
+    Returns:
+        A figure for each model and pattern with a panel for each task: dev accuracy over the learning rate, each method
+        with the best of its settings; dense runs stand in every figure.
+    """
+    tune = [run for run in runs if run.stage == "tune"]
+    several = len({run.model for run in runs}) > 1
+    figures = []
+    for model, pattern in groups(tune):
+        chosen = [run for run in tune if run.model == model and run.pattern in (pattern, None)]
+        methods = by_known((run.method for run in chosen), METHODS)
+        panels = []
+        for task in sorted({run.task for run in chosen}):
+            by_method = {m: [run for run in chosen if (run.method, run.task) == (m, task)] for m in methods}
+            panels.append(Panel(task, tuple(_best_setting(found) for found in by_method.values() if found)))
+        figures.append(Figure(_name("tuning", model, pattern, several), "tuning", pattern, model, tuple(panels)))
     return figures
 
 

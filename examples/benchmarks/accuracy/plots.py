@@ -101,6 +101,18 @@ def _draw_traces(axes: Axes, panel: Panel, unknown: list[str], logarithmic: bool
     axes.legend(frameon=False, fontsize=7)
 
 
+def _draw_grid(axes: Axes, panel: Panel, unknown: list[str]) -> None:
+    for line in panel.lines:
+        colour = _colour(line.method, unknown)
+        values = [math.nan if value is None else value for value in line.y]
+        axes.plot(line.x, values, color=colour, linewidth=0.9, marker="o", markersize=3, label=line.method)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=7)
+
+
 def draw(figure: Figure) -> bytes:
     """Draw a figure.
 
@@ -120,7 +132,7 @@ def draw(figure: Figure) -> bytes:
     scores = figure.kind == "accuracy"
     columns = min(COLUMNS, len(figure.panels))
     rows = math.ceil(len(figure.panels) / columns)
-    height = 0.7 + 0.2 * len(methods) if scores else 2.2
+    height = 0.7 + 0.2 * len(methods) if scores else 3.2 if figure.kind == "tuning" else 2.2
     with rc_context(STYLE):
         canvas = Canvas(figsize=(3.2 * columns + 0.4, rows * height + 0.5), layout="constrained")
         canvas.suptitle(f"{TITLES[figure.kind]}, {figure.pattern}, {figure.model}", fontsize=10)
@@ -134,6 +146,8 @@ def draw(figure: Figure) -> bytes:
             if scores:
                 _draw_scores(axes, panel, methods, unknown)
                 axes.tick_params(labelleft=number % columns == 0)
+            elif figure.kind == "tuning":
+                _draw_grid(axes, panel, unknown)
             else:
                 _draw_traces(axes, panel, unknown, logarithmic=figure.kind == "residual")
                 axes.set_xlabel("step")

@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 try:
-    from figures import Figure, accuracy_figures, trace_figures
+    from figures import Figure, accuracy_figures, trace_figures, tuning_figures
     from plots import draw
     from records import InputError, find_files, read_runs, read_traces
-    from sections import patterns, projection, provenance, traces, verdicts
+    from sections import overview, patterns, projection, provenance, traces, verdicts
     from studies import ablations, budgets, tuning
 except ImportError as error:
     print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
     sys.exit(2)
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
+MARKS = ("<!-- study -->", "<!-- /study -->")
 INTRODUCTION = """\
 # Accuracy study: results
 
@@ -49,21 +50,44 @@ def build(results: Path, output: Path) -> tuple[str, dict[Figure, Path]]:
     """
     run_files, trace_files = find_files(results)
     runs, traced = read_runs(run_files), read_traces(trace_files)
-    files = {figure: results / figure.name for figure in (*accuracy_figures(runs), *trace_figures(traced))}
+    figures = (*accuracy_figures(runs), *tuning_figures(runs), *trace_figures(traced))
+    files = {figure: results / figure.name for figure in figures}
     start = output.resolve().parent
     links = {figure: Path(os.path.relpath(path.resolve(), start)).as_posix() for figure, path in files.items()}
     parts = [
         INTRODUCTION,
+        f"## Overview\n\n{overview(runs)}",
         provenance(runs, traced, [*run_files, *trace_files]),
         verdicts(runs),
         patterns(runs, links),
-        tuning(runs),
+        tuning(runs, links),
         budgets(runs),
         ablations(runs),
         projection(runs),
         traces(traced, links),
     ]
     return "\n\n".join(parts) + "\n", files
+
+
+def with_overview(readme: Path, results: Path) -> str:
+    """Put the overview between the marks of a page.
+
+    Args:
+        readme: the page.
+        results: the folder of raw files.
+
+    Returns:
+        Its new text.
+
+    Raises:
+        InputError: the page lacks its marks, or a raw file is malformed.
+    """
+    old = readme.read_text(encoding="utf-8")
+    before, opening, rest = old.partition(MARKS[0])
+    _, closing, after = rest.partition(MARKS[1])
+    if not (opening and closing):
+        raise InputError(f"{readme} has no {MARKS[0]} with a {MARKS[1]} behind it; the overview belongs between them")
+    return f"{before}{opening}\n\n{overview(read_runs(find_files(results)[0]))}\n\n{closing}{after}"
 
 
 def write(output: Path, text: str, files: Mapping[Figure, Path]) -> None:
@@ -115,15 +139,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=DOCS / "results", help="folder of the raw files and plots")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the document")
+    parser.add_argument("--readme", type=Path, help="page that repeats the overview (by default the repository's own)")
     parser.add_argument("--check", action="store_true", help="write nothing; show what would change")
     options = parser.parse_args(arguments)
+    own = options.output.resolve() == (DOCS / "results.md").resolve()
+    readme = options.readme or (DOCS.parent / "README.md" if own else None)
     try:
         text, files = build(options.results, options.output)
+        page = None if readme is None else with_overview(readme, options.results)
         if options.check:
             found = differences(options.output, text, files)
+            if readme is not None and page is not None:
+                found += differences(readme, page, {})
             print("\n".join(found) or f"{options.output.name} is what the raw files give")
             return 1 if found else 0
         write(options.output, text, files)
+        if readme is not None and page is not None:
+            write(readme, page, {})
     except ImportError as error:
         print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
         return 2

@@ -133,6 +133,44 @@ def verdicts(runs: Sequence[Run]) -> str:
     return f"## Targets\n\n{text}\n\n" + table(("pattern", "target", "verdict", "figures"), rows, left=4)
 
 
+def overview(runs: Sequence[Run]) -> str:
+    """Tabulate the mean over tasks of every method, one pattern beside the other.
+
+    Args:
+        runs: runs of every stage.
+
+    Returns:
+        Paragraphs and a table for each model, without a heading.
+    """
+    final = [run for run in runs if run.stage == "final" and run.test is not None]
+    parts = []
+    for model in sorted({run.model for run in final}):
+        here = [run for run in final if run.model == model]
+        shown = by_known({run.pattern for run in here if run.pattern is not None}, PATTERNS)
+        scores = {p: scores_by_method(select(here, "final", model, p), lambda run: run.test) for p in shown}
+        tasks = tasks_of((run.task, run.seed) for run in here)
+        seeds = {run.seed for run in here}
+        rows = []
+        for method in by_known({run.method for run in here}, METHODS):
+            cells: list[str] = []
+            for p in shown:
+                mean = mean_over_tasks(scores[p].get(method, {}))
+                known = mean is not None and method != ANCHOR and ANCHOR in scores[p]
+                gain = difference(compare(scores[p][method], scores[p][ANCHOR]).overall) if known else ""
+                cells += [NOT_MEASURED if mean is None else plain(mean), gain]
+            rows.append((f"`{method}`", *cells))
+        steps = sorted({run.steps for run in here})
+        named = ", ".join(map(str, steps))
+        parts.append(
+            f"{model}; {quantity(len(tasks), 'task')} ({', '.join(tasks)}), {quantity(len(seeds), 'seed')}, {named} "
+            f"steps: test accuracy in percent, mean over tasks, and the paired difference to `{ANCHOR}` with its 95 % "
+            "interval."
+        )
+        header = [title for p in shown for title in (p, f"minus `{ANCHOR}`")]
+        parts.append(table(("method", *header), rows))
+    return "\n\n".join(parts) or f"Test accuracy: {NOT_MEASURED}."
+
+
 def _accuracy_table(scores: Mapping[str, Pairs], tasks: Sequence[str]) -> str:
     rows = []
     for method, pairs in scores.items():

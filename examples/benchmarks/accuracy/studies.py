@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from figures import groups
+from figures import Figure, groups
 from layout import NOT_MEASURED, basis, difference, plain, score, setting_text, table
 from records import METHODS, PATTERNS, InputError, Pairs, Run, by_known, scores, scores_by_method
 from sections import heading, select
@@ -116,11 +116,12 @@ def _grid(method: str, runs: Sequence[Run], final: Sequence[Run]) -> str:
     return f"{note}\n\n" + table((", ".join(names), *columns), rows)
 
 
-def tuning(runs: Sequence[Run]) -> str:
+def tuning(runs: Sequence[Run], plots: Mapping[Figure, str]) -> str:
     """Tabulate the grids.
 
     Args:
         runs: runs of every stage.
+        plots: every figure and its address.
 
     Returns:
         The section.
@@ -136,6 +137,12 @@ def tuning(runs: Sequence[Run]) -> str:
         for pattern in [*([None] if (model, None) in keys else []), *found]:
             parts.append(f"### Tuning, {heading(pattern, model, runs)}")
             here = [run for run in tune if (run.model, run.pattern) == (model, pattern)]
+            address = next(
+                (a for f, a in plots.items() if (f.kind, f.model, f.pattern) == ("tuning", model, pattern)), ""
+            )
+            if address:
+                parts.append(f"![Dev accuracy against the learning rate at {pattern}]({address})")
+                parts.append("Each method with the best of its settings at that learning rate; one point is one run.")
             for method in by_known((run.method for run in here), METHODS):
                 final = [run for run in select(runs, "final", model, pattern) if run.method == method]
                 parts.append(_grid(method, [run for run in here if run.method == method], final))
