@@ -832,6 +832,32 @@ class ADMMNxM(Optimizer):
             part = self._form.recast(part, *bound.grouping, dtype)
         return wrap_like(part, bound.param)
 
+    @torch.no_grad()
+    def unwrap(self) -> Optimizer:
+        """Take ADMM off: w itself is back in the weights, and the inner optimizer has nothing of ADMM in its state.
+
+        For a run that begins again with other settings, or without ADMM. A mask that is frozen has done its work: the
+        weights stay sparse, and nothing holds them there any more. The wrapper starts anew if it is stepped again.
+
+        Returns:
+            The inner optimizer.
+        """
+        self._swap_out()
+        for bound in self._bound():
+            state = self.inner.state.get(bound.param)
+            if state is None or CONSENSUS not in state:
+                continue
+            if not self.frozen and self.rho > 0:
+                bound.w.copy_(self._form.primal(bound.w, local(state[CONSENSUS])))
+            del state[CONSENSUS]
+        for group in self.param_groups:
+            for key in COUNTERS:
+                group.pop(key, None)
+        self._movement.clear()
+        self._freeze_sums = None
+        self._announced = False
+        return self.inner
+
     # ------------------------------------------------------------------ where things are
 
     @property
