@@ -65,7 +65,14 @@ def llama() -> nn.Module:
 
 def t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -284,7 +291,7 @@ def test_a_checkpoint_whose_writing_was_interrupted_is_passed_over(
 
 
 def test_nothing_to_resume_from_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no complete checkpoint .* Start without"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint .* Start without"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(ValueError, match="checkpoint-4: the writing was interrupted"):
@@ -582,7 +589,7 @@ def test_peft_models_are_refused_and_merged_ones_are_not(tmp_path: Path) -> None
     def adapted() -> nn.Module:
         return peft.get_peft_model(bert(), lora)
 
-    with pytest.raises(ValueError, match="PEFT adapters.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"PEFT adapters.*merge_and_unload"):
         trainer(tmp_path, adapted, config=ADMMConfig(ineligible="skip")).train()
 
     def added() -> nn.Module:
@@ -613,7 +620,7 @@ def test_fsdp_with_flat_parameters_and_deepspeed_are_refused(tmp_path: Path) -> 
             super().create_accelerator_and_postprocess()
             self.is_fsdp_enabled = True
 
-    with pytest.raises(ValueError, match="DeepSpeed partitions flattened parameters.*FSDP2"):
+    with pytest.raises(ValueError, match=r"DeepSpeed partitions flattened parameters.*FSDP2"):
         trainer(tmp_path, cls=Deep)
-    with pytest.raises(ValueError, match="FSDP1 flattens parameters.*fsdp_version"):
+    with pytest.raises(ValueError, match=r"FSDP1 flattens parameters.*fsdp_version"):
         trainer(tmp_path, cls=Flat)
