@@ -37,9 +37,12 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
 def launch(kind: str, folder: Path) -> dict[str, str]:
     names = [f"check_{name}" for name in CHECKS if name.startswith(f"{kind}_")]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        + ["--main_process_port", str(free_port()), "-m", "tests.distributed.launched", str(folder), *names],
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", str(free_port()), "-m", "tests.distributed.launched", str(folder)),
+            *names,
+        ],
         cwd=HERE.parents[1],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
