@@ -624,3 +624,13 @@ def test_fsdp_with_flat_parameters_and_deepspeed_are_refused(tmp_path: Path) -> 
         trainer(tmp_path, cls=Deep)
     with pytest.raises(ValueError, match=r"FSDP1 flattens parameters.*fsdp_version"):
         trainer(tmp_path, cls=Flat)
+
+
+def test_an_optimizer_made_past_the_mixin_is_refused_before_training(tmp_path: Path) -> None:
+    class Past(ADMMTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    with pytest.raises(RuntimeError, match="Past has made an optimizer without ADMM"):
+        trainer(tmp_path, cls=Past).train()

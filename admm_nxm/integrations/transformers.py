@@ -153,11 +153,13 @@ class ADMMTrainerMixin(_Base):
 
     sparsity_report: SparsityReport | None
     _built: ADMMNxM | None
+    _announced_steps: int
 
     def __init__(self, *args: Any, admm_config: ADMMConfig | None = None, **kwargs: Any) -> None:
         self.admm_config = ADMMConfig() if admm_config is None else admm_config
         self.sparsity_report = None
         self._built = None
+        self._announced_steps = 0
         super().__init__(*args, **kwargs)
         _check_parallelism(self)
         # First of all, so that the others see the model that ships.
@@ -186,10 +188,18 @@ class ADMMTrainerMixin(_Base):
         build: Callable[..., ADMMNxM] = ADMMNxM.paper if self.admm_config.paper else ADMMNxM
         return build(optimizer, self.model, **self.admm_config.options(total_steps))
 
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Note the length of the run: transformers before 5 makes the optimizer before its state has it."""
+        self._announced_steps = num_training_steps
+        try:
+            super().create_optimizer_and_scheduler(num_training_steps)
+        finally:
+            self._announced_steps = 0
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Let Trainer make its optimizer, and wrap it once the length of the run is known."""
         made: Optimizer = super().create_optimizer(*args, **kwargs)
-        total_steps = int(self.state.max_steps)
+        total_steps = int(self._announced_steps or self.state.max_steps)
         if total_steps < 1:
             return made  # asked for outside train(), which asks again
         admm = self.admm
@@ -266,10 +276,17 @@ class ADMMTrainer(ADMMTrainerMixin, Trainer):
 
 
 class _Finalize(TrainerCallback):
-    """Finalizes before any other callback sees the end of training."""
+    """Makes sure that training begins with ADMM, and finalizes before any other callback sees its end."""
 
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.trainer.admm is None:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__} has made an optimizer without ADMM, and the model would stay dense; a "
+                "create_optimizer of your own has to call super().create_optimizer(), or to return an ADMMNxM"
+            )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.trainer.finalize_admm()
