@@ -300,20 +300,17 @@ def test_nothing_to_resume_from_is_an_error_that_says_why(tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------- whatever optimizer Trainer makes
 
-_NEEDS = {"bnb": "bitsandbytes", "8bit": "bitsandbytes", "lion": "bitsandbytes", "ademamix": "bitsandbytes"}
-OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"]
-OPTIMIZERS += ["schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"]
-OPTIMIZERS += ["adamw_bnb_8bit", "lion_32bit", "ademamix"]
+OPTIMIZERS = [name.value for name in transformers.training_args.OptimizerNames]
 
 
+@pytest.mark.filterwarnings("ignore")  # some of these packages warn of their own affairs
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optim_name_that_runs_on_a_cpu(tmp_path: Path, name: str) -> None:
-    if name.startswith("schedule_free"):
-        pytest.importorskip("schedulefree")
-    if any(part in name for part in _NEEDS):
-        pytest.importorskip("bitsandbytes")
-    scheduler = "constant" if name.startswith("schedule_free") else "linear"
-    made = trainer(tmp_path, optim=name, lr_scheduler_type=scheduler, save_strategy="steps", save_steps=10)
+    made = trainer(tmp_path, optim=name, lr_scheduler_type="constant", save_strategy="steps", save_steps=10)
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(made.args, made.model)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"plain Trainer has no {name} here: {error}")
     made.train()
     assert made.sparsity_report.ok
     assert made.admm.total_steps == STEPS
