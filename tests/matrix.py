@@ -23,7 +23,7 @@ SECTIONS = {
     "torch.distributed, two processes": ["tests/distributed/test_sharding.py"],
     "The contract with torch.optim, every optimizer": ["tests/contract"],
 }
-SHOWN = 12
+SHOWN = 30
 """Cases named in a row; the rest are counted."""
 LONGEST = 45
 """Characters of a name worth showing; where one is longer, cases are counted."""
