@@ -220,7 +220,7 @@ def test_the_weight_goes_from_the_own_loss_to_the_teachers(tmp_path: Path) -> No
     for weight in (0.0, 0.5, 1.0):
         made = distiller(tmp_path, config=DistillationConfig(distillation_weight=weight))
         made.model.train()
-        losses.append(float(made.compute_loss(made.model, dict(batch))))
+        losses.append(float(made.compute_loss(made.model, dict(batch)).detach()))
     own = float(made.model(**batch).loss)
     assert losses[0] == pytest.approx(own)
     assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2)
@@ -244,35 +244,61 @@ def test_the_student_comes_closer_to_its_teacher(tmp_path: Path) -> None:
     assert all(p.grad is None for p in made.teacher.parameters())
 
 
+def gradients(made: Any, batches: list[dict[str, Tensor]], weight: float) -> Tensor:
+    """The gradient that Trainer gathers over accumulated batches, with that share of the teacher."""
+    made.distillation_config = DistillationConfig(
+        distillation_weight=weight, hidden_weight=made.distillation_config.hidden_weight if weight else 0.0
+    )
+    made.current_gradient_accumulation_steps = len(batches)
+    made.model.zero_grad()
+    shifted = batches[0]["labels"].ndim == 2 and type(made.model).__name__.endswith("LMHeadModel")
+    labels = [batch["labels"][:, 1:] if shifted else batch["labels"] for batch in batches]
+    items = torch.stack([(x != -100).sum() for x in labels]).sum()
+    for batch in batches:
+        made.training_step(made.model, dict(batch), items)
+    return torch.cat([p.grad.flatten() for p in made.model.parameters() if p.grad is not None])
+
+
 @pytest.mark.parametrize("hidden", [0.0, 0.5])
 @pytest.mark.parametrize("make", [bert, gpt2, t5])
-def test_accumulated_batches_are_one_large_batch(tmp_path: Path, make: Any, hidden: float) -> None:
+def test_accumulation_leaves_the_shares_of_own_and_soft_loss(tmp_path: Path, make: Any, hidden: float) -> None:
     data = rows(16, language=make is not bert)
-    if make is not bert:  # uneven numbers of counted tokens
-        data = [
-            {**row, "labels": torch.where(torch.arange(8) < 3 + i % 5, row["labels"], -100)}
-            for i, row in enumerate(data)
-        ]
-    # The teacher's part alone: not every model divides its own loss by the number of items that Trainer tells it.
-    config = DistillationConfig(distillation_weight=1.0, hidden_weight=hidden)
-    ends = []
-    for size, accumulation in ((16, 1), (4, 4)):
-        made = distiller(
-            tmp_path,
-            make,
-            config=config,
-            data=data,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=3,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
-        )
-        made.train()
-        ends.append({name: p.detach().clone() for name, p in made.model.named_parameters()})
-    for name in ends[0]:
-        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-5)
+    made = distiller(tmp_path, make, config=DistillationConfig(hidden_weight=hidden), data=data)
+    whole = batch_of(data, 16)
+    parts = [{key: value[i : i + 4] for key, value in whole.items()} for i in range(0, 16, 4)]
+    own = [gradients(made, batches, 0.0) for batches in ([whole], parts)]
+    soft = [gradients(made, batches, 1.0) for batches in ([whole], parts)]
+    # Whatever Trainer and the model make of the own loss (not every model heeds the number of items), the teacher's
+    # part is made the same of.
+    inflation = float(own[1].norm() / own[0].norm())
+    torch.testing.assert_close(soft[1], inflation * soft[0], rtol=2e-3, atol=1e-5)
+    assert inflation == pytest.approx(4.0 if make is bert else inflation, rel=1e-3)
+
+
+def test_uneven_accumulated_batches_of_a_model_that_heeds_are_one_large_batch(tmp_path: Path) -> None:
+    data = rows(16, language=True)
+    data = [
+        {**row, "labels": torch.where(torch.arange(8) < 3 + i % 5, row["labels"], -100)} for i, row in enumerate(data)
+    ]
+    made = distiller(tmp_path, gpt2, data=data)
+    whole = batch_of(data, 16)
+    parts = [{key: value[i : i + 4] for key, value in whole.items()} for i in range(0, 16, 4)]
+    one, four = (gradients(made, batches, 0.5) for batches in ([whole], parts))
+    torch.testing.assert_close(four, one, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_soft_loss_on_several_devices(tmp_path: Path, average: bool) -> None:
+    """The arithmetic alone: what DataParallel and many ranks do to the own loss is done to the soft loss."""
+    made = distiller(tmp_path, gpt2, data=rows(language=True), average_tokens_across_devices=average)
+    made._heeds = True
+    logits = torch.zeros(4, 8, 3)
+    made.args._n_gpu = 2
+    scale = made._scale({}, logits, torch.full((2, 1), 12))
+    assert (int(scale.items), scale.soft) == (12 if average else 24, 1.0)
+    made._heeds = False
+    assert made._scale({}, logits, torch.full((2, 1), 12)).soft == (2.0 if average else 1.0)
+    made.args._n_gpu = 0
 
 
 def test_language_models_are_scored_on_the_next_token(tmp_path: Path) -> None:
@@ -333,6 +359,88 @@ HEADS: dict[str, tuple[Any, list[dict[str, Tensor]]]] = {
         ],
     ),
 }
+
+
+def test_a_number_of_items_does_not_change_a_single_batch(tmp_path: Path) -> None:
+    for head, (make, data) in HEADS.items():
+        made = distiller(tmp_path, make, config=DistillationConfig(distillation_weight=1.0), data=data)
+        batch = batch_of(data, 8)
+        labels = batch.get("labels")
+        items = torch.tensor(8) if labels is None else (labels != -100).sum()
+        losses = [
+            float(made.compute_loss(made.model.train(), dict(batch), num_items_in_batch=n).detach())
+            for n in (None, items)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4), head
+
+
+def test_the_teacher_gets_every_input_it_takes(tmp_path: Path) -> None:
+    class Anything(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.seen = inner, set()
+
+        def forward(self, input_ids: Tensor, **kwargs: Tensor) -> Any:
+            self.seen = {"input_ids", *kwargs}
+            return self.inner(input_ids=input_ids, **kwargs)
+
+    batch = batch_of(rows(), 4)
+    teacher = other(bert)
+    expected: list[float] = []
+    for wrapped in (teacher, Anything(teacher), nn.DataParallel(teacher), torch.compile(teacher, backend="eager")):
+        made = distiller(tmp_path, teacher=wrapped)
+        expected.append(float(made.compute_loss(made.model.train(), dict(batch)).detach()))
+        if isinstance(wrapped, Anything):
+            assert wrapped.seen == {"input_ids", "attention_mask"}
+    assert expected == pytest.approx([expected[0]] * 4)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_teacher_runs_where_it_is_told(tmp_path: Path, device: str | None) -> None:
+    made = distiller(tmp_path, config=DistillationConfig(teacher_device=device))
+    assert {p.device.type for p in made.teacher.parameters()} == {"cpu"}
+    assert torch.isfinite(made.compute_loss(made.model.train(), batch_of(rows(), 4)))
+
+
+def test_a_head_of_ones_own_is_named(tmp_path: Path) -> None:
+    make, data = HEADS["multi-label"]
+
+    def unnamed() -> nn.Module:
+        model = make()
+        model.config.problem_type = None
+        return model
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs["logits"], labels)
+
+    made = distiller(
+        tmp_path, unnamed, config=DistillationConfig(distillation_weight=1.0, head="multi_label"), data=data
+    )
+    made.compute_loss_func = loss
+    batch = batch_of(data, 8)
+    student = made.model.train()(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    with torch.no_grad():
+        taught = made.teacher(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    expected = distillation_loss(student, taught, head="multi_label")
+    assert torch.allclose(made.compute_loss(made.model, dict(batch)), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="head='ranking' must be one of 'classification'"):
+        DistillationConfig(head="ranking")
+
+
+def test_images_are_refused(tmp_path: Path) -> None:
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 1)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.conv(x)
+            return {"logits": logits} if labels is None else {"loss": cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.zeros(1, 2, 2), "labels": torch.zeros(2, 2, dtype=torch.long)}] * 4
+    made = distiller(tmp_path, Pixels, teacher=Pixels(), data=data)
+    with pytest.raises(ValueError, match=r"logits of shape \(4, 3, 2, 2\) are not"):
+        made.compute_loss(made.model.train(), batch_of(data, 4))
 
 
 @pytest.mark.parametrize("head", HEADS)

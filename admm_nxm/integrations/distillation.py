@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .._checks import at_least
@@ -32,6 +32,8 @@ class DistillationConfig:
         temperature: by which both distributions are softened, above 0.
         hidden_weight: weight of the hidden states' difference, at least 0.
         teacher_device: where the teacher runs; by default where the student does.
+        head: what the logits are, ``"classification"``, ``"multi_label"`` or ``"regression"``; by default as the
+            model's configuration says. Needed where the loss is a function of one's own.
 
     Raises:
         TypeError, ValueError: a value out of range.
@@ -41,6 +43,7 @@ class DistillationConfig:
     temperature: float = field(default=2.0, metadata={"help": "by which both distributions are softened"})
     hidden_weight: float = field(default=0.0, metadata={"help": "weight of the hidden states' squared difference"})
     teacher_device: str | None = field(default=None, metadata={"help": "where the teacher runs, such as cuda:1"})
+    head: str | None = field(default=None, metadata={"help": "classification, multi_label or regression"})
 
     def __post_init__(self) -> None:
         at_least("distillation_weight", self.distillation_weight, 0.0)
@@ -50,6 +53,8 @@ class DistillationConfig:
         if self.temperature == 0:
             raise ValueError("temperature=0 must be above 0; 1 leaves the distributions as they are")
         at_least("hidden_weight", self.hidden_weight, 0.0)
+        if self.head not in (None, *get_args(Head)):
+            raise ValueError(f"head={self.head!r} must be one of {', '.join(map(repr, get_args(Head)))}")
 
 
 if TYPE_CHECKING:
@@ -95,6 +100,7 @@ class DistillationTrainerMixin(_Base):
             teacher.to(self.distillation_config.teacher_device or self.args.device)
         self.teacher = teacher.eval()
         self._teacher_takes = _parameters_of(teacher)
+        self._heeds: bool | None = None
 
     def compute_loss(
         self,
@@ -110,26 +116,26 @@ class DistillationTrainerMixin(_Base):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         wanted, share = self.distillation_config, self.distillation_config.distillation_weight
+        if self._heeds is None and num_items_in_batch is not None:
+            self._heeds = self._own_loss_heeds(_unwrapped(model), inputs, num_items_in_batch)
         asked = {**inputs, "output_hidden_states": True} if wanted.hidden_weight else dict(inputs)
         own, outputs = super().compute_loss(
             model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
         taught = self._ask_teacher(inputs)
-        items, factor = self._normalisation(num_items_in_batch)
-        soft = own.new_zeros((), dtype=torch.float32)
         pairs = _logits(outputs, taught)
+        soft = own.new_zeros((), dtype=torch.float32)
+        scale = self._scale(inputs, pairs[0][0], num_items_in_batch)
         for student, teacher in pairs:
             student, teacher, mask = _positions(model, student, teacher, inputs)
-            head = _head_of(model, student)
-            soft = soft + distillation_loss(
-                student, teacher, head=head, temperature=wanted.temperature, mask=mask, items=items
-            ) / len(pairs)
-        loss = (1 - share) * own + share * factor * soft
+            head = cast("Head", wanted.head) if wanted.head else _head_of(model, student)
+            loss = distillation_loss(
+                student, teacher, head=head, temperature=wanted.temperature, mask=mask, items=scale.items
+            )
+            soft = soft + loss * scale.soft / len(pairs)
+        loss = (1 - share) * own + share * soft
         if wanted.hidden_weight:
-            hidden = _hidden(outputs, taught, inputs)
-            if items is not None:
-                hidden = hidden / self.current_gradient_accumulation_steps
-            loss = loss + wanted.hidden_weight * hidden
+            loss = loss + wanted.hidden_weight * scale.hidden * _hidden(outputs, taught, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Any:
@@ -146,30 +152,69 @@ class DistillationTrainerMixin(_Base):
         with torch.no_grad():
             return self.teacher(**given)
 
-    def _normalisation(self, num_items: Tensor | int | None) -> tuple[Tensor | int | None, float]:
-        """Return what the soft loss is divided by (None: its own number of positions) and multiplied with, so that it
-        is scaled as the model's own loss is."""
+    def _scale(self, inputs: Mapping[str, Any], logits: Tensor, num_items: Tensor | int | None) -> _Scale:
+        """Say how the teacher's part has to be scaled for gradient accumulation and several devices, so that it is
+        scaled as the model's own loss is, and the shares stay what they are."""
+        accumulated = max(1, int(getattr(self, "current_gradient_accumulation_steps", 1)))
+        by_items = bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         said = getattr(self, "loss_is_scaled_for_ga", None)
-        by_items = num_items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
-        if num_items is None or not (by_items if said is None else said):
-            return None, 1.0
-        if not (self.args.average_tokens_across_devices and by_items):
-            return num_items, 1.0
-        tensor_parallel = getattr(self, "get_tp_size", lambda: 1)()
-        ranks = self.accelerator.num_processes // tensor_parallel
-        return num_items, float(ranks if self.args.n_gpu <= 1 else self.args.n_gpu)
+        scaled = (by_items and num_items is not None) or self.compute_loss_func is not None if said is None else said
+        if not scaled:
+            return _Scale(None, 1.0, 1.0)  # Trainer divides by the number of accumulated batches
+        if num_items is None:
+            return _Scale(None, 1.0 / accumulated, 1.0 / accumulated)
+        multiplied = bool(self.args.average_tokens_across_devices and by_items)
+        n_gpu = max(1, int(self.args.n_gpu))
+        ranks = self.accelerator.num_processes // getattr(self, "get_tp_size", lambda: 1)()
+        if not self._heeds:
+            # A mean over each batch, which Trainer takes for a share of the whole: what it does to that, do likewise.
+            factor = float((ranks if n_gpu == 1 else n_gpu) if multiplied else 1)
+            return _Scale(None, factor, factor)
+        items = num_items.flatten()[0] if isinstance(num_items, Tensor) else torch.as_tensor(num_items)
+        labels = inputs.get("labels")
+        if logits.ndim == 2 and torch.is_tensor(labels) and labels.ndim == 2:
+            items = items * labels.shape[0] / labels.numel()  # Trainer has counted each label of a row
+        if n_gpu > 1:
+            # DataParallel: the logits come from all devices already, and the loss is averaged over them.
+            return _Scale(items if multiplied else items * n_gpu, 1.0, 1.0 / accumulated)
+        return _Scale(items, float(ranks) if multiplied else 1.0, 1.0 / accumulated)
+
+    @torch.no_grad()
+    def _own_loss_heeds(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> bool:
+        """Find out whether the model's own loss is divided by the number of items that it is told: some models take
+        the number and leave it at that. Without dropout, so that no random number is drawn."""
+        model.eval()
+        try:
+            losses = []
+            for number in (num_items, num_items * 2):
+                own: Any = super().compute_loss(model, dict(inputs), num_items_in_batch=number)
+                losses.append(abs(float(own.mean())))
+        finally:
+            model.train()
+        return losses[1] < 0.75 * losses[0]
 
 
 class DistillationTrainer(DistillationTrainerMixin, Trainer):
     """Hugging Face's Trainer with a teacher; see :class:`DistillationTrainerMixin`."""
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """Divisor of the soft loss (None: its own number of positions), and factors of the soft and the hidden loss."""
+
+    items: Tensor | None
+    soft: float
+    hidden: float
+
+
 def _parameters_of(model: nn.Module) -> set[str] | None:
     """Names that forward takes; None if it takes any."""
-    parameters = inspect.signature(model.forward).parameters
-    named = {name for name, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return None if anything and not named else named
+    model = _unwrapped(model)
+    parameters = inspect.signature(model.forward).parameters.values()
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if anything and not isinstance(model, PreTrainedModel):  # those name what they take, and hand the rest down
+        return None
+    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def _logits(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
@@ -203,6 +248,11 @@ def _positions(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Leave out the positions that the model's own loss does not count."""
     labels = inputs.get("labels")
+    if student.ndim > 3:
+        raise ValueError(
+            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); distil them "
+            "in a compute_loss of your own with admm_nxm.distillation.distillation_loss"
+        )
     if student.ndim != 3:
         return student, teacher, None
     if torch.is_tensor(labels) and labels.shape == student.shape[:2]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._checks import at_least, is_count
+from ..forms import FORMS
 from ..optimizer import ADMMNxM
+from ..pattern import Pattern
 from ..sparsity import SparsityReport, verify
 
 __all__ = ["ADMMConfig", "ADMMTrainer", "ADMMTrainerMixin"]
@@ -53,7 +58,7 @@ class ADMMConfig:
             stay as they are.
 
     Raises:
-        ValueError: a value out of range; the message says it, what is allowed and the remedy.
+        TypeError, ValueError: a value out of range; the message says it, what is allowed and the remedy.
     """
 
     pattern: str = field(default="2:4", metadata={"help": "keep:group; 2:4 keeps 2 of every 4 weights"})
@@ -75,6 +80,16 @@ class ADMMConfig:
     paper: bool = field(default=False, metadata={"help": "the form of the paper"})
 
     def __post_init__(self) -> None:
+        Pattern.parse(self.pattern)
+        _one_of("penalty", self.penalty, FORMS)
+        _one_of("saliency", self.saliency, (None, "curvature", "magnitude"))
+        _one_of("ineligible", self.ineligible, ("error", "skip"))
+        _one_of("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "float16"))
+        if self.rho is not None:
+            at_least("rho", self.rho, 0.0)
+        if self.update_every is not None:
+            is_count("update_every", self.update_every, 1)
+        at_least("residual_tolerance", self.residual_tolerance, 0.0)
         if self.freeze_ratio is not None and not 0 < self.freeze_ratio <= 1:
             raise ValueError(
                 f"freeze_ratio={self.freeze_ratio!r} must be above 0 and at most 1: it is a share of the run"
@@ -89,8 +104,6 @@ class ADMMConfig:
                 ) from None
         if self.select is not None and not isinstance(self.select, Mapping):
             raise ValueError(f"select={self.select!r} must map regular expressions to patterns")
-        if self.state_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f'state_dtype={self.state_dtype!r} must be "float32", "bfloat16" or "float16"')
         if self.paper and (self.penalty != "lazy" or self.saliency is not None):
             raise ValueError(
                 f"paper=True fixes the form: leave penalty={self.penalty!r} and saliency={self.saliency!r} alone"
@@ -119,6 +132,11 @@ class ADMMConfig:
         }
 
 
+def _one_of(name: str, value: object, allowed: Collection[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -129,8 +147,9 @@ class ADMMTrainerMixin(_Base):
     """Puts :class:`admm_nxm.ADMMNxM` around whatever optimizer a Trainer makes; mix it in before the Trainer class.
 
     - The length of the run comes from Trainer; warm-up, schedules, accumulation, clipping and precision stay Trainer's.
-    - Evaluation and prediction measure the projected model, and checkpoints hold it; what training goes on from lies
-      in the checkpoint's optimizer state, and a resumed run gives the bits of one that was not stopped.
+    - Evaluation and prediction measure the projected model, and checkpoints hold it (FSDP's beside the sharded weights
+      that training goes on from, if it gathers full state dicts). What training goes on from lies in the checkpoint's
+      optimizer state, and a resumed run gives the bits of one that was not stopped.
     - The training log has ``admm/primal_residual``, ``admm/dual_residual``, ``admm/mask_churn``, ``admm/rho`` and
       ``admm/sparsity``.
     - When training ends the weights are finalized, ``sparsity_report`` has the count, and a
@@ -144,8 +163,9 @@ class ADMMTrainerMixin(_Base):
         kwargs: as for the Trainer.
 
     Raises:
-        ValueError: DeepSpeed or FSDP with flat parameters, a PEFT model, or an optimizer that steps in the backward
-            pass.
+        TypeError: ``admm_config`` is no ADMMConfig.
+        ValueError: DeepSpeed or FSDP with flat parameters; in :meth:`train`, a PEFT model, an optimizer that steps in
+            the backward pass, or a config beside an ADMMNxM of one's own.
 
     >>> from transformers import Seq2SeqTrainer
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
@@ -153,13 +173,18 @@ class ADMMTrainerMixin(_Base):
 
     sparsity_report: SparsityReport | None
     _built: ADMMNxM | None
+    _configured: bool
     _announced_steps: int
+    _attempts: int
 
     def __init__(self, *args: Any, admm_config: ADMMConfig | None = None, **kwargs: Any) -> None:
+        if admm_config is not None and not isinstance(admm_config, ADMMConfig):
+            raise TypeError(f"admm_config={admm_config!r} must be an ADMMConfig, such as ADMMConfig(pattern='2:4')")
+        self._configured = admm_config is not None
         self.admm_config = ADMMConfig() if admm_config is None else admm_config
         self.sparsity_report = None
         self._built = None
-        self._announced_steps = 0
+        self._announced_steps = self._attempts = 0
         super().__init__(*args, **kwargs)
         _check_parallelism(self)
         # First of all, so that the others see the model that ships.
@@ -207,9 +232,15 @@ class ADMMTrainerMixin(_Base):
             _check_optimizer(made)
             _check_model(self.model)
             made = self._built = self.build_admm(made, total_steps)
-        elif admm is self._built and not admm.frozen and admm.total_steps != total_steps:
-            # The run begins again with another length: auto_find_batch_size, or a second call of train().
+        elif admm is not self._built and self._configured:
+            raise ValueError(
+                f"the optimizer is an ADMMNxM of your own, and there is {self.admm_config} beside it; pass the plain "
+                "optimizer, or leave admm_config out"
+            )
+        elif admm is self._built and not admm.finalized and self._attempts > 0:
+            # auto_find_batch_size has Trainer try again, from wherever the weights are now.
             made = self._built = self.build_admm(admm.unwrap(), total_steps)
+        self._attempts += 1
         self.optimizer = made
         return made
 
@@ -221,6 +252,7 @@ class ADMMTrainerMixin(_Base):
         """
         admm = self.admm
         if admm is not None:
+            admm.eval()  # an inner optimizer that averages weights ships the averaged ones
             self.sparsity_report = admm.finalize()
             logger.info("%s", self.sparsity_report)
         return self.sparsity_report
@@ -235,11 +267,26 @@ class ADMMTrainerMixin(_Base):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the projected model, whatever training goes on from."""
+        """Save the projected model, whatever training goes on from. FSDP keeps that in files of its own."""
         admm = self.admm
-        # A checkpoint takes care of itself: its weights and its optimizer state belong together.
-        with nullcontext() if admm is None or _internal_call else admm.projected():
+        with nullcontext() if admm is None else admm.projected():
             super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure the projected model."""
+        return self._then_train(super().evaluate(*args, **kwargs))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with the projected model."""
+        return self._then_train(super().predict(*args, **kwargs))
+
+    def _then_train(self, result: Any) -> Any:
+        # Trainer itself goes back to training with the next batch, which is too late for a callback that evaluates
+        # between a backward pass and its step.
+        admm = self.admm
+        if admm is not None and self.is_in_train:
+            admm.train()
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -254,7 +301,12 @@ class ADMMTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer does; ``resume_from_checkpoint=True`` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete(str(self.args.output_dir))
+            resume_from_checkpoint = _last_complete(str(self.args.output_dir), int(self.args.world_size))
+        admm = self.admm
+        if admm is not None and admm is self._built and not admm.finalized:
+            # An earlier call did not come to its end; this one has a plan, and perhaps a checkpoint, of its own.
+            self.optimizer, self._built = admm.unwrap(), None
+        self._attempts = 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
@@ -281,8 +333,16 @@ class _Finalize(TrainerCallback):
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if self.trainer.admm is None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        admm = self.trainer.admm
+        if admm is not None and state.global_step > 0 and admm.param_groups[0].get("admm_step", 0) == 0:
+            warnings.warn(
+                f"the checkpoint has no ADMM state: ADMM begins at step {state.global_step} with a plan for all "
+                f"{state.max_steps}, and training may end before it does. To go on from a dense model, load it as the "
+                "model and start without resume_from_checkpoint",
+                stacklevel=2,
+            )
+        if admm is None:
             raise RuntimeError(
                 f"{type(self.trainer).__name__} has made an optimizer without ADMM, and the model would stay dense; a "
                 "create_optimizer of your own has to call super().create_optimizer(), or to return an ADMMNxM"
@@ -304,8 +364,8 @@ def _figures(admm: ADMMNxM, model: Any) -> dict[str, float]:
     return {key: value for key, value in figures.items() if value == value}  # NaN: z has not moved yet
 
 
-def _last_complete(output_dir: str) -> str:
-    """Return the last checkpoint that was written to its end.
+def _last_complete(output_dir: str, ranks: int) -> str:
+    """Return the last checkpoint that was written to its end, by each of so many ranks.
 
     Raises:
         ValueError: there is none.
@@ -317,9 +377,7 @@ def _last_complete(output_dir: str) -> str:
             found.append((int(step), folder))
     broken = []
     for _, folder in sorted(found, reverse=True):
-        try:
-            TrainerState.load_from_json(os.fspath(folder / _STATE))
-        except (OSError, ValueError, TypeError):
+        if not _is_complete(folder, ranks):
             broken.append(folder.name)
             continue
         if broken:
@@ -327,6 +385,16 @@ def _last_complete(output_dir: str) -> str:
         return os.fspath(folder)
     said = f"; {', '.join(broken)}: the writing was interrupted" if broken else ""
     raise ValueError(f"no complete checkpoint in {output_dir}{said}. Start without resume_from_checkpoint")
+
+
+def _is_complete(folder: Path, ranks: int) -> bool:
+    try:
+        TrainerState.load_from_json(os.fspath(folder / _STATE))
+    except (OSError, ValueError, TypeError):
+        return False
+    # The first rank does not wait for what the others write.
+    written = [folder / f"rng_state_{rank}.pth" for rank in range(ranks)]
+    return not written[0].exists() or ranks == 1 or all(map(zipfile.is_zipfile, written))
 
 
 def _check_parallelism(trainer: ADMMTrainerMixin) -> None:

@@ -1,4 +1,5 @@
-"""What test_accelerate.py has ``accelerate launch`` run on two ranks: each check prints one line of JSON on rank 0.
+"""What test_accelerate.py has ``accelerate launch`` run on two ranks: each rank
+writes one line of JSON for each check.
 
 Usage: ``accelerate launch ... -m tests.distributed.launched FOLDER CHECK...``
 """
@@ -317,7 +318,9 @@ def check_trainer_ddp_equals_one_process(folder: Path) -> None:
     assert made.sparsity_report is not None
     assert made.sparsity_report.ok
     dist.barrier()
-    for checkpoint in folder.glob("checkpoint-*"):
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert len(checkpoints) == 4
+    for checkpoint in checkpoints:
         verify(checkpoint, "2:4").raise_if_violated()
     transformers.set_seed(0)
     plain = still(bert())
@@ -343,28 +346,36 @@ def check_trainer_ddp_resumes_with_the_same_bits(folder: Path) -> None:
 
 
 def check_trainer_fsdp2_trains_saves_and_loads_the_best(folder: Path) -> None:
-    forget()
-    made = trainer(
-        folder,
-        **FSDP2,
-        eval_strategy="steps",
-        eval_steps=4,
-        save_strategy="steps",
-        save_steps=4,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,
-    )
-    made.train()
-    assert made.is_fsdp_enabled
-    assert made.sparsity_report is not None
-    assert made.sparsity_report.ok
-    assert made.state.best_global_step < STEPS
-    measured = {entry["step"]: entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry}
-    now = made.evaluate()["eval_loss"]
-    assert abs(now - measured[made.state.best_global_step]) < 1e-5, (now, measured, made.state.best_global_step)
-    alike_on_all_ranks(now)
-    made.save_model(str(folder / "final"))
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        forget()
+        own = folder / kind
+        made = trainer(
+            own,
+            fsdp="full_shard",
+            fsdp_config={**FSDP2["fsdp_config"], "state_dict_type": kind},
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="steps",
+            save_steps=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+        )
+        made.train()
+        assert made.is_fsdp_enabled
+        assert made.sparsity_report is not None
+        assert made.sparsity_report.ok
+        assert made.state.best_global_step < STEPS
+        measured = {entry["step"]: entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry}
+        now = made.evaluate()["eval_loss"]
+        assert abs(now - measured[made.state.best_global_step]) < 1e-5, (now, measured, made.state.best_global_step)
+        alike_on_all_ranks(now)
+        made.save_model(str(own / "final"))
+        dist.barrier()
+        if kind == "FULL_STATE_DICT":
+            assert made.admm is not None
+            for saved in ("final", "checkpoint-8", "checkpoint-20"):
+                verify(own / saved, made.admm.selection).raise_if_violated()
 
 
 def check_trainer_fsdp2_resumes_with_the_same_bits(folder: Path) -> None:
@@ -409,7 +420,8 @@ def main(folder: Path, names: list[str]) -> None:
             said = "ok"
         except Exception:
             said = traceback.format_exc()
-        print(json.dumps({"check": name, "rank": dist.get_rank(), "said": said}), flush=True)
+        with (folder / f"said-{dist.get_rank()}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"check": name, "said": said}) + "\n")
         if said != "ok":
             os._exit(1)  # the other rank would wait for ever
         dist.barrier()
