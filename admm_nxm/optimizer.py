@@ -411,9 +411,10 @@ class ADMMNxM(Optimizer):
             if state is None or CONSENSUS not in state:
                 continue  # never stepped: its mask can be read off the weight itself
             state[CONSENSUS] = wrap_like(mask, bound.param)
-            for value in state.values():
-                if torch.is_tensor(value) and value.is_floating_point() and value.shape == bound.param.shape:
-                    backend_for(mask.device).keep_only(local(value), mask)
+            for value in map(local, filter(torch.is_tensor, state.values())):
+                # Quantised states stay: masked gradients let what they hold off the mask fade, and no weight follows.
+                if type(value) is Tensor and value.is_floating_point() and value.shape == mask.shape:
+                    backend_for(mask.device).keep_only(value, mask)
         self._freeze_sums = torch.stack(sums)
         self._movement.clear()
         self._set(admm_frozen_at=int(self._get("admm_step")))
@@ -832,6 +833,32 @@ class ADMMNxM(Optimizer):
             part = self._form.recast(part, *bound.grouping, dtype)
         return wrap_like(part, bound.param)
 
+    @torch.no_grad()
+    def unwrap(self) -> Optimizer:
+        """Take ADMM off: w itself is back in the weights, and the inner optimizer has nothing of ADMM in its state.
+
+        For a run that begins again with other settings, or without ADMM. A mask that is frozen has done its work: the
+        weights stay sparse, and nothing holds them there any more. The wrapper starts anew if it is stepped again.
+
+        Returns:
+            The inner optimizer.
+        """
+        self._swap_out()
+        for bound in self._bound():
+            state = self.inner.state.get(bound.param)
+            if state is None or CONSENSUS not in state:
+                continue
+            if not self.frozen and self.rho > 0:
+                bound.w.copy_(self._form.primal(bound.w, local(state[CONSENSUS])))
+            del state[CONSENSUS]
+        for group in self.param_groups:
+            for key in COUNTERS:
+                group.pop(key, None)
+        self._movement.clear()
+        self._freeze_sums = None
+        self._announced = False
+        return self.inner
+
     # ------------------------------------------------------------------ where things are
 
     @property
@@ -858,6 +885,12 @@ class ADMMNxM(Optimizer):
         bounds = []
         for spec, (g, i) in zip(self.selection, self._places, strict=True):
             group = self.param_groups[g]
+            if i >= len(group["params"]):
+                raise ValueError(
+                    f"weight {spec.name!r} was parameter {i} of group {g} at construction, and the group now has "
+                    f"{len(group['params'])}: parameters were joined or partitioned (ZeRO, flat FSDP1), and their "
+                    "groups are torn apart. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+                )
             bounds.append(_Bound(spec, group["params"][i], bool(group.get("maximize", False))))
         return bounds
 

@@ -58,7 +58,11 @@ class Curvature:
         """Return ``h ** exponent`` in float32, or None."""
         for key in _SECOND_MOMENTS:
             h = state.get(key)
-            if torch.is_tensor(h) and h.is_floating_point() and h.shape == shape and self.exponent > 0:
+            # Quantised states are tensors of classes of their own, and what these can compute differs.
+            if h is None or type(h) not in (Tensor, torch.nn.Parameter):
+                continue
+            if h.is_floating_point() and h.shape == shape and self.exponent > 0:
                 # A gradient that was always zero must not tie all of a group at zero.
-                return h.float().clamp_min(1e-20).pow_(self.exponent)
+                factor: Tensor = h.float().clamp_min(1e-20).pow_(self.exponent)
+                return factor
         return None

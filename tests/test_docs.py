@@ -40,4 +40,9 @@ def test_readme_names_two_commands_that_use_the_tested_versions() -> None:
 
 
 def test_pages_with_code_are_found() -> None:
-    assert [page.name for page in PAGES if python_blocks(page)] == ["README.md", "choosing.md", "extending.md"]
+    assert [page.name for page in PAGES if python_blocks(page)] == [
+        "README.md",
+        "choosing.md",
+        "extending.md",
+        "howto.md",
+    ]

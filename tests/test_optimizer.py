@@ -748,3 +748,32 @@ def test_weight_without_a_gradient_does_not_hide_how_the_others_move(penalty: st
     others = [r.mask_churn for name, r in residuals.per_weight.items() if name != "blocks.0.up.weight"]
     assert residuals.mask_churn == pytest.approx(sum(others) / len(others))  # weights of equal size
     assert residuals.dual > 0
+
+
+@pytest.mark.parametrize("steps", [0, 5, 12, 19])
+@every_form
+def test_unwrap_leaves_w_and_nothing_of_admm(penalty: str, steps: int) -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
+    train(net, optimizer, steps)
+    held = weights_of(net)
+    with torch.no_grad():
+        form = optimizer._form
+        expected = {
+            bound.spec.name: bound.w.clone()
+            if optimizer.frozen or not optimizer.rho
+            else form.primal(bound.w, optimizer._consensus_or_initial(bound)).clone()
+            for bound in optimizer._bound()
+        }
+    optimizer.eval()
+    inner = optimizer.unwrap()
+    assert inner is optimizer.inner
+    assert not any(key.startswith("admm") for group in inner.param_groups for key in group)
+    assert not any(key.startswith("admm") for state in inner.state.values() for key in state)
+    assert_same_weights(weights_of(net), {**held, **expected})
+    if penalty == "lazy" and steps == 12:
+        assert any(not torch.equal(held[name], w) for name, w in expected.items())
+    again = ADMMNxM(inner, net, penalty=penalty, total_steps=10, residual_tolerance=99.0)
+    train(net, again, 10)
+    assert again.param_groups[0]["admm_step"] == 10
+    assert again.finalize().ok

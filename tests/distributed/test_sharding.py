@@ -268,6 +268,56 @@ def test_c11_two_ranks(name: str, tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path), name), nprocs=WORLD)
 
 
+def crossing_run(folder: str, mesh: Any, penalty: str, stop: int, save: bool) -> Stack:
+    """Save a run at ``stop``, sharded over the mesh if there is one, or load it and train to the end."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = Stack() if mesh is None else Stack().shard(by_rows, mesh)
+    optimizer = make(model, penalty=penalty)
+    path = os.path.join(folder, f"{penalty}-{stop}")
+    if save:
+        steps(model, optimizer, 0, stop)
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+        return model
+    with torch.no_grad():
+        for p in model.parameters():
+            local(p).zero_()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    steps(model, optimizer, stop, 20)
+    return model
+
+
+def crossing_worker(rank: int, tmp: str, save: bool) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    store = f"file://{tmp}/store-{save}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for penalty, stop in itertools.product(PENALTIES, (7, 19)):
+        model = crossing_run(f"{tmp}/{'two' if save else 'one'}", mesh, penalty, stop, save)
+        if not save:
+            reference = Stack()
+            steps(reference, make(reference, penalty=penalty), 0, 20)
+            assert_equal(model, reference)
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint, that there is one process only
+def test_c11_a_checkpoint_of_two_ranks_is_read_by_one_and_the_other_way_round(tmp_path: Path) -> None:
+    mp.spawn(crossing_worker, args=(str(tmp_path), True), nprocs=WORLD)
+    for penalty, stop in itertools.product(PENALTIES, (7, 19)):
+        reference = Stack()
+        steps(reference, make(reference, penalty=penalty), 0, 20)
+        assert_equal(crossing_run(f"{tmp_path}/two", None, penalty, stop, save=False), reference)
+        crossing_run(f"{tmp_path}/one", None, penalty, stop, save=True)
+    mp.spawn(crossing_worker, args=(str(tmp_path), False), nprocs=WORLD)
+
+
 @pytest.fixture
 def lone_mesh(tmp_path: Path) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -1,0 +1,295 @@
+"""Distillation with Hugging Face's Trainer: another base class and a teacher."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .._checks import at_least
+from ..distillation import Head, distillation_loss, hidden_state_loss
+
+__all__ = ["DistillationConfig", "DistillationTrainer", "DistillationTrainerMixin"]
+
+_IGNORED = -100
+"""The label that the losses of transformers pass over."""
+
+
+@dataclass
+class DistillationConfig:
+    """How much of the loss the teacher gives; ``HfArgumentParser`` parses it.
+
+    The loss is ``(1 - weight) * own loss + weight * distillation_loss + hidden_weight * hidden_state_loss``.
+
+    Args:
+        distillation_weight: share of the soft targets, from 0 to 1.
+        temperature: by which both distributions are softened, above 0.
+        hidden_weight: weight of the hidden states' difference, at least 0.
+        teacher_device: where the teacher runs; by default where the student does.
+        head: what the logits are, ``"classification"``, ``"multi_label"`` or ``"regression"``; by default as the
+            model's configuration says. Needed where the loss is a function of one's own.
+
+    Raises:
+        TypeError, ValueError: a value out of range.
+    """
+
+    distillation_weight: float = field(default=0.5, metadata={"help": "share of the soft targets in the loss, 0 to 1"})
+    temperature: float = field(default=2.0, metadata={"help": "by which both distributions are softened"})
+    hidden_weight: float = field(default=0.0, metadata={"help": "weight of the hidden states' squared difference"})
+    teacher_device: str | None = field(default=None, metadata={"help": "where the teacher runs, such as cuda:1"})
+    head: str | None = field(default=None, metadata={"help": "classification, multi_label or regression"})
+
+    def __post_init__(self) -> None:
+        at_least("distillation_weight", self.distillation_weight, 0.0)
+        if self.distillation_weight > 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight!r} must be at most 1: it is a share")
+        at_least("temperature", self.temperature, 0.0)
+        if self.temperature == 0:
+            raise ValueError("temperature=0 must be above 0; 1 leaves the distributions as they are")
+        at_least("hidden_weight", self.hidden_weight, 0.0)
+        if self.head not in (None, *get_args(Head)):
+            raise ValueError(f"head={self.head!r} must be one of {', '.join(map(repr, get_args(Head)))}")
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class DistillationTrainerMixin(_Base):
+    """Adds a teacher's outputs to the training loss; mix it in before the Trainer class.
+
+    The teacher runs in evaluation mode and without gradients. Sequence, token, multi-label, regression, question
+    answering and language-model heads are told apart by the model's configuration and the outputs' shape. Evaluation
+    reports the model's own loss.
+
+    Args:
+        args: as for the Trainer.
+        teacher: a model for the same task: same labels or vocabulary, same inputs.
+        distillation_config: weights and temperature; the defaults if left out.
+        kwargs: as for the Trainer.
+
+    Raises:
+        TypeError, ValueError: no teacher, or the student itself as its teacher.
+
+    Source: Hinton, Vinyals, Dean (arXiv 1503.02531); used with ADMM by Holmes et al. (arXiv 2110.15766).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        distillation_config: DistillationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher={teacher!r} must be a model: the dense one, trained for the same task")
+        self.distillation_config = DistillationConfig() if distillation_config is None else distillation_config
+        super().__init__(*args, **kwargs)
+        if teacher is self.model:
+            raise ValueError("the teacher is the model that is trained; pass a model of its own, trained before")
+        placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
+        if not placed:
+            teacher.to(self.distillation_config.teacher_device or self.args.device)
+        self.teacher = teacher.eval()
+        self._teacher_takes = _parameters_of(teacher)
+        self._heeds: bool | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the mixed loss in training, the model's own in evaluation."""
+        if not model.training:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        wanted, share = self.distillation_config, self.distillation_config.distillation_weight
+        if self._heeds is None and num_items_in_batch is not None:
+            self._heeds = self._own_loss_heeds(_unwrapped(model), inputs, num_items_in_batch)
+        asked = {**inputs, "output_hidden_states": True} if wanted.hidden_weight else dict(inputs)
+        own, outputs = super().compute_loss(
+            model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        taught = self._ask_teacher(inputs)
+        pairs = _logits(outputs, taught)
+        soft = own.new_zeros((), dtype=torch.float32)
+        scale = self._scale(inputs, pairs[0][0], num_items_in_batch)
+        for student, teacher in pairs:
+            student, teacher, mask = _positions(model, student, teacher, inputs)
+            head = cast("Head", wanted.head) if wanted.head else _head_of(model, student)
+            loss = distillation_loss(
+                student, teacher, head=head, temperature=wanted.temperature, mask=mask, items=scale.items
+            )
+            soft = soft + loss * scale.soft / len(pairs)
+        loss = (1 - share) * own + share * soft
+        if wanted.hidden_weight:
+            loss = loss + wanted.hidden_weight * scale.hidden * _hidden(outputs, taught, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _ask_teacher(self, inputs: Mapping[str, Any]) -> Any:
+        given = {key: value for key, value in inputs.items() if key not in self.label_names}
+        if getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False):
+            given = dict(inputs)  # the decoder's inputs are made of the labels
+        if self._teacher_takes is not None:
+            given = {key: value for key, value in given.items() if key in self._teacher_takes}
+        if self.distillation_config.hidden_weight:
+            given["output_hidden_states"] = True
+        device = next(self.teacher.parameters()).device
+        given = {key: value.to(device) if torch.is_tensor(value) else value for key, value in given.items()}
+        self.teacher.eval()
+        with torch.no_grad():
+            return self.teacher(**given)
+
+    def _scale(self, inputs: Mapping[str, Any], logits: Tensor, num_items: Tensor | int | None) -> _Scale:
+        """Say how the teacher's part has to be scaled for gradient accumulation and several devices, so that it is
+        scaled as the model's own loss is, and the shares stay what they are."""
+        accumulated = max(1, int(getattr(self, "current_gradient_accumulation_steps", 1)))
+        by_items = bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        scaled = (by_items and num_items is not None) or self.compute_loss_func is not None if said is None else said
+        if not scaled:
+            return _Scale(None, 1.0, 1.0)  # Trainer divides by the number of accumulated batches
+        if num_items is None:
+            return _Scale(None, 1.0 / accumulated, 1.0 / accumulated)
+        multiplied = bool(self.args.average_tokens_across_devices and by_items)
+        n_gpu = max(1, int(self.args.n_gpu))
+        ranks = self.accelerator.num_processes // getattr(self, "get_tp_size", lambda: 1)()
+        if not self._heeds:
+            # A mean over each batch, which Trainer takes for a share of the whole: what it does to that, do likewise.
+            factor = float((ranks if n_gpu == 1 else n_gpu) if multiplied else 1)
+            return _Scale(None, factor, factor)
+        items = num_items.flatten()[0] if isinstance(num_items, Tensor) else torch.as_tensor(num_items)
+        labels = inputs.get("labels")
+        if logits.ndim == 2 and torch.is_tensor(labels) and labels.ndim == 2:
+            items = items * labels.shape[0] / labels.numel()  # Trainer has counted each label of a row
+        if n_gpu > 1:
+            # DataParallel: the logits come from all devices already, and the loss is averaged over them.
+            return _Scale(items if multiplied else items * n_gpu, 1.0, 1.0 / accumulated)
+        return _Scale(items, float(ranks) if multiplied else 1.0, 1.0 / accumulated)
+
+    @torch.no_grad()
+    def _own_loss_heeds(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> bool:
+        """Find out whether the model's own loss is divided by the number of items that it is told: some models take
+        the number and leave it at that. Without dropout, so that no random number is drawn."""
+        model.eval()
+        try:
+            losses = []
+            for number in (num_items, num_items * 2):
+                own: Any = super().compute_loss(model, dict(inputs), num_items_in_batch=number)
+                losses.append(abs(float(own.mean())))
+        finally:
+            model.train()
+        return losses[1] < 0.75 * losses[0]
+
+
+class DistillationTrainer(DistillationTrainerMixin, Trainer):
+    """Hugging Face's Trainer with a teacher; see :class:`DistillationTrainerMixin`."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Divisor of the soft loss (None: its own number of positions), and factors of the soft and the hidden loss."""
+
+    items: Tensor | None
+    soft: float
+    hidden: float
+
+
+def _parameters_of(model: nn.Module) -> set[str] | None:
+    """Names that forward takes; None if it takes any."""
+    model = _unwrapped(model)
+    parameters = inspect.signature(model.forward).parameters.values()
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if anything and not isinstance(model, PreTrainedModel):  # those name what they take, and hand the rest down
+        return None
+    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+
+
+def _logits(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    for keys in (("logits",), ("start_logits", "end_logits")):
+        if all(_has(student, key) and _has(teacher, key) for key in keys):
+            return [(student[key], teacher[key]) for key in keys]
+    raise ValueError(
+        f"nothing to distil: the student returns {_keys(student)}, the teacher {_keys(teacher)}; both must return "
+        "logits (or start_logits and end_logits), by name: leave return_dict at True"
+    )
+
+
+def _has(outputs: Any, key: str) -> bool:
+    return isinstance(outputs, Mapping) and torch.is_tensor(outputs.get(key))
+
+
+def _keys(outputs: Any) -> str:
+    return ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _positions(
+    model: nn.Module, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Leave out the positions that the model's own loss does not count."""
+    labels = inputs.get("labels")
+    if student.ndim > 3:
+        raise ValueError(
+            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); distil them "
+            "in a compute_loss of your own with admm_nxm.distillation.distillation_loss"
+        )
+    if student.ndim != 3:
+        return student, teacher, None
+    if torch.is_tensor(labels) and labels.shape == student.shape[:2]:
+        names = {cls.__name__ for cls in type(_unwrapped(model)).__mro__}
+        if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+            # Each position is scored on the next token.
+            return student[:, :-1], teacher[:, :-1], labels[:, 1:] != _IGNORED
+        return student, teacher, labels != _IGNORED
+    attended = inputs.get("attention_mask")
+    if torch.is_tensor(attended) and attended.shape == student.shape[:2]:
+        return student, teacher, attended.bool()
+    return student, teacher, None
+
+
+def _head_of(model: nn.Module, student: Tensor) -> Head:
+    config = getattr(_unwrapped(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        return "multi_label"
+    if problem == "regression" or (problem is None and student.shape[-1] == 1):
+        return "regression"
+    return "classification"
+
+
+def _hidden(student: Any, teacher: Any, inputs: Mapping[str, Any]) -> Tensor:
+    masks = {"hidden_states": "attention_mask", "encoder_hidden_states": "attention_mask", "decoder_hidden_states": ""}
+    total: Tensor | None = None
+    for key, mask_name in masks.items():
+        if not (student.get(key) and teacher.get(key)):
+            continue
+        mask = inputs.get(mask_name)
+        fits = torch.is_tensor(mask) and mask.shape == student[key][0].shape[:2]
+        loss = hidden_state_loss(student[key], teacher[key], mask=mask.bool() if fits and mask is not None else None)
+        total = loss if total is None else total + loss
+    if total is None:
+        raise ValueError(
+            f"hidden_weight is set, but the student returns {_keys(student)} and the teacher {_keys(teacher)}: both "
+            "must return hidden_states. Set hidden_weight=0"
+        )
+    return total

@@ -1,0 +1,433 @@
+"""What test_accelerate.py has ``accelerate launch`` run on two ranks: each rank
+writes one line of JSON for each check.
+
+Usage: ``accelerate launch ... -m tests.distributed.launched FOLDER CHECK...``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from admm_nxm import ADMMNxM, ConvergenceWarning, verify
+from admm_nxm.integrations.transformers import ADMMConfig, ADMMTrainer
+from tests.helpers import PENALTIES, batches, loss_of, make_net
+from tests.test_trainer import arguments, bert, rows
+
+STEPS = 20
+WORLD = 2
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def full(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """One number for the bits of all tensors."""
+    sha = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        sha.update(name.encode())
+        sha.update(full(t.detach()).contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def state_of(model: nn.Module, optimizer: ADMMNxM) -> dict[str, Tensor]:
+    """Weights, masks and optimizer state by name."""
+    tensors = {f"weight {name}": p for name, p in model.named_parameters()}
+    tensors |= {f"mask {name}": mask for name, mask in optimizer.masks().items()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in enumerate(params):
+        for key, value in optimizer.state[p].items():
+            if torch.is_tensor(value) and value.ndim:
+                tensors[f"state {number} {key}"] = value
+    return tensors
+
+
+def alike_on_all_ranks(value: Any) -> None:
+    everyone: list[Any] = [None] * WORLD
+    dist.all_gather_object(everyone, value)
+    assert everyone[0] == everyone[1], everyone
+
+
+def close(model: nn.Module, optimizer: ADMMNxM, plain: nn.Module, its: ADMMNxM) -> None:
+    """The same as one process, within float tolerance; the same masks."""
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(full(p.detach()), q.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    for name, mask in its.masks().items():
+        assert torch.equal(full(optimizer.masks()[name]), mask), name
+
+
+def wrap(model: nn.Module, **options: Any) -> ADMMNxM:
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return ADMMNxM(inner, model, **{"total_steps": STEPS, "residual_tolerance": 99.0, **options})
+
+
+def forget() -> None:
+    """Let the next Accelerator be another kind than the last."""
+    AcceleratorState._reset_state(False)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    for key in [key for key in os.environ if key.startswith("FSDP_") or key == "ACCELERATE_USE_FSDP"]:
+        del os.environ[key]
+
+
+def accelerator(**options: Any) -> accelerate.Accelerator:
+    forget()
+    return accelerate.Accelerator(cpu=True, **options)
+
+
+def train(parts: tuple[Any, nn.Module, Any], first: int, last: int) -> None:
+    """Steps of whole batches of which each rank sees its part; ``parts``: accelerator, model, optimizer."""
+    accelerated, model, optimizer = parts
+    for x in batches(last - first, first):
+        mine = x.chunk(accelerated.num_processes)[accelerated.process_index]
+        for part in mine.chunk(accelerated.gradient_accumulation_steps):
+            with accelerated.accumulate(model), accelerated.autocast():
+                accelerated.backward(loss_of(model, part))
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def alone(penalty: str) -> tuple[nn.Module, ADMMNxM]:
+    """The same run in one process, nothing of Accelerate around it."""
+    model = make_net()
+    optimizer = wrap(model, penalty=penalty)
+    for x in batches(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, x).backward()
+        optimizer.step()
+    return model, optimizer
+
+
+# ---------------------------------------------------------------- DDP
+
+
+def check_ddp_equals_one_process_whatever_is_prepared_first(folder: Path) -> None:
+    def together(a: Any, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        return tuple(a.prepare(model, optimizer))
+
+    def the_other_way(a: Any, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        optimizer, model = a.prepare(optimizer, model)
+        return model, optimizer
+
+    def one_by_one(a: Any, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        optimizer = a.prepare(optimizer)
+        return a.prepare(model), optimizer
+
+    for penalty in PENALTIES:
+        expected = alone(penalty)
+        for order in (together, the_other_way, one_by_one):
+            a = accelerator()
+            net = make_net()
+            optimizer = wrap(net, penalty=penalty)
+            model, wrapped = order(a, net, optimizer)
+            assert isinstance(model, nn.parallel.DistributedDataParallel)
+            train((a, model, wrapped), 0, STEPS)
+            alike_on_all_ranks(digest(state_of(net, optimizer)))
+            alike_on_all_ranks(repr(optimizer.residuals()))
+            close(net, optimizer, *expected)
+            report = optimizer.finalize()
+            assert report.ok
+            assert verify(model, "2:4").ok
+            alike_on_all_ranks(digest(state_of(net, optimizer)))
+
+
+def check_ddp_wrapped_after_the_model_was_prepared(folder: Path) -> None:
+    a = accelerator()
+    net = make_net()
+    model = a.prepare(net)
+    optimizer = wrap(model)
+    wrapped = a.prepare(optimizer)
+    train((a, model, wrapped), 0, STEPS)
+    close(net, optimizer, *alone("lazy"))
+    prepared = a.prepare(torch.optim.AdamW(make_net().parameters()))
+    try:
+        ADMMNxM(prepared, net, total_steps=STEPS)
+    except TypeError as error:
+        assert "wrap the plain optimizer in ADMMNxM first, then pass that to Accelerator.prepare" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("an optimizer that Accelerate has wrapped was accepted")
+
+
+def check_ddp_accumulation_equals_one_process(folder: Path) -> None:
+    a = accelerator(gradient_accumulation_steps=2)
+    net = make_net()
+    optimizer = wrap(net)
+    model, wrapped = a.prepare(net, optimizer)
+    train((a, model, wrapped), 0, STEPS)
+    assert optimizer.param_groups[0]["admm_step"] == STEPS
+    close(net, optimizer, *alone("lazy"))
+
+
+def check_ddp_save_state_and_load_state_are_exact(folder: Path) -> None:
+    save_and_load(folder, lambda: accelerator(mixed_precision="bf16"))
+
+
+def save_and_load(folder: Path, make: Callable[[], Any]) -> None:
+    def prepared(penalty: str) -> tuple[Any, Any, Any, nn.Module, ADMMNxM]:
+        a = make()
+        net = make_net()
+        optimizer = wrap(net, penalty=penalty)
+        model, wrapped = a.prepare(net, optimizer)
+        return a, model, wrapped, net, optimizer
+
+    for penalty in PENALTIES:
+        whole = prepared(penalty)
+        train(whole[:3], 0, STEPS)
+        expected = digest(state_of(whole[3], whole[4]))
+        for stop in (6, 19):  # constrained, frozen
+            first = prepared(penalty)
+            train(first[:3], 0, stop)
+            first[0].save_state(str(folder / f"{penalty}-{stop}"))
+            again = prepared(penalty)
+            train(again[:3], 0, 1)  # the state of another run
+            again[0].load_state(str(folder / f"{penalty}-{stop}"))
+            train(again[:3], stop, STEPS)
+            assert digest(state_of(again[3], again[4])) == expected, (penalty, stop)
+            assert again[4].finalize().ok
+
+
+# ---------------------------------------------------------------- FSDP2
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Accelerate passes over its FSDP plugin where there is no accelerator; torch itself shards on a CPU as well."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init  # type: ignore[method-assign]
+
+
+def fsdp2(**options: Any) -> accelerate.Accelerator:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"], **options
+    )
+    return accelerator(fsdp_plugin=plugin)
+
+
+def check_fsdp2_equals_one_process(folder: Path) -> None:
+    for penalty in PENALTIES:
+        a = fsdp2()
+        net = make_net()
+        optimizer = wrap(net, penalty=penalty)
+        model, wrapped = a.prepare(net, optimizer)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        train((a, model, wrapped), 0, 8)
+        for weight in optimizer.selection:
+            p = dict(model.named_parameters())[weight.name]
+            consensus = optimizer.state[p]["admm_consensus"]
+            assert isinstance(consensus, DTensor)
+            assert consensus.placements == p.placements
+            assert consensus.to_local().shape == p.to_local().shape
+        before = digest(state_of(model, optimizer))
+        with optimizer.projected():
+            assert verify(model, "2:4").ok
+        assert digest(state_of(model, optimizer)) == before
+        train((a, model, wrapped), 8, STEPS)
+        alike_on_all_ranks(repr(optimizer.residuals()))
+        close(model, optimizer, *alone(penalty))
+        assert optimizer.finalize().ok
+        assert verify(model, "2:4").ok
+
+
+def check_fsdp2_step_communicates_nothing(folder: Path) -> None:
+    a = fsdp2()
+    net = make_net()
+    optimizer = wrap(net)
+    model, wrapped = a.prepare(net, optimizer)
+    for x in batches(STEPS):
+        a.backward(loss_of(model, x.chunk(WORLD)[a.process_index]))
+        with CommDebugMode() as comm:
+            wrapped.step()
+        assert comm.get_total_counts() == 0
+        wrapped.zero_grad()
+
+
+def check_fsdp2_save_state_and_load_state_are_exact(folder: Path) -> None:
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        save_and_load(folder / kind, lambda kind=kind: fsdp2(state_dict_type=kind))
+
+
+# ---------------------------------------------------------------- Trainer
+
+
+def still(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def trainer(folder: Path, cls: type[ADMMTrainer] = ADMMTrainer, **options: Any) -> ADMMTrainer:
+    transformers.set_seed(0)
+    config = ADMMConfig(residual_tolerance=99.0)
+    made = cls(
+        still(bert()),
+        arguments(folder, **{"per_device_train_batch_size": 4, **options}),
+        train_dataset=rows(),
+        eval_dataset=rows()[:16],
+        admm_config=config,
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def check_trainer_ddp_equals_one_process(folder: Path) -> None:
+    forget()
+    seen: list[dict[str, Tensor]] = []
+
+    class Remembers(ADMMTrainer):
+        def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            seen.append({key: value.clone() for key, value in inputs.items()})
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    # BERT's own loss takes no number of items, and Trainer would yet multiply it by the number of ranks.
+    options = {"average_tokens_across_devices": False, "eval_strategy": "steps", "eval_steps": 5}
+    made = trainer(folder, Remembers, **options, save_strategy="steps", save_steps=5)
+    made.train()
+    assert made.accelerator.distributed_type == DistributedType.MULTI_CPU
+    admm = made.admm
+    assert admm is not None
+    alike_on_all_ranks(digest(state_of(made.model, admm)))
+    assert made.sparsity_report is not None
+    assert made.sparsity_report.ok
+    dist.barrier()
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert len(checkpoints) == 4
+    for checkpoint in checkpoints:
+        verify(checkpoint, "2:4").raise_if_violated()
+    transformers.set_seed(0)
+    plain = still(bert())
+    its = ADMMNxM(torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0), plain, total_steps=STEPS)
+    its.residual_tolerance = 99.0
+    schedule = transformers.get_linear_schedule_with_warmup(its, 0, STEPS)
+    everyone: list[Any] = [None] * WORLD
+    dist.all_gather_object(everyone, seen)
+    assert len(seen) == STEPS
+    for parts in zip(*everyone, strict=True):
+        inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        plain(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        its.step()
+        schedule.step()
+        its.zero_grad()
+    its.finalize()
+    close(made.model, admm, plain, its)
+
+
+def check_trainer_ddp_resumes_with_the_same_bits(folder: Path) -> None:
+    resumes(folder, {})
+
+
+def check_trainer_fsdp2_trains_saves_and_loads_the_best(folder: Path) -> None:
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        forget()
+        own = folder / kind
+        made = trainer(
+            own,
+            fsdp="full_shard",
+            fsdp_config={**FSDP2["fsdp_config"], "state_dict_type": kind},
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="steps",
+            save_steps=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+        )
+        made.train()
+        assert made.is_fsdp_enabled
+        assert made.sparsity_report is not None
+        assert made.sparsity_report.ok
+        assert made.state.best_global_step < STEPS
+        measured = {entry["step"]: entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry}
+        now = made.evaluate()["eval_loss"]
+        assert abs(now - measured[made.state.best_global_step]) < 1e-5, (now, measured, made.state.best_global_step)
+        alike_on_all_ranks(now)
+        made.save_model(str(own / "final"))
+        dist.barrier()
+        if kind == "FULL_STATE_DICT":
+            assert made.admm is not None
+            for saved in ("final", "checkpoint-8", "checkpoint-20"):
+                verify(own / saved, made.admm.selection).raise_if_violated()
+
+
+def check_trainer_fsdp2_resumes_with_the_same_bits(folder: Path) -> None:
+    resumes(folder, FSDP2)
+
+
+FSDP2: dict[str, Any] = {
+    "fsdp": "full_shard",
+    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]},
+}
+
+
+def resumes(folder: Path, options: dict[str, Any]) -> None:
+    options = {**options, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    forget()
+    whole = trainer(folder / "whole", **options)
+    whole.train()
+    assert whole.admm is not None
+    expected = digest(state_of(whole.model, whole.admm))
+    for step in (3, 9, 18):
+        forget()
+        again = trainer(folder / f"from-{step}", **options)
+        again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
+        assert again.admm is not None
+        assert digest(state_of(again.model, again.admm)) == expected, step
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    accelerate.Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
+    allow_fsdp_on_cpu()
+    for name in names:
+        own = folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        try:
+            CHECKS[name](own)
+            said = "ok"
+        except Exception:
+            said = traceback.format_exc()
+        with (folder / f"said-{dist.get_rank()}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"check": name, "said": said}) + "\n")
+        if said != "ok":
+            os._exit(1)  # the other rank would wait for ever
+        dist.barrier()
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
