@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "matrix.md"
 SECTIONS = {
     "Trainer": ["tests/test_trainer.py", "tests/test_trainer_killed.py"],
-    "Distillation": ["tests/test_distillation.py"],
+    "Distillation": ["tests/test_distillation.py", "tests/test_distillation_trainer.py"],
     "Accelerate and Trainer on two processes": ["tests/distributed/test_accelerate.py"],
     "torch.distributed, two processes": ["tests/distributed/test_sharding.py"],
     "The contract with torch.optim, every optimizer": ["tests/contract"],
