@@ -234,3 +234,12 @@ def test_public_names_are_the_promised_ones() -> None:
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)
     assert Ramp(1.0, 1.0, start=0, stop=0)(5) == 1.0
+
+
+def test_parameters_that_were_joined_after_construction_are_an_error_with_the_way_out() -> None:
+    net = make_net()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = ADMMNxM(inner, net, total_steps=10)
+    inner.param_groups[0]["params"] = [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))]
+    with pytest.raises(ValueError, match=r"was parameter \d of group 0 at construction.*fully_shard"):
+        optimizer.step()
