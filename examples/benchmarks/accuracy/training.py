@@ -97,6 +97,8 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     """
     began = time.perf_counter()
     task = load_task(spec.task, cache)
+    # Before the seed is set: it may have to be trained first, and draws random numbers then.
+    teacher = teacher_logits(spec, cache, device) if spec.method.endswith(DISTILLED) else None
     torch.manual_seed(spec.seed)
     model = Classifier(model_folder(cache), spec.layers, len(task.labels)).to(device).train()
     named = {name: p for name, p in model.named_parameters() if ".layer." in name and p.ndim == 2}
@@ -113,7 +115,6 @@ def train(spec: Spec, cache: Path, device: str) -> tuple[Classifier, dict[str, A
     tested = spec.stage in ("final", "budget")
     training = encoded(spec.task, "train", cache, device)
     dev = encoded(spec.task, "dev", cache, device).all(limit=DEV_ROWS_BESIDE_TEST if tested else None)
-    teacher = teacher_logits(spec, cache, device) if spec.method.endswith(DISTILLED) else None
     loss_at_projection = None
     for number, batch in enumerate(training.train(BATCH, spec.steps, spec.seed), start=1):
         logits = model(batch)
