@@ -266,7 +266,7 @@ def test_without_any_data_every_part_says_not_measured(results: Path) -> None:
         assert "not measured." in section(text, title)
     verdicts = re.findall(r"\*\*(.*?)\*\*", section(text, "Targets"))
     assert set(verdicts) == {"not measured"}
-    assert len(verdicts) == 15  # three for each of three patterns, two of distillation, four of the projection
+    assert len(verdicts) == 19  # three and two of distillation for each of three patterns, four of the projection
 
 
 @pytest.mark.parametrize(
@@ -361,9 +361,45 @@ def test_a_single_seed_is_no_verdict(document: Document) -> None:
 @pytest.mark.parametrize(("gain", "expected"), [(0.1, "**pass**"), (0.0, "**fail**"), (-0.1, "**fail**")])
 def test_distillation(document: Document, method: str, gain: float, expected: str) -> None:
     text = document([*run_lines(method, ADMM), *run_lines(f"{method}+kd", shifted(ADMM, gain))])
-    assert verdict(text, f" {method}+kd above {method},")[2].startswith(expected)
+    assert verdict(text, f"| 2:4 | {method}+kd above {method},")[2].startswith(expected)
     other = "admm" if method == "admm-paper" else "admm-paper"
-    assert verdict(text, f" {other}+kd above {other},")[2] == "**not measured**"
+    assert verdict(text, f"| 2:4 | {other}+kd above {other},")[2] == "**not measured**"
+    assert verdict(text, f"| 2:8 | {method}+kd above {method},")[2] == "**not measured**"
+
+
+def budget_lines(gap: float, seeds: Iterable[int] = (0, 1)) -> list[Line]:
+    return [
+        run_line(method, pattern="1:4", stage="budget", steps=steps, lr=lr, seed=seed, test=60.0 + seed + extra)
+        for steps in (100, 400, 1600)
+        for lr in (2e-5, 8e-5, 3e-4)
+        for seed in seeds
+        for method, extra in (("asp", 0.0), ("admm", gap + seed * 0.5 if (steps, lr) == (400, 8e-5) else 5.0))
+    ]
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(0.1, "**pass**, not resolved"), (-0.5, "**fail**, not resolved")])
+def test_budgets_are_judged_by_their_worst_cell(document: Document, gap: float, expected: str) -> None:
+    found = verdict(document(budget_lines(gap)), "not behind asp at every length")
+    assert (found[0], found[2]) == ("1:4", expected)
+    assert found[3].startswith("least in 9: 400 steps at lr 8e-05, ")
+
+
+def test_budgets_with_gaps_or_one_seed_are_not_measured(document: Document) -> None:
+    for lines in (budget_lines(1.0, [0]), [line for line in budget_lines(1.0) if line["steps"] != 1600]):
+        assert verdict(document(lines), "not behind asp at every length")[2] == "**not measured**"
+
+
+def test_the_lead_is_shown_without_each_task(document: Document) -> None:
+    tests = {"a": {"asp": 70.0, "admm": 76.0}, "b": {"asp": 60.0, "admm": 61.0}, "c": {"asp": 50.0, "admm": 50.0}}
+    lines = [
+        run_line(method, task=task, seed=seed, test=value + seed)
+        for task, found in tests.items()
+        for method, value in found.items()
+        for seed in (0, 1)
+    ]
+    text = section(document(lines), "Overview")
+    assert row(text, "`admm`", "a")[2].startswith("+0.50 ")
+    assert row(text, "`admm`", "c")[2].startswith("+3.50 ")
 
 
 @pytest.mark.parametrize(

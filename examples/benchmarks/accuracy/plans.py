@@ -171,11 +171,16 @@ def choose(
         mine = (line["stage"], line["method"], line["pattern"], line["steps"]) == ("tune", method, pattern, plan.steps)
         if mine and line["seed"] == TUNING_SEED and only_lr in (None, line["lr"]) and line["task"] in plan.tuning_tasks:
             found[line["lr"], json.dumps(line["setting"])][line["task"]] = line["dev"]
-    wanted = len(GRIDS[method].settings) if only_lr is not None else len(GRIDS[method].settings) + len(plan.lrs) - 1
+    grid = {(plan.lrs[1], json.dumps(setting)) for setting in GRIDS[method].settings}
     complete = {key: mean(devs.values()) for key, devs in found.items() if len(devs) == len(plan.tuning_tasks)}
-    if len(complete) < wanted:
+    if not grid <= complete.keys():
         return None
-    lr, setting = max(complete, key=complete.__getitem__)
+    if only_lr is None:
+        _, at_middle = max(grid, key=complete.__getitem__)
+        grid |= {(lr, at_middle) for lr in plan.lrs}
+        if not grid <= complete.keys():
+            return None
+    lr, setting = max(sorted(grid), key=complete.__getitem__)
     return lr, json.loads(setting)
 
 

@@ -638,6 +638,23 @@ def write_task(task: Task, cache: Path) -> None:
         os.replace(new, file)
 
 
+def mention_rule(split: Split) -> float:
+    """Return what a rule that learns nothing scores on pairs: the text that names the other's term is below it.
+
+    Args:
+        split: rows of two texts, each ``term: gloss``; labels 0 (first below second), 1 (the reverse), 2 (neither).
+
+    Returns:
+        Share of the rows that the rule gets right.
+    """
+    right = 0
+    for first, second, label in zip(split.text, split.pair or (), split.label, strict=True):
+        (a, gloss_of_a), (b, gloss_of_b) = first.split(": ", 1), second.split(": ", 1)
+        guess = 0 if b.lower() in gloss_of_a.lower() else 1 if a.lower() in gloss_of_b.lower() else 2
+        right += guess == label
+    return right / len(split)
+
+
 def describe(task: Task, counts: Counts) -> str:
     """Return what is to be told of a task."""
     majority, _ = Counter(task.train.label).most_common(1)[0]
@@ -650,6 +667,8 @@ def describe(task: Task, counts: Counts) -> str:
         f"{counts.read:,} {counts.unit} read; dropped: {dropped}",
         f"{len(task.labels)} classes; {sizes}; {share:.1%} of the test is {task.labels[majority]}, the commonest class",
     ]
+    if task.name == "entailment":
+        lines.append(f"{mention_rule(task.test):.1%} of the test by the rule that a gloss names the term above its own")
     return f"\n{'':12}".join(lines)
 
 

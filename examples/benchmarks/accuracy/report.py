@@ -19,7 +19,7 @@ try:
     from figures import Figure, accuracy_figures, trace_figures, tuning_figures
     from plots import draw
     from records import InputError, find_files, read_runs, read_traces
-    from sections import overview, patterns, projection, provenance, traces, verdicts
+    from sections import overview, patterns, projection, provenance, traces, verdicts, without_each_task
     from studies import ablations, budgets, tuning
 except ImportError as error:
     print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
@@ -32,7 +32,8 @@ INTRODUCTION = """\
 
 <!-- Written by examples/benchmarks/accuracy/report.py from the raw files; changes by hand would be lost. -->
 
-Everything on this page is computed from the raw files by `python examples/benchmarks/accuracy/report.py`."""
+Everything on this page is computed from the raw files by `python examples/benchmarks/accuracy/report.py`. How the runs
+were made, what was tuned on what, and what was not run, is in `examples/benchmarks/accuracy/README.md`."""
 
 
 def build(results: Path, output: Path) -> tuple[str, dict[Figure, Path]]:
@@ -56,7 +57,7 @@ def build(results: Path, output: Path) -> tuple[str, dict[Figure, Path]]:
     links = {figure: Path(os.path.relpath(path.resolve(), start)).as_posix() for figure, path in files.items()}
     parts = [
         INTRODUCTION,
-        f"## Overview\n\n{overview(runs)}",
+        "\n\n".join(filter(None, ("## Overview", overview(runs), without_each_task(runs)))),
         provenance(runs, traced, [*run_files, *trace_files]),
         verdicts(runs),
         patterns(runs, links),

@@ -11,7 +11,7 @@ from figures import TITLES, Figure, groups
 from layout import NOT_MEASURED, basis, difference, plain, quantity, score, table
 from records import METHODS, PATTERNS, STAGES, Pairs, Run, Trace, by_known, is_dense, scores_by_method
 from summary import compare, estimate, mean_over_tasks, of_task, tasks_of
-from targets import SUBJECT, Verdict, judge_distillation, judge_pattern, judge_projection
+from targets import SUBJECT, Verdict, judge_budgets, judge_distillation, judge_pattern, judge_projection
 
 REFERENCES = ("asp", "sr-ste", "pat", "dense")
 BASELINES = ("dense", "asp", "gradual", "sr-ste", "pat")
@@ -26,7 +26,8 @@ the figure is the mean of these differences over seeds. Over all tasks, each see
 value, the mean of its differences over those tasks; the figure is the mean of these values over seeds, so it can differ
 from the difference of two means in a table of accuracies when runs are missing. The brackets are the 95 % interval of
 Student's t for that mean with (number of seeds - 1) degrees of freedom: it covers the scatter between seeds on these
-tasks, not the choice of tasks, and it is not corrected for the number of comparisons.
+tasks, not the choice of tasks nor the sampling of test rows (all seeds are scored on the same ones), and it is not
+corrected for the number of comparisons.
 
 "Not resolved" means that the interval includes zero, or that every seed gave the same difference, so that there is no
 spread to make an interval of. A single seed has no interval and is never counted as won or lost."""
@@ -98,7 +99,6 @@ def provenance(runs: Sequence[Run], traces: Sequence[Trace], files: Sequence[Pat
 
 
 def _judge_all(runs: Sequence[Run]) -> list[tuple[str, Verdict]]:
-    present = groups([run for run in runs if run.stage == "final"])
     models = sorted({run.model for run in runs}) or [""]
     found: list[tuple[str, Verdict]] = []
     distilled: list[tuple[str, Verdict]] = []
@@ -107,9 +107,10 @@ def _judge_all(runs: Sequence[Run]) -> list[tuple[str, Verdict]]:
             scores = scores_by_method(select(runs, "final", model, pattern), lambda run: run.test)
             name = heading(pattern, model, runs)
             found += [(name, verdict) for verdict in judge_pattern(pattern, scores)]
-            if pattern == PATTERNS[0] or ((model, pattern) in present and any(m.endswith("+kd") for m in scores)):
-                distilled += [(name, verdict) for verdict in judge_distillation(scores)]
-    return [*found, *distilled, *(("all", verdict) for verdict in judge_projection(runs))]
+            distilled += [(name, verdict) for verdict in judge_distillation(scores)]
+    budgets = [(name, judge_budgets(select(runs, "budget", model, name))) for model in models for name in PATTERNS]
+    told = [(name, verdict) for name, verdict in budgets if verdict is not None]
+    return [*found, *distilled, *told, *(("all", verdict) for verdict in judge_projection(runs))]
 
 
 def verdicts(runs: Sequence[Run]) -> str:
@@ -169,6 +170,37 @@ def overview(runs: Sequence[Run]) -> str:
         header = [title for p in shown for title in (p, f"minus `{ANCHOR}`")]
         parts.append(table(("method", *header), rows))
     return "\n\n".join(parts) or f"Test accuracy: {NOT_MEASURED}."
+
+
+def without_each_task(runs: Sequence[Run]) -> str:
+    """Tabulate the lead over the anchor with each task left out in turn: whether it hangs on one of them.
+
+    Args:
+        runs: runs of every stage.
+
+    Returns:
+        A paragraph and a table for each model; empty with fewer than three tasks.
+    """
+    final = [run for run in runs if run.stage == "final" and run.test is not None]
+    parts = []
+    for model in sorted({run.model for run in final}):
+        here = [run for run in final if run.model == model]
+        tasks = tasks_of((run.task, run.seed) for run in here)
+        shown = by_known({run.pattern for run in here if run.pattern is not None}, PATTERNS)
+        rows = []
+        for method in by_known({run.method for run in here if run.method not in (*BASELINES[:2], ANCHOR)}, METHODS):
+            for left_out in tasks if len(tasks) > 2 else ():
+                cells = []
+                for p in shown:
+                    rest = [run for run in select(here, "final", model, p) if run.task != left_out]
+                    scores = scores_by_method(rest, lambda run: run.test)
+                    known = method in scores and ANCHOR in scores
+                    cells.append(difference(compare(scores[method], scores[ANCHOR]).overall) if known else NOT_MEASURED)
+                rows.append((f"`{method}`", left_out, *cells))
+        if rows:
+            parts.append(f"The difference to `{ANCHOR}` without one of the tasks, {model}:")
+            parts.append(table(("method", "without", *shown), rows, left=2))
+    return "\n\n".join(parts)
 
 
 def _accuracy_table(scores: Mapping[str, Pairs], tasks: Sequence[str]) -> str:
@@ -309,7 +341,7 @@ def traces(items: Sequence[Trace], plots: Mapping[Figure, str]) -> str:
         The section.
     """
     title = "## During training"
-    shown = [(figure, address) for figure, address in plots.items() if figure.kind != "accuracy"]
+    shown = [(figure, address) for figure, address in plots.items() if figure.kind in ("residual", "churn")]
     if not shown:
         return f"{title}\n\nPrimal residual and mask churn over steps: {NOT_MEASURED}."
     text = (

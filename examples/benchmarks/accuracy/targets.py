@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layout import basis, difference, plain, quantity, signed
-from records import PATTERNS, TESTED, Pairs, Run
+from records import PATTERNS, TESTED, Pairs, Run, scores_by_method
 from summary import ROUNDING, Estimate, compare
 
 SUBJECT = "admm"
 """The method that the targets are about: the package with its defaults."""
 DISTILLED = ("admm-paper", "admm")
 WITH_DEFAULTS = ("admm", "admm+kd")  # ADMMNxM as it comes; tuning and ablation runs of these may differ
+RIVAL_OF_BUDGETS = "asp"
+BUDGET_STEPS, BUDGET_LRS = (100, 400, 1600), (2e-5, 8e-5, 3e-4)
 OVER_ASP = 1.7
 NEAR_DENSE = 0.3
 RESIDUAL = 0.01
@@ -124,6 +126,41 @@ def judge_distillation(scores: Mapping[str, Pairs]) -> list[Verdict]:
         _one(f"{method}+kd above {method}, mean over tasks", scores, f"{method}+kd", method, 0.0, True)
         for method in DISTILLED
     ]
+
+
+def judge_budgets(runs: Sequence[Run]) -> Verdict | None:
+    """Judge whether the defaults hold at other lengths and learning rates, nothing tuned.
+
+    Args:
+        runs: budget runs of one model and pattern.
+
+    Returns:
+        The verdict: pass where the mean is not behind ASP's at any length and learning rate; None without runs.
+    """
+    if not runs:
+        return None
+    target = f"{SUBJECT} not behind {RIVAL_OF_BUDGETS} at every length and learning rate of the budget runs"
+    cells = {}
+    for steps, lr in sorted({(run.steps, run.lr) for run in runs}):
+        scores = scores_by_method([r for r in runs if (r.steps, r.lr) == (steps, lr)], lambda run: run.test)
+        overall = compare(scores.get(SUBJECT, {}), scores.get(RIVAL_OF_BUDGETS, {})).overall
+        if overall is not None:
+            cells[steps, lr] = overall
+    wanted = {(steps, lr) for steps in BUDGET_STEPS for lr in BUDGET_LRS}
+    missing = sorted(key for key in wanted if key not in cells or cells[key].n < 2)
+    if missing:
+        steps, lr = missing[0]
+        return Verdict(
+            target, "not measured", f"{len(missing)} of {len(wanted)} lack two seeds, as {steps} steps at {lr:g}"
+        )
+    steps, lr = min(cells, key=lambda key: cells[key].mean)
+    worst = cells[steps, lr]
+    return Verdict(
+        target,
+        "pass" if worst.mean >= -ROUNDING else "fail",
+        f"least in {len(cells)}: {steps} steps at lr {lr:g}, {difference(worst)}",
+        not worst.includes(0.0),
+    )
 
 
 def is_admm(method: str) -> bool:
