@@ -44,7 +44,7 @@ def rows(count: int = 64, *, language: bool = False) -> list[dict[str, Tensor]]:
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def bert(**sizes: int) -> nn.Module:
+def bert(**sizes: float) -> nn.Module:
     config = transformers.BertConfig(**{**SIZES, "intermediate_size": 32, "max_position_embeddings": 16, **sizes})
     return transformers.BertForSequenceClassification(config)
 
@@ -566,11 +566,7 @@ def test_a_callback_may_evaluate_between_the_backward_pass_and_the_step(tmp_path
 
 
 def still_bert() -> nn.Module:
-    model = bert()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    return bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def test_what_is_saved_at_the_end_is_what_is_measured_also_with_averaged_weights(tmp_path: Path) -> None:
