@@ -242,7 +242,7 @@ def named_tensors(model: Source) -> dict[str, Tensor]:
 
 def _candidates(model: Source) -> list[_Candidate]:
     if isinstance(model, nn.Module):
-        return _candidates_of_module(_unwrap(model))
+        return _candidates_of_module(unwrap_model(model))
     if isinstance(model, Mapping):
         model = model.items()
     try:
@@ -276,7 +276,7 @@ def _candidates(model: Source) -> list[_Candidate]:
     ]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, DataParallel and torch.compile, in any order."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

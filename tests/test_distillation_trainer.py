@@ -24,7 +24,7 @@ from admm_nxm.integrations.distillation import (  # noqa: E402
     DistillationTrainerMixin,
 )
 from admm_nxm.integrations.transformers import ADMMTrainer  # noqa: E402
-from tests.test_trainer import STEPS, VOCABULARY, arguments, bert, gpt2, rows, t5  # noqa: E402
+from tests.test_trainer import SIZES, STEPS, arguments, bert, gpt2, rows, t5  # noqa: E402
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -180,15 +180,7 @@ def test_language_models_are_scored_on_the_next_token(tmp_path: Path) -> None:
 
 def small(cls: str, **options: Any) -> Any:
     def make() -> nn.Module:
-        config = transformers.BertConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=16,
-            **options,
-        )
+        config = transformers.BertConfig(**SIZES, intermediate_size=32, max_position_embeddings=16, **options)
         return getattr(transformers, cls)(config)
 
     return make

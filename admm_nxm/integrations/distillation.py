@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .._checks import at_least
 from ..distillation import Head, distillation_loss, hidden_state_loss
+from ..selection import unwrap_model
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "DistillationTrainerMixin"]
 
@@ -117,7 +118,7 @@ class DistillationTrainerMixin(_Base):
             )
         wanted, share = self.distillation_config, self.distillation_config.distillation_weight
         if self._heeds is None and num_items_in_batch is not None:
-            self._heeds = self._own_loss_heeds(_unwrapped(model), inputs, num_items_in_batch)
+            self._heeds = self._own_loss_heeds(unwrap_model(model), inputs, num_items_in_batch)
         asked = {**inputs, "output_hidden_states": True} if wanted.hidden_weight else dict(inputs)
         own, outputs = super().compute_loss(
             model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
@@ -209,7 +210,7 @@ class _Scale:
 
 def _parameters_of(model: nn.Module) -> set[str] | None:
     """Names that forward takes; None if it takes any."""
-    model = _unwrapped(model)
+    model = unwrap_model(model)
     parameters = inspect.signature(model.forward).parameters.values()
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if anything and not isinstance(model, PreTrainedModel):  # those name what they take, and hand the rest down
@@ -235,14 +236,6 @@ def _keys(outputs: Any) -> str:
     return ", ".join(outputs) if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def _positions(
     model: nn.Module, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -256,7 +249,7 @@ def _positions(
     if student.ndim != 3:
         return student, teacher, None
     if torch.is_tensor(labels) and labels.shape == student.shape[:2]:
-        names = {cls.__name__ for cls in type(_unwrapped(model)).__mro__}
+        names = {cls.__name__ for cls in type(unwrap_model(model)).__mro__}
         if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
             # Each position is scored on the next token.
             return student[:, :-1], teacher[:, :-1], labels[:, 1:] != _IGNORED
@@ -268,7 +261,7 @@ def _positions(
 
 
 def _head_of(model: nn.Module, student: Tensor) -> Head:
-    config = getattr(_unwrapped(model), "config", None)
+    config = getattr(unwrap_model(model), "config", None)
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return "multi_label"

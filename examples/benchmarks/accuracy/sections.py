@@ -188,7 +188,9 @@ def without_each_task(runs: Sequence[Run]) -> str:
         tasks = tasks_of((run.task, run.seed) for run in here)
         shown = by_known({run.pattern for run in here if run.pattern is not None}, PATTERNS)
         rows = []
-        for method in by_known({run.method for run in here if run.method not in (*BASELINES[:2], ANCHOR)}, METHODS):
+        for method in by_known(
+            {run.method for run in here if not is_dense(run.method) and run.method != ANCHOR}, METHODS
+        ):
             for left_out in tasks if len(tasks) > 2 else ():
                 cells = []
                 for p in shown:
