@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ._sharding import local
 from .consensus import is_mask_of
+from .masks import PACKED, is_mask, packed_shape, unpack
 from .selection import SelectedWeight
 
-__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "fingerprint", "split"]
+__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "check_kind", "fingerprint", "split"]
 
 CONSENSUS = "admm_consensus"
 PRIMAL = "admm_primal"
@@ -79,7 +80,10 @@ def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int,
 
 
 def check_entry(
-    weight: SelectedWeight, entry: Mapping[str, Tensor], stepped: bool, counters: Mapping[str, int | float]
+    weight: SelectedWeight,
+    entry: Mapping[str, Tensor],
+    stepped: bool,
+    counters: Mapping[str, int | float],
 ) -> None:
     """Refuse a checkpoint whose entry for a weight does not fit the optimizer.
 
@@ -93,7 +97,9 @@ def check_entry(
         ValueError: an entry is missing, has another shape, or contradicts the counters.
     """
     for name, t in entry.items():
-        if tuple(t.shape) != weight.shape:
+        # Packed or not, a mask can be read; it is repacked on loading.
+        shape = packed_shape(weight.shape) if name == CONSENSUS and t.dtype == PACKED else weight.shape
+        if tuple(t.shape) != shape:
             raise ValueError(
                 f"the checkpoint's {name} for weight {weight.name!r} has shape {tuple(t.shape)}, the weight has "
                 f"{weight.shape}: was it saved from another model, or with parameters in another order?"
@@ -106,19 +112,44 @@ def check_entry(
                 "build ADMMNxM with the selection that the checkpoint was made with"
             )
     elif counters["admm_frozen_at"] >= 0:
-        part = local(consensus) != 0
+        part = local(consensus)
+        part = unpack(part) if is_mask(part) else part != 0
         if not bool(is_mask_of(part, weight.pattern, weight.dim)):
             raise ValueError(
                 f"the checkpoint's frozen mask of weight {weight.name!r} does not have pattern {weight.pattern} along "
                 f"dimension {weight.dim}; build ADMMNxM with the pattern that the checkpoint was made with"
             )
-    elif consensus.dtype == torch.bool:
-        raise ValueError(
-            f"the state of weight {weight.name!r} was cast to bool: a checkpoint from before the mask was frozen has "
-            "been loaded in place into a frozen optimizer; build a new ADMMNxM and load into that"
-        )
     if counters["admm_projected"] and PRIMAL not in entry and counters["admm_frozen_at"] < 0:
         raise ValueError(
             f"the checkpoint was saved while the model held its projected weights and lacks {PRIMAL} for weight "
             f"{weight.name!r}; call optimizer.train() before saving with torch.distributed.checkpoint"
+        )
+
+
+def check_kind(
+    weight: SelectedWeight, entry: Mapping[str, Tensor], counters: Mapping[str, int | float], state_dtype: torch.dtype
+) -> None:
+    """Refuse a mask where there should be a buffer, and the other way round, in a checkpoint that is otherwise right.
+
+    Args:
+        weight: the prunable weight.
+        entry: what the checkpoint holds for it.
+        counters: the checkpoint's counters.
+        state_dtype: dtype of the weight's state here.
+
+    Raises:
+        ValueError: the state is of the other kind.
+    """
+    consensus = entry.get(CONSENSUS)
+    if consensus is None or counters["admm_frozen_at"] >= 0:
+        return
+    if is_mask(consensus) and state_dtype.is_floating_point:
+        raise ValueError(
+            f"the state of weight {weight.name!r} was cast to bool: a checkpoint from before the mask was frozen has "
+            "been loaded in place into a frozen optimizer; build a new ADMMNxM and load into that"
+        )
+    if not is_mask(consensus) and not state_dtype.is_floating_point:
+        raise ValueError(
+            f"the checkpoint's state of weight {weight.name!r} is {consensus.dtype}, and here masks alone are stored; "
+            f"build ADMMNxM with state_dtype={consensus.dtype}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["check_inner", "has_no_effect", "raw_step", "share_step_hooks"]
+__all__ = ["check_inner", "has_no_effect", "is_capturing", "raw_step", "share_step_hooks"]
 
 
 def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
@@ -82,3 +82,8 @@ def has_no_effect(inner: Optimizer) -> bool:
         return False
     gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
     return not any(bool(gradient.any()) for gradient in gradients)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["check_sharding", "is_sharded", "local", "reduce_sums", "wrap_like"]
+from .masks import PACKED, packed_shape
+
+__all__ = ["check_sharding", "is_sharded", "local", "reduce_sums", "rows_divide_into_bytes", "wrap_like"]
 
 
 def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
@@ -30,14 +32,26 @@ def local(t: Tensor) -> Tensor:
 
 
 def wrap_like(part: Tensor, like: Tensor) -> Tensor:
-    """Return ``part`` as a tensor sharded as ``like`` is; ``part`` has the shape of ``local(like)``."""
+    """Return ``part`` as a tensor sharded as ``like`` is; ``part`` has the shape of ``local(like)``, or is the packed
+    mask of such a tensor."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    shape, stride = like.shape, like.stride()
+    if part.dtype == PACKED:
+        shape = torch.Size(packed_shape(shape))
+        stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def rows_divide_into_bytes(t: Tensor) -> bool:
+    """Return whether the last dimension of a weight packs into bytes, on every rank alike."""
+    shards = 1
+    if is_sharded(t):
+        for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
+            shards *= size if placement.is_shard(t.ndim - 1) else 1
+    return bool(t.shape[-1] % (8 * shards) == 0)
 
 
 def check_sharding(name: str, t: Tensor, dim: int, group: int) -> None:

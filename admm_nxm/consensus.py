@@ -4,8 +4,6 @@ After a z/u step z and u have disjoint support: with a = w + u, z is a on the ma
 its sign turned off the mask, |v| = |a| (or less off the mask), and the mask is again that of the ``keep`` largest
 |v|. z, u and the mask are read off v; nothing else is stored. This holds for a projection by magnitude, a rho that
 never falls while u is in use, and unrelaxed steps; anything else must store the mask beside v.
-
-A frozen weight keeps only its mask. A boolean mask is itself a v with that mask.
 """
 
 from __future__ import annotations
@@ -38,8 +36,6 @@ def initial(weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> T
 
 def mask(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
     """Read the mask off v."""
-    if consensus.dtype == torch.bool:
-        return consensus
     return keep_mask(consensus, pattern, dim)
 
 
@@ -61,7 +57,7 @@ def projected(weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int) -> 
 
     Args:
         weight: w.
-        consensus: v, or a boolean mask once frozen.
+        consensus: v.
         pattern: the NxM pattern.
         dim: the grouped dimension.
 
@@ -69,8 +65,6 @@ def projected(weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int) -> 
         The projected weight in the weight's dtype, and the boolean mask.
     """
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    if consensus.dtype == torch.bool:
-        return torch.where(consensus, weight, zero), consensus
     a = eager.target(weight, consensus, keep_mask(consensus, pattern, dim))
     kept = keep_mask(a.to(consensus.dtype), pattern, dim)
     return torch.where(kept, a.to(weight.dtype), zero), kept

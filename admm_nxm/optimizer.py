@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,14 +13,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import consensus as admm
-from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, fingerprint, split
-from ._inner import check_inner, has_no_effect, raw_step, share_step_hooks
-from ._sharding import check_sharding, local, reduce_sums, wrap_like
-from .forms import FORMS, Form
-from .kernels import backend_for
+from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, fingerprint, split
+from ._inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
+from ._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
+from .forms import FORMS, Form, form_of, is_lean
+from .kernels import Backend, BackendName, backend_for, check_backend
+from .masks import PACKED, is_mask, stored_as, unpack
 from .pattern import Pattern
 from .projection import keep_mask, project
 from .residuals import Residuals, WeightResidual, ratio
@@ -78,8 +81,9 @@ class ADMMNxM(Optimizer):
     penalty rises and z moves, and from 90 % of the steps a frozen mask under which the kept weights are fine-tuned.
     :meth:`paper` builds the form of the paper.
 
-    The state is one buffer per prunable weight. It is created in the first step and lives in the inner optimizer's
-    state, so checkpoints, ``deepcopy`` and sharding treat it like a momentum.
+    The state is one tensor per prunable weight: the mask, packed into bits, for the lazy form, and one buffer of the
+    weight's size for the others. It is created in the first step and lives in the inner optimizer's state, so
+    checkpoints, ``deepcopy`` and sharding treat it like a momentum.
 
     Args:
         optimizer: the inner optimizer, any ``torch.optim.Optimizer`` whose ``step()`` works without a closure.
@@ -106,7 +110,14 @@ class ADMMNxM(Optimizer):
         dims: regular expression -> grouped dimension, where the module's input dimension is not the one.
         ineligible: ``"error"`` or ``"skip"``, for weights that the rules ask for and that cannot be pruned (frozen,
             not held by the inner optimizer, width no multiple of the group, not floating point).
-        state_dtype: dtype of the state; by default each weight's own.
+        state_dtype: dtype of the state. By default the lazy form stores the mask alone where all weights have 32 bits
+            or more, and makes w of what the model holds, to within a rounding of the weight each time rho changes;
+            with a floating dtype, and by default for 16-bit weights, it stores w itself; ``torch.bool`` asks for the
+            mask alone whatever the weights are. The other forms need a floating dtype, by default each weight's own.
+        state_rounding: ``"stochastic"`` rounds a float32 weight's update at random to a bfloat16 state, so that what is
+            too small for 8 bits is not lost on average; repeatable, and the same after a resume.
+        backend: ``"eager"`` (plain torch), ``"native"`` (C, on CPUs) or ``"triton"`` (on CUDA); None takes the fastest
+            that works on the device. Results are the same, but for the last bit of the proximal and gradient forms.
         residual_tolerance: primal residual above which projecting the weights warns, as a share of their norm.
 
     Raises:
@@ -128,7 +139,10 @@ class ADMMNxM(Optimizer):
     saliency: Saliency | None
     total_steps: int | None
     state_dtype: torch.dtype | None
+    state_rounding: Literal["nearest", "stochastic"]
+    backend: BackendName | None
     residual_tolerance: float
+    _full: bool
     _places: list[tuple[int, int]]
     _movement: dict[str, Tensor]
     _freeze_sums: Tensor | None
@@ -151,15 +165,16 @@ class ADMMNxM(Optimizer):
         dims: Mapping[str, int] | None = None,
         ineligible: Ineligible = "error",
         state_dtype: torch.dtype | None = None,
+        state_rounding: Literal["nearest", "stochastic"] = "nearest",
+        backend: BackendName | None = None,
         residual_tolerance: float = 0.02,
     ) -> None:
         check_inner(optimizer, ADMMNxM)
         if penalty not in FORMS:
             allowed = ", ".join(f'"{name}"' for name in FORMS)
             raise ValueError(f"penalty={penalty!r} must be one of {allowed}")
-        if state_dtype is not None and state_dtype not in TRAINABLE_DTYPES:
-            allowed = ", ".join(map(str, TRAINABLE_DTYPES))
-            raise ValueError(f"state_dtype={state_dtype!r} must be one of {allowed}, or None for the weights' own")
+        check_backend(backend)
+        _check_state(penalty, state_dtype, state_rounding)
         if not isinstance(residual_tolerance, (int, float)) or not residual_tolerance > 0:
             raise ValueError(f"residual_tolerance={residual_tolerance!r} must be above 0: a share of the weights' norm")
         ranking = _saliency_of(saliency, penalty)
@@ -181,6 +196,9 @@ class ADMMNxM(Optimizer):
                 "saliency": ranking,
                 "total_steps": total_steps,
                 "state_dtype": state_dtype,
+                "state_rounding": state_rounding,
+                "backend": backend,
+                "_full": _is_full(penalty, state_dtype, [params[weight.name].dtype for weight in selection]),
                 "residual_tolerance": float(residual_tolerance),
                 # Parameter objects may be exchanged before the first step (FSDP2); their places in the groups stay.
                 "_places": [places[id(params[weight.name])] for weight in selection],
@@ -192,6 +210,7 @@ class ADMMNxM(Optimizer):
         )
         self._set(**{key: self._get(key) for key in COUNTERS})
         self._set(admm_selection=self._fingerprint())
+        self._prepare()
 
     @classmethod
     def paper(
@@ -295,6 +314,9 @@ class ADMMNxM(Optimizer):
 
     # ------------------------------------------------------------------ a step
 
+    # A compiled training step calls this as it is: what a step does depends on counters, and tracing it anew whenever
+    # one of them moves would cost minutes.
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step of the inner optimizer on the penalised loss, and the z- and u-steps that are due.
 
@@ -307,7 +329,8 @@ class ADMMNxM(Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            RuntimeError: the model holds its projected weights (after :meth:`eval` or in :meth:`projected`).
+            RuntimeError: the model holds its projected weights (after :meth:`eval` or in :meth:`projected`), or a CUDA
+                graph is being captured before the mask is frozen.
         """
         if self._backup is not None:
             raise RuntimeError("the model holds its projected weights; call optimizer.train() before step()")
@@ -321,8 +344,18 @@ class ADMMNxM(Optimizer):
             elif self.frozen:
                 self._masked_step()
             else:
+                self._refuse_to_be_captured()
                 self._constrained_step()
         return loss
+
+    def _refuse_to_be_captured(self) -> None:
+        """A CUDA graph would repeat one step's penalty for ever, and move neither z nor rho."""
+        if is_capturing(self._bound()[0].w.device):
+            raise RuntimeError(
+                f"step {int(self._get('admm_step')) + 1} was to be captured in a CUDA graph, which cannot follow the "
+                "schedules: capture the forward and backward pass alone (torch.cuda.make_graphed_callables) and call "
+                "optimizer.step() outside of the graph; once the mask is frozen, step() may be captured"
+            )
 
     def _constrained_step(self) -> None:
         if self._get("admm_step") == 0:
@@ -333,33 +366,42 @@ class ADMMNxM(Optimizer):
         # w-step: the inner optimizer on f(w) + rho/2 * ||w - z + u||^2
         for (device, maximize), (bounds, states) in alike.items():
             gradients, weights = [b.g for b in bounds], [b.w for b in bounds]
-            self._form.before(backend_for(device), gradients, weights, states, rho, maximize)
-        raw_step(self.inner)
-        self._store(active)
-        for (device, _), (bounds, states) in alike.items():
-            self._form.after(backend_for(device), [b.w for b in bounds], states, rho)
-        step = int(self._get("admm_step")) + 1
-        self._set(admm_step=step)
-        # z-step and u-step
-        update = self.plan.updates(step)
-        freezing = self.plan.freeze_at is not None and step >= self.plan.freeze_at
-        if update is not Update.NONE and not (freezing and self._form.freezes_what_was_shown):
-            self._move_consensus(active, update, step)
-        rho = self._get("admm_rho")
-        for (device, _), (bounds, states) in alike.items():
-            self._form.show(backend_for(device), [b.w for b in bounds], states, rho)
+            self._form.before(self._backend(device), gradients, weights, states, rho, maximize)
+        try:
+            raw_step(self.inner)
+            self._store(active)
+            for (device, _), (bounds, states) in alike.items():
+                self._form.after(self._backend(device), [b.w for b in bounds], states, rho)
+            step = int(self._get("admm_step")) + 1
+            self._set(admm_step=step)
+            # z-step and u-step
+            update = self.plan.updates(step)
+            freezing = self.plan.freeze_at is not None and step >= self.plan.freeze_at
+            if update is not Update.NONE and not (freezing and self._form.freezes_what_was_shown):
+                self._move_consensus(active, update, step)
+        finally:  # after an error as well: the next step takes what the model holds for what it was shown
+            self._show(active)
         if freezing:
             self._freeze()
 
+    def _show(self, active: list[tuple[_Bound, Tensor]]) -> None:
+        """Leave in the weights what the model is evaluated at next. One whose first step has failed holds w, from which
+        its next step starts anew."""
+        started, rho = self._get("admm_step") > 0, self._get("admm_rho")
+        shown = [(bound, v) for bound, v in active if started and self._consensus(bound) is not None]
+        for (device, _), (bounds, states) in _alike(shown).items():
+            self._form.show(self._backend(device), [b.w for b in bounds], states, rho)
+
     def _masked_step(self) -> None:
         active = self._active()
-        for bound, mask in active:
+        alike = _alike(active)
+        for (device, _), (bounds, masks) in alike.items():
             # The gradient as well, so that no momentum builds up where nothing may move.
-            backend_for(mask.device).keep_only(bound.g, mask)
+            self._backend(device).keep_only([b.g for b in bounds], masks)
         raw_step(self.inner)
         self._store(active)
-        for bound, mask in active:
-            backend_for(mask.device).keep_only(bound.w, mask)
+        for (device, _), (bounds, masks) in alike.items():
+            self._backend(device).keep_only([b.w for b in bounds], masks)
         self._set(admm_step=int(self._get("admm_step")) + 1)
 
     def _create_state(self) -> None:
@@ -378,24 +420,28 @@ class ADMMNxM(Optimizer):
         new = next_rho(self.plan, step, old, in_use)
         # The unscaled dual rho * u stays what it is when rho rises (Boyd et al. 2011, section 3.4.1).
         scale = old / new if old > 0 and new > 0 else 1.0
+        still = []
         for bound in self._bound():
             v = self._consensus(bound)
             if v is None:
                 continue
-            if bound.spec.name in moved:
-                self._movement[bound.spec.name] = self._form.advance(
-                    backend_for(v.device),
-                    bound.w,
-                    v,
-                    *bound.grouping,
-                    factor=self._factor(bound),
-                    with_dual=with_dual,
-                    dual_scale=scale,
-                )
-            elif in_use and scale != 1.0:
+            if bound.spec.name not in moved:
+                still.append((bound, v))
+                continue
+            self._movement[bound.spec.name] = self._form.advance(
+                self._backend(v.device),
+                bound.w,
+                v,
+                *bound.grouping,
+                factor=self._factor(bound),
+                with_dual=with_dual,
+                dual_scale=scale,
+                seed=self._seed(bound, step),
+            )
+        for bound, v in still:  # when no ranking of the user's own can fail any more
+            if in_use and scale != 1.0:
                 self._form.rescale(v, *bound.grouping, scale)
-            elif old > 0 and new == 0:
-                self._form.release(backend_for(v.device), bound.w, v)
+            self._form.follow(self._backend(v.device), bound.w, v, old, new)
         self._set(admm_rho=new, admm_dual_in_use=int(in_use))
 
     def _freeze(self) -> None:
@@ -410,11 +456,11 @@ class ADMMNxM(Optimizer):
             state = self.inner.state.get(bound.param)
             if state is None or CONSENSUS not in state:
                 continue  # never stepped: its mask can be read off the weight itself
-            state[CONSENSUS] = wrap_like(mask, bound.param)
+            state[CONSENSUS] = wrap_like(stored_as(mask, self._mask_dtype(bound)), bound.param)
             for value in map(local, filter(torch.is_tensor, state.values())):
                 # Quantised states stay: masked gradients let what they hold off the mask fade, and no weight follows.
                 if type(value) is Tensor and value.is_floating_point() and value.shape == mask.shape:
-                    backend_for(mask.device).keep_only(value, mask)
+                    self._backend(mask.device).keep_only([value], [mask])
         self._freeze_sums = torch.stack(sums)
         self._movement.clear()
         self._set(admm_frozen_at=int(self._get("admm_step")))
@@ -481,7 +527,7 @@ class ADMMNxM(Optimizer):
     def _project_what_was_loaded(self) -> None:
         """Hold weights to the pattern that are not what the frozen mask left: somebody has loaded them since."""
         bounds = self._bound()
-        masks = [self._consensus_or_initial(bound) for bound in bounds]
+        masks = [self._mask(bound) for bound in bounds]
         strays = [
             ((bound.w != 0) & ~mask).sum().reshape(1).to(bounds[0].param.device)
             for bound, mask in zip(bounds, masks, strict=True)
@@ -490,11 +536,13 @@ class ADMMNxM(Optimizer):
         if not any(counts):
             return
         sums = []
-        for bound, mask, count in zip(bounds, masks, counts, strict=True):
+        for bound, count in zip(bounds, counts, strict=True):
             z = bound.w if not count else project(bound.w, *bound.grouping)
-            sums.append(torch.cat([admm.primal_sums(bound.w, z), mask.new_zeros(2, dtype=torch.float32)]))
+            sums.append(torch.cat([admm.primal_sums(bound.w, z), z.new_zeros(2, dtype=torch.float32)]))
             if count:
-                mask.copy_(keep_mask(bound.w, *bound.grouping))
+                stored = self._consensus(bound)
+                if stored is not None:
+                    stored.copy_(stored_as(keep_mask(bound.w, *bound.grouping), stored.dtype))
                 bound.w.copy_(z)
         self._freeze_sums = torch.stack(sums)
 
@@ -589,12 +637,7 @@ class ADMMNxM(Optimizer):
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Return name -> boolean mask of each prunable weight, True = kept, shaped and sharded like the weight."""
-        return {
-            bound.spec.name: wrap_like(
-                self._form.mask(self._consensus_or_initial(bound), *bound.grouping).clone(), bound.param
-            )
-            for bound in self._bound()
-        }
+        return {bound.spec.name: wrap_like(self._mask(bound).clone(), bound.param) for bound in self._bound()}
 
     @torch.no_grad()
     def auxiliary(self, name: str) -> Tensor:
@@ -604,14 +647,14 @@ class ADMMNxM(Optimizer):
             name: the weight's name in the model.
 
         Returns:
-            A new tensor shaped and sharded like the weight, in the state's dtype; once frozen, the weight itself.
+            A new tensor shaped and sharded like the weight, in the dtype of the state, or of the weight where the state
+            is a mask; once frozen, the weight itself.
 
         Raises:
             KeyError: no prunable weight has that name.
         """
         bound = self._find(name)
-        z = self._form.auxiliary(self._training_weight(bound), self._consensus_or_initial(bound), *bound.grouping)
-        return wrap_like(z, bound.param)
+        return wrap_like(self._auxiliary(bound), bound.param)
 
     @torch.no_grad()
     def dual(self, name: str) -> Tensor:
@@ -621,14 +664,15 @@ class ADMMNxM(Optimizer):
             name: the weight's name in the model.
 
         Returns:
-            A new tensor shaped and sharded like the weight, in the state's dtype; once frozen, zeros.
+            A new tensor shaped and sharded like the weight, in the dtype of the state, or of the weight where the state
+            is a mask; once frozen, zeros.
 
         Raises:
             KeyError: no prunable weight has that name.
         """
         bound = self._find(name)
         v = self._consensus_or_initial(bound)
-        u = torch.zeros_like(bound.w) if v.dtype == torch.bool else self._form.dual(v, *bound.grouping)
+        u = torch.zeros_like(bound.w) if is_mask(v) else self._form.dual(v, *bound.grouping)
         return wrap_like(u, bound.param)
 
     @torch.no_grad()
@@ -642,9 +686,7 @@ class ADMMNxM(Optimizer):
         unmeasured = torch.full((4,), float("nan"))
         rows = []
         for bound in bounds:
-            v = self._consensus_or_initial(bound)
-            w = self._training_weight(bound)
-            z = self._form.auxiliary(w, v, *bound.grouping)
+            w, z = self._training_weight(bound), self._auxiliary(bound)
             movement = unmeasured.new_zeros(4) if self.frozen else self._movement.get(bound.spec.name, unmeasured)
             rows.append(torch.cat([admm.primal_sums(w, z), movement.to(w.device)]).to(bounds[0].param.device))
         table = reduce_sums(rows, [bound.param for bound in bounds])
@@ -723,6 +765,7 @@ class ADMMNxM(Optimizer):
                 bound.w.copy_(local(self._backup[bound.spec.name]))
             elif v is not None:
                 v.copy_(self._form.initial(bound.w, *bound.grouping, v.dtype))
+                self._form.follow(self._backend(v.device), bound.w, v, 0.0, self._get("admm_rho"))
                 self._movement.pop(bound.spec.name, None)
         self._backup = None
         self._set(admm_projected=0)
@@ -783,7 +826,8 @@ class ADMMNxM(Optimizer):
         for bound in bounds:
             position = order[id(bound.param)]
             entries[bound.spec.name] = own.pop(position, {})
-            check_entry(bound.spec, entries[bound.spec.name], stepped.get(position, False), saved_counters)
+            entry, was_stepped = entries[bound.spec.name], stepped.get(position, False)
+            check_entry(bound.spec, entry, was_stepped, saved_counters)
         if own:
             raise ValueError(
                 f"the checkpoint has ADMM state for {len(own)} parameters that are not selected here (positions "
@@ -791,10 +835,9 @@ class ADMMNxM(Optimizer):
             )
         mine = self._fingerprint()
         if saved_counters["admm_step"] > 0 and saved_counters["admm_selection"] not in (0, mine):
-            raise ValueError(
-                "the checkpoint was made with another selection, pattern, grouped dimension or form of the penalty, "
-                "under which its ADMM state means something else; build ADMMNxM as it was built then"
-            )
+            self._refuse_another_state(saved_counters["admm_selection"], entries.values())
+        for bound in bounds:
+            check_kind(bound.spec, entries[bound.spec.name], saved_counters, self._state_dtype_of(bound))
         self._check_plan_goes_on(saved_counters)
         self.inner.load_state_dict(inner_part)
         self._set(**{**saved_counters, "admm_selection": mine})
@@ -813,6 +856,22 @@ class ADMMNxM(Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def _refuse_another_state(self, saved: int | float, entries: Iterable[Mapping[str, Tensor]]) -> None:
+        """Say why a checkpoint with this fingerprint does not fit."""
+        other = form_of(self.penalty, full=not self._full)
+        if saved != fingerprint(self.selection, self._places, other.stores):
+            raise ValueError(
+                "the checkpoint was made with another selection, pattern, grouped dimension or form of the penalty, "
+                "under which its ADMM state means something else; build ADMMNxM as it was built then"
+            )
+        dtypes = {entry[CONSENSUS].dtype for entry in entries if CONSENSUS in entry}
+        floating = sorted(str(dtype) for dtype in dtypes if dtype.is_floating_point)
+        remedy = "torch.bool" if is_lean(other) else " or ".join(floating) or "the floating-point dtype of that run"
+        raise ValueError(
+            f"the checkpoint's run stored {other.stores}, and what is stored here is {self._form.stores}; build "
+            f"ADMMNxM with state_dtype={remedy}"
+        )
+
     def _check_plan_goes_on(self, saved: Mapping[str, int | float]) -> None:
         step, rho = int(saved["admm_step"]), saved["admm_rho"]
         if saved["admm_frozen_at"] < 0 and saved["admm_dual_in_use"] and self.plan.rho(step) < rho:
@@ -826,9 +885,10 @@ class ADMMNxM(Optimizer):
     def _adopt(self, bound: _Bound, saved: Tensor) -> Tensor:
         """Bring a saved v or mask to the weight's device and the state's dtype, as a tensor of our own."""
         part = local(saved).to(bound.w.device, copy=True)
-        dtype = self._dtype_of(bound)
+        dtype = self._state_dtype_of(bound)
         if self.frozen:
-            part = part != 0  # loaders that write in place have put the mask into floating-point numbers
+            # Loaders that write in place have put the mask into floating-point numbers.
+            part = stored_as(unpack(part) if is_mask(part) else part != 0, self._mask_dtype(bound))
         elif part.dtype != dtype:
             part = self._form.recast(part, *bound.grouping, dtype)
         return wrap_like(part, bound.param)
@@ -849,7 +909,7 @@ class ADMMNxM(Optimizer):
             if state is None or CONSENSUS not in state:
                 continue
             if not self.frozen and self.rho > 0:
-                bound.w.copy_(self._form.primal(bound.w, local(state[CONSENSUS])))
+                bound.w.copy_(self._form.primal(bound.w, local(state[CONSENSUS]), self.rho))
             del state[CONSENSUS]
         for group in self.param_groups:
             for key in COUNTERS:
@@ -863,7 +923,15 @@ class ADMMNxM(Optimizer):
 
     @property
     def _form(self) -> Form:
-        return FORMS[self.penalty]
+        return form_of(self.penalty, full=self._full)
+
+    def _backend(self, device: torch.device) -> Backend:
+        return backend_for(device, self.backend)
+
+    def _prepare(self) -> None:
+        """Let the backends compile what they will need."""
+        for bound in self._bound():
+            self._backend(bound.w.device).prepare(bound.w, self._state_dtype_of(bound), bound.spec.pattern)
 
     def _fingerprint(self) -> int:
         return fingerprint(self.selection, self._places, self._form.stores)
@@ -898,8 +966,21 @@ class ADMMNxM(Optimizer):
         spec = self.selection[name]
         return next(bound for bound in self._bound() if bound.spec is spec)
 
-    def _dtype_of(self, bound: _Bound) -> torch.dtype:
+    def _state_dtype_of(self, bound: _Bound) -> torch.dtype:
+        if is_lean(self._form):
+            return self._mask_dtype(bound)
         return self.state_dtype or bound.param.dtype
+
+    def _mask_dtype(self, bound: _Bound) -> torch.dtype:
+        """How the mask is stored. The frozen mask of a form with a buffer stays of the weight's shape, in which
+        checkpoints that are loaded in place know it."""
+        return PACKED if is_lean(self._form) and rows_divide_into_bytes(bound.param) else torch.bool
+
+    def _seed(self, bound: _Bound, step: int) -> int | None:
+        """Seed of the stochastic rounding of one weight at one step; None rounds to nearest."""
+        if self.state_rounding == "nearest":
+            return None
+        return zlib.crc32(f"{bound.spec.name} {step}".encode())
 
     def _consensus(self, bound: _Bound) -> Tensor | None:
         """This rank's part of the stored v (once frozen, the mask); None before the weight's first step."""
@@ -915,17 +996,32 @@ class ADMMNxM(Optimizer):
 
     def _initial(self, bound: _Bound, weight: Tensor) -> Tensor:
         """The state that a weight starts from; once frozen, its mask."""
-        state = self._form.initial(weight, *bound.grouping, self._dtype_of(bound))
-        return self._form.mask(state, *bound.grouping) if self.frozen else state
+        state = self._form.initial(weight, *bound.grouping, self._state_dtype_of(bound))
+        if not self.frozen:
+            return state
+        return stored_as(self._form.mask(state, *bound.grouping), self._mask_dtype(bound))
+
+    def _mask(self, bound: _Bound) -> Tensor:
+        """The boolean mask in force."""
+        state = self._consensus_or_initial(bound)
+        return unpack(state) if self.frozen else self._form.mask(state, *bound.grouping)
+
+    def _auxiliary(self, bound: _Bound) -> Tensor:
+        if self.frozen:
+            return self._projected(bound)[0]
+        return self._form.auxiliary(self._training_weight(bound), self._consensus_or_initial(bound), *bound.grouping)
 
     def _training_weight(self, bound: _Bound) -> Tensor:
         backup = None if self._backup is None else self._backup.get(bound.spec.name)
         return bound.w if backup is None else local(backup)
 
     def _projected(self, bound: _Bound) -> tuple[Tensor, Tensor]:
-        weight, state = self._training_weight(bound), self._consensus_or_initial(bound)
-        factor = None if self.frozen else self._factor(bound)
-        return self._form.projected(weight, state, *bound.grouping, factor, self._get("admm_rho"))
+        weight = self._training_weight(bound)
+        if self.frozen:
+            mask = self._mask(bound)
+            return torch.where(mask, weight, torch.zeros_like(weight)), mask
+        state = self._consensus_or_initial(bound)
+        return self._form.projected(weight, state, *bound.grouping, self._factor(bound), self._get("admm_rho"))
 
     def _factor(self, bound: _Bound) -> Tensor | None:
         """What the projection ranks by beside the magnitude; None where there is nothing."""
@@ -939,16 +1035,22 @@ class ADMMNxM(Optimizer):
     def _active(self) -> list[tuple[_Bound, Tensor]]:
         """The weights that have a gradient, each with its v (or mask), newly made in its first step."""
         first = self._get("admm_step") == 0
-        active = []
-        for bound in self._bound():
-            if bound.param.grad is None:
-                continue
-            v = None if first else self._consensus(bound)
+        present = [
+            (bound, None if first else self._consensus(bound))
+            for bound in self._bound()
+            if bound.param.grad is not None
+        ]
+        for bound, v in present:
             if v is None:
                 self._check_unchanged(bound)
-                v = self._initial(bound, bound.w)
-            active.append((bound, v))
-        return active
+        return [(bound, self._come_in(bound) if v is None else v) for bound, v in present]
+
+    def _come_in(self, bound: _Bound) -> Tensor:
+        """Make the state of a weight that holds w, and leave the weight as all others are held between steps."""
+        v = self._initial(bound, bound.w)
+        if not self.frozen:
+            self._form.follow(self._backend(v.device), bound.w, v, 0.0, self._get("admm_rho"))
+        return v
 
     def _store(self, active: list[tuple[_Bound, Tensor]]) -> None:
         """Put new state beside the inner optimizer's own, after the step in which that was created."""
@@ -957,6 +1059,11 @@ class ADMMNxM(Optimizer):
             if CONSENSUS not in state or local(state[CONSENSUS]) is not v:
                 state[CONSENSUS] = wrap_like(v, bound.param)
         if self._get("admm_step") == 0:
+            # A loader may have been shown the state of a weight that turns out to have no gradient yet.
+            stepped = {bound.spec.name for bound, _ in active}
+            for bound in self._bound():
+                if bound.spec.name not in stepped and self._consensus(bound) is not None:
+                    self.inner.state[bound.param][CONSENSUS] = wrap_like(self._come_in(bound), bound.param)
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.
             for group in self.param_groups:
@@ -975,6 +1082,34 @@ class ADMMNxM(Optimizer):
         if bound.param.grad is not None and bound.param.grad.layout != torch.strided:
             raise ValueError(f"weight {bound.spec.name!r} has a {bound.param.grad.layout} gradient; dense is needed")
         check_sharding(bound.spec.name, bound.param, bound.spec.dim, bound.spec.pattern.group)
+
+
+def _check_state(penalty: Penalty, dtype: object, rounding: object) -> None:
+    """Refuse a state that the form cannot have."""
+    allowed = ", ".join(map(str, TRAINABLE_DTYPES))
+    if dtype is not None and dtype not in TRAINABLE_DTYPES:
+        if not is_lean(FORMS[penalty]):
+            raise ValueError(f"state_dtype={dtype!r} must be one of {allowed}, or None for the weights' own")
+        if dtype is not torch.bool:
+            raise ValueError(
+                f"state_dtype={dtype!r} must be one of {allowed}, torch.bool for the mask alone, or None for that "
+                "where the weights have 32 bits or more"
+            )
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f'state_rounding={rounding!r} must be "nearest" or "stochastic"')
+    if rounding == "stochastic" and (dtype is not torch.bfloat16 or is_lean(FORMS[penalty])):
+        raise ValueError(
+            'state_rounding="stochastic" needs state_dtype=torch.bfloat16 and a form whose state adds up changes, '
+            f'penalty="proximal" or "gradient"; here are state_dtype={dtype} and penalty="{penalty}"'
+        )
+
+
+def _is_full(penalty: Penalty, dtype: torch.dtype | None, weights: Iterable[torch.dtype]) -> bool:
+    """Decide whether the state is a floating-point tensor of the weight's size, in a form that can do without."""
+    if dtype is None:
+        # In 16 bits, w made of what the model holds would be off by what 16-bit training lives on.
+        return not is_lean(FORMS[penalty]) or any(weight.itemsize < 4 for weight in weights)
+    return dtype is not torch.bool
 
 
 def _saliency_of(saliency: object, penalty: Penalty) -> Saliency | None:

@@ -13,7 +13,7 @@ __all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project"]
 # group; on a CPU the two meet near groups of 32.
 _PAIRWISE_UP_TO = 16
 
-INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:

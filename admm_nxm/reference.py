@@ -54,7 +54,8 @@ class ReferenceADMM:
         plan: schedules, as :class:`admm_nxm.ADMMNxM` uses them.
         lr: step size of the gradient descent.
         penalty: ``"lazy"``, ``"proximal"`` or ``"gradient"``.
-        state_dtype: dtype of z and u; the weight's own if None.
+        state_dtype: dtype of z and u, or of the hidden w of the lazy form; the weight's own if None. torch.bool: the
+            lazy form hides nothing, and makes w of what the model is shown.
 
     Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes; NxMTransformer, section 3.2.
     """
@@ -74,7 +75,8 @@ class ReferenceADMM:
 
     def __post_init__(self) -> None:
         self.dtype = self.weight.dtype
-        self.narrow = self.state_dtype or self.dtype
+        self.hides = self.state_dtype is not torch.bool
+        self.narrow = self.state_dtype if self.state_dtype is not None and self.hides else self.dtype
         self.wide = torch.promote_types(self.dtype, self.narrow)
         self.w = [float(value) for value in self.weight.detach().flatten().tolist()]
         self.z = project_list([round_to(self.narrow, value) for value in self.w], self.pattern)
@@ -82,6 +84,8 @@ class ReferenceADMM:
         self.kept = keep_list(self.w, self.pattern)  # lazy: the mask of z
         self.hidden = [round_to(self.narrow, value) or -0.0 for value in self.w]
         self.rho = float(self.plan.rho(0))
+        if self.penalty == "lazy" and not self.hides:
+            self._show()
 
     def step(self, gradient: list[float]) -> None:
         """Do one step of gradient descent and whatever the plan says comes after it."""
@@ -145,8 +149,9 @@ class ReferenceADMM:
     def _reveal(self) -> None:
         """Give the pruned places their w back."""
         for i, kept in enumerate(self.kept):
-            if not kept:
-                self.w[i] = self._r(self.hidden[i])
+            if kept:
+                continue
+            self.w[i] = self._r(self.hidden[i]) if self.hides else self._times(self.w[i], self._divisor(), self.dtype)
 
     def _show(self) -> None:
         """Keep w aside, and show the model the proximal point between w and z = P(w)."""
@@ -156,9 +161,16 @@ class ReferenceADMM:
                 self.z[i] = self.w[i]
                 continue
             self.z[i] = 0.0
-            self.hidden[i] = round_to(self.narrow, self.w[i]) or -0.0
-            if kappa:
-                self.w[i] = self._times(self.w[i], 1.0 - kappa, self.dtype)
+            if not self.hides and self.rho > 0:
+                self.w[i] = self._over(self.w[i], self._divisor(), self.dtype)
+            elif self.hides:
+                self.hidden[i] = round_to(self.narrow, self.w[i]) or -0.0
+                if kappa:
+                    self.w[i] = self._times(self.w[i], 1.0 - kappa, self.dtype)
+
+    def _divisor(self) -> float:
+        """1 + rho, up to where more would only cost precision."""
+        return 1.0 + min(self.rho, 2.0**20)
 
     def _sum(self) -> list[float]:
         """W + u, in the dtype of z and u."""
@@ -172,6 +184,11 @@ class ReferenceADMM:
         """Multiply as torch does a tensor by a Python number: both in float32 for dtypes up to that."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return round_to(dtype, round_to(compute, value * round_to(compute, factor)))
+
+    def _over(self, value: float, divisor: float, dtype: torch.dtype) -> float:
+        """Divide likewise."""
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return round_to(dtype, round_to(compute, value / round_to(compute, divisor)))
 
     def _r(self, value: float) -> float:
         return round_to(self.dtype, value)

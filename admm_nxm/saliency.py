@@ -63,6 +63,14 @@ class Curvature:
                 continue
             if h.is_floating_point() and h.shape == shape and self.exponent > 0:
                 # A gradient that was always zero must not tie all of a group at zero.
-                factor: Tensor = h.float().clamp_min(1e-20).pow_(self.exponent)
-                return factor
+                return _power(h.float().clamp_min(1e-20), self.exponent)
         return None
+
+
+def _power(positive: Tensor, exponent: float) -> Tensor:
+    """``positive ** exponent`` in place. Roots are rounded alike on every device, and cost a fraction of a power."""
+    if exponent == 0.5:
+        return positive.sqrt_()
+    if exponent == 0.25:
+        return positive.sqrt_().sqrt_()
+    return positive.pow_(exponent)

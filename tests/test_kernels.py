@@ -1,4 +1,4 @@
-"""The fast paths against the plain loops of the reference, bit for bit."""
+"""The fast paths against the plain loops of the reference, bit for bit, and the backends against each other."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from admm_nxm import Pattern
+from admm_nxm import Pattern, keep_mask
 from admm_nxm import consensus as admm
-from admm_nxm.forms import FORMS
-from admm_nxm.kernels import backend_for, eager
+from admm_nxm.forms import form_of
+from admm_nxm.kernels import Backend, eager, native
+from admm_nxm.masks import PACKED, stored_as, unpack
 from admm_nxm.reference import ReferenceADMM, keep_list, project_list, round_to
 from admm_nxm.schedules import Constant, Every, Plan, Update
 from tests.helpers import same_bits
@@ -26,6 +27,14 @@ DTYPES = [
     (torch.float64, torch.float32),
 ]
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(2, 8), Pattern(5, 16), Pattern(4, 4), Pattern(3, 20)]
+
+every_backend = pytest.mark.parametrize(
+    "backend",
+    [eager, pytest.param(native, marks=pytest.mark.skipif(native.missing() is not None, reason="no C compiler"))],
+    ids=["eager", "native"],
+)
+# The native backend compiles each pair: all dtypes with one pattern, and all patterns with one pair of dtypes.
+CASES = [(dtypes, PATTERNS[0]) for dtypes in DTYPES] + [(DTYPES[0], pattern) for pattern in PATTERNS[1:]]
 
 
 def awkward(generator: torch.Generator, count: int, dtype: torch.dtype, infinities: bool, nans: bool = False) -> Tensor:
@@ -54,7 +63,12 @@ def tensor(values: list[float], dtype: torch.dtype) -> Tensor:
 
 
 def run_both(
-    seed: int, dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, updates: int, infinities: bool
+    backend: Backend,
+    seed: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    pattern: Pattern,
+    updates: int,
+    infinities: bool,
 ) -> None:
     """Move w at random between updates, and compare z, u, mask and the projected weight after each."""
     dtype, state_dtype = dtypes
@@ -71,7 +85,7 @@ def run_both(
         scale = 1.0 if torch.rand((), generator=generator) < 0.5 else 0.7
         reference.rho, reference.plan = scale, Plan(Constant(1.0), Every(1), None)
         reference.update(kind)
-        figures = backend_for(w.device).advance(w, v, pattern, 0, kind is Update.AUXILIARY_AND_DUAL, scale)
+        figures = backend.advance(w, v, pattern, 0, kind is Update.AUXILIARY_AND_DUAL, scale)
 
         assert same_bits(admm.auxiliary(v, pattern, 0), tensor(reference.z, state_dtype))
         assert same_bits(admm.dual(v, pattern, 0), tensor(reference.u, state_dtype))
@@ -93,20 +107,34 @@ def run_both(
             torch.testing.assert_close(figures[1].double(), w.double().square().sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+def case_id(case: tuple[tuple[torch.dtype, torch.dtype], Pattern]) -> str:
+    (dtype, state_dtype), pattern = case
+    return f"{dtype}-{state_dtype}-{pattern}".replace("torch.", "")
+
+
+@every_backend
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_update_equals_two_buffer_reference_over_50_updates(
+    case: tuple[tuple[torch.dtype, torch.dtype], Pattern], backend: Backend
+) -> None:
+    run_both(backend, 0, *case, updates=50, infinities=False)
+
+
+@every_backend
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), case=st.sampled_from(CASES), inf=st.booleans())
+def test_update_equals_reference_on_awkward_values(
+    backend: Backend, seed: int, case: tuple[tuple[torch.dtype, torch.dtype], Pattern], inf: bool
+) -> None:
+    run_both(backend, seed, *case, updates=4, infinities=inf)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[1:], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+def test_update_in_plain_torch_equals_reference_for_every_other_pair(
     dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern
 ) -> None:
-    run_both(0, dtypes, pattern, updates=50, infinities=False)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), dtypes=st.sampled_from(DTYPES), pattern=st.sampled_from(PATTERNS), inf=st.booleans())
-def test_update_equals_reference_on_awkward_values(
-    seed: int, dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, inf: bool
-) -> None:
-    run_both(seed, dtypes, pattern, updates=4, infinities=inf)
+    run_both(eager, 0, dtypes, pattern, updates=20, infinities=False)
 
 
 # ---------------------------------------------------------------- the lazy form
@@ -133,6 +161,7 @@ def hidden_list(w: list[float], kept: list[bool], dtype: torch.dtype) -> list[fl
 
 
 def run_lazy(
+    backend: Backend,
     seed: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     pattern: Pattern,
@@ -153,21 +182,21 @@ def run_lazy(
 
     w, bystander = draw(), draw()
     kept = keep_list(values_of(w), pattern)
-    h = FORMS["lazy"].initial(w, pattern, 0, state_dtype)
-    beside = FORMS["lazy"].initial(bystander, pattern, 0, state_dtype)
+    h = form_of("lazy", full=True).initial(w, pattern, 0, state_dtype)
+    beside = form_of("lazy", full=True).initial(bystander, pattern, 0, state_dtype)
     assert alike(h, tensor(hidden_list(values_of(w), kept, state_dtype), state_dtype))
     for fraction in [0.0, 0.03, 0.5, 1000 / 1001, 1.0][:updates] + [0.7] * (updates - 5):
         # w is kept aside, and the model is shown a smaller one.
         expected, hidden = values_of(w), hidden_list(values_of(w), kept, state_dtype)
         shown = [x if k or not fraction else times(x, 1 - fraction, dtype) for x, k in zip(expected, kept, strict=True)]
-        eager.conceal([bystander, w], [beside, h], fraction)
+        backend.conceal([bystander, w], [beside, h], fraction)
         assert alike(w, tensor(shown, dtype))
         assert alike(h, tensor(hidden, state_dtype))
         # Whatever becomes of the shown one, w comes back off the mask; on it, the model holds w itself.
         held = moved(w)
         revealed = [x if k else round_to(dtype, y) for x, y, k in zip(values_of(held), hidden, kept, strict=True)]
         w.copy_(held)
-        eager.reveal([bystander, w], [beside, h])
+        backend.reveal([bystander, w], [beside, h])
         assert alike(w, tensor(revealed, dtype))
         assert eager.hidden_mask(h).tolist() == kept
         # The mask becomes that of the scores.
@@ -184,7 +213,7 @@ def run_lazy(
             ]
         before, old = w.clone(), kept
         kept = keep_list(scores, pattern)
-        figures = eager.advance_hidden(w, h, pattern, 0, factor)
+        figures = backend.advance_hidden(w, h, pattern, 0, factor)
         assert same_bits(w.nan_to_num(nan=0.5), before.nan_to_num(nan=0.5))
         assert eager.hidden_mask(h).tolist() == kept
         assert alike(h, tensor(hidden_list(values_of(w), kept, state_dtype), state_dtype))
@@ -198,28 +227,110 @@ def run_lazy(
 LAZY_DTYPES = [*DTYPES, (torch.float32, torch.float16), (torch.float64, torch.float64)]
 
 
+LAZY_CASES = [(dtypes, PATTERNS[0]) for dtypes in LAZY_DTYPES] + CASES[len(DTYPES) :]
+
+
+@every_backend
 @pytest.mark.parametrize("weighted", [False, True], ids=["magnitude", "weighted"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtypes", LAZY_DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("case", LAZY_CASES, ids=case_id)
 def test_lazy_passes_equal_lists_over_15_updates(
-    dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, weighted: bool
+    case: tuple[tuple[torch.dtype, torch.dtype], Pattern], weighted: bool, backend: Backend
 ) -> None:
-    run_lazy(1, dtypes, pattern, updates=15, wild=False, weighted=weighted)
+    run_lazy(backend, 1, *case, updates=15, wild=False, weighted=weighted)
 
 
+@every_backend
 @settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**31), case=st.sampled_from(LAZY_CASES), wild=st.booleans(), weighted=st.booleans())
+@example(seed=5301078, case=LAZY_CASES[0], wild=False, weighted=False)  # denormals move alone
+def test_lazy_passes_equal_lists_on_awkward_values(
+    backend: Backend,
+    seed: int,
+    case: tuple[tuple[torch.dtype, torch.dtype], Pattern],
+    wild: bool,
+    weighted: bool,
+) -> None:
+    run_lazy(backend, seed, *case, updates=5, wild=wild, weighted=weighted)
+
+
+def run_lean(
+    backend: Backend, seed: int, dtype: torch.dtype, pattern: Pattern, packed: bool, wild: bool, weighted: bool
+) -> None:
+    """Shrink, restore and advance by turns where the mask is all that is stored, against lists."""
+    generator = torch.Generator().manual_seed(seed)
+    count = pattern.group * 8
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw() -> Tensor:
+        return awkward(generator, count, dtype, infinities=wild, nans=wild)
+
+    w, bystander = draw(), draw()
+    kept = keep_list(values_of(w), pattern)
+    stored = stored_as(keep_mask(w, pattern, 0), PACKED if packed else torch.bool)
+    beside = stored_as(keep_mask(bystander, pattern, 0), stored.dtype)
+    for divisor in [1.0, 1.03, 2.0, 3.7, 1001.0, 2.0**20 + 1]:
+        d = round_to(compute, divisor)
+        shown = [x if k else round_to(dtype, round_to(compute, x / d)) for x, k in zip(values_of(w), kept, strict=True)]
+        backend.shrink([bystander, w], [beside, stored], divisor)
+        assert alike(w, tensor(shown, dtype))
+        restored = [x if k else times(x, d, dtype) for x, k in zip(shown, kept, strict=True)]
+        backend.restore([bystander, w], [beside, stored], divisor)
+        assert alike(w, tensor(restored, dtype))
+        w = torch.where(torch.rand(count, generator=generator) < 0.5, w, draw())
+        w[w.isnan()] = float("nan")  # NaNs of several makes have an order of their own
+        factor = awkward(generator, count, torch.float32, infinities=False).abs() if weighted else None
+        scores = values_of(w)
+        if factor is not None:
+            factor.masked_fill_(w.isinf() & (factor == 0), 1.0)
+            scores = [
+                round_to(torch.float32, round_to(torch.float32, x) * f)
+                for x, f in zip(scores, values_of(factor), strict=True)
+            ]
+        old, before = kept, w.clone()
+        kept = keep_list(scores, pattern)
+        figures = backend.advance_mask(w, stored, pattern, 0, factor)
+        assert alike(w, before)
+        assert unpack(stored).tolist() == kept
+        assert figures[2:].tolist() == [sum(k and not o for k, o in zip(kept, old, strict=True)), sum(kept)]
+        if not wild:
+            changed = torch.tensor([k != o for k, o in zip(kept, old, strict=True)])
+            sums = torch.stack([w.double()[changed].square().sum(), w.double().square().sum()])
+            torch.testing.assert_close(figures[:2].double(), sums, rtol=1e-5, atol=1e-37)
+        only = w.clone()
+        backend.keep_only([only, bystander], [stored, beside])
+        assert alike(only, tensor([x if k else 0.0 for x, k in zip(values_of(w), kept, strict=True)], dtype))
+        bystander = draw()
+
+
+LEAN_CASES = [
+    *[(dtype, PATTERNS[0]) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)],
+    *[(torch.float32, pattern) for pattern in PATTERNS[1:]],
+]
+
+
+@every_backend
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "boolean"])
+@pytest.mark.parametrize("case", LEAN_CASES, ids=lambda case: f"{case[0]}-{case[1]}".removeprefix("torch."))
+def test_passes_on_the_mask_alone_equal_lists(
+    case: tuple[torch.dtype, Pattern], packed: bool, backend: Backend
+) -> None:
+    for weighted in (False, True):
+        run_lean(backend, 3, *case, packed=packed, wild=False, weighted=weighted)
+
+
+@every_backend
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    dtypes=st.sampled_from(LAZY_DTYPES),
-    pattern=st.sampled_from(PATTERNS),
+    case=st.sampled_from(LEAN_CASES),
+    packed=st.booleans(),
     wild=st.booleans(),
     weighted=st.booleans(),
 )
-@example(seed=5301078, dtypes=LAZY_DTYPES[0], pattern=PATTERNS[0], wild=False, weighted=False)  # denormals move alone
-def test_lazy_passes_equal_lists_on_awkward_values(
-    seed: int, dtypes: tuple[torch.dtype, torch.dtype], pattern: Pattern, wild: bool, weighted: bool
+def test_passes_on_the_mask_alone_equal_lists_on_awkward_values(
+    backend: Backend, seed: int, case: tuple[torch.dtype, Pattern], packed: bool, wild: bool, weighted: bool
 ) -> None:
-    run_lazy(seed, dtypes, pattern, updates=5, wild=wild, weighted=weighted)
+    run_lean(backend, seed, *case, packed=packed, wild=wild, weighted=weighted)
 
 
 def test_infinite_weight_of_no_consequence_is_kept_to_be_seen() -> None:
@@ -250,7 +361,7 @@ def test_concealing_nothing_leaves_the_weight_to_the_last_bit(dtypes: tuple[torc
     dtype, state_dtype = dtypes
     w = awkward(torch.Generator().manual_seed(2), 64, dtype, infinities=True)
     before = w.clone()
-    h = FORMS["lazy"].initial(w, Pattern(2, 4), 0, state_dtype)
+    h = form_of("lazy", full=True).initial(w, Pattern(2, 4), 0, state_dtype)
     eager.conceal([w], [h], 0.0)
     assert same_bits(w, before)
 
@@ -258,7 +369,7 @@ def test_concealing_nothing_leaves_the_weight_to_the_last_bit(dtypes: tuple[torc
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_lazy_passes_work_along_any_dimension_without_copying_the_weight(dim: int, weighted: bool) -> None:
-    pattern, lazy = Pattern(1, 4), FORMS["lazy"]
+    pattern, lazy = Pattern(1, 4), form_of("lazy", full=True)
     w = torch.randn(4, 8, 12).transpose(0, 2).contiguous().transpose(0, 2)  # same values, other strides
     h = lazy.initial(w, pattern, dim, torch.float32)
     assert h.stride() == w.stride()
@@ -332,7 +443,7 @@ def test_penalty_adds_nothing_where_weight_and_consensus_agree() -> None:
 
 def test_keep_only_writes_positive_zeros_over_anything() -> None:
     t = torch.tensor([float("nan"), -1.0, float("inf"), -0.0])
-    eager.keep_only(t, torch.tensor([False, True, False, False]))
+    eager.keep_only([t], [torch.tensor([False, True, False, False])])
     assert same_bits(t, torch.tensor([0.0, -1.0, 0.0, 0.0]))
 
 
@@ -358,10 +469,8 @@ def test_initial_state_is_the_projection_with_zero_dual() -> None:
     assert not admm.dual(v, Pattern(2, 8), 1).any()
 
 
-def test_mask_is_a_consensus_with_that_mask() -> None:
+def test_mask_is_told_from_what_is_none() -> None:
     mask = admm.mask(torch.randn(4, 16), Pattern(3, 8), 1)
-    assert admm.mask(mask, Pattern(3, 8), 1) is mask
-    assert torch.equal(admm.mask(mask.float(), Pattern(3, 8), 1), mask)
     assert bool(admm.is_mask_of(mask, Pattern(3, 8), 1))
     assert not bool(admm.is_mask_of(mask, Pattern(2, 8), 1))
 

@@ -222,24 +222,36 @@ class ADMM:
     """ADMMNxM with its defaults, or in the paper's form with ``rho`` from the setting."""
 
     def __init__(self, job: Job, *, paper: bool) -> None:
+        self.named = job.named
         build: Callable[..., ADMMNxM] = ADMMNxM.paper if paper else ADMMNxM
         self.optimizer: ADMMNxM = build(
             job.inner,
             job.named.items(),
             select=lambda name, _: job.target if name in job.named else None,
             total_steps=job.steps,
-            **{key: value for key, value in job.setting.items() if key != "variant"},
+            **_arguments(job.setting),
         )
+        self.narrow = NARROW.get(job.setting.get("emulated_state"))
         self.figures = Figures()
         self.every = max(1, job.steps // 40) if job.traced else 0
 
     def step(self, number: int) -> None:
         self.optimizer.step()
+        if self.narrow is not None and not self.optimizer.frozen:
+            self._narrow_states(self.narrow)
         if self.every and number % self.every == 0 and not self.optimizer.frozen:
             now = self.optimizer.residuals()
             churn = now.mask_churn if now.mask_churn == now.mask_churn else None
             for key, value in (("step", number), ("primal_residual", now.primal), ("churn", churn)):
                 self.figures.trace[key].append(value)
+
+    @torch.no_grad()
+    def _narrow_states(self, narrow: Callable[[Tensor], Tensor]) -> None:
+        """Round every v as a narrower dtype would hold it: a first, then its mask."""
+        for weight in self.optimizer.selection:
+            v = self.optimizer.state[self.named[weight.name]]["admm_consensus"]
+            a = narrow(torch.where(keep_mask(v, weight.pattern, weight.dim), v, -v))
+            v.copy_(torch.where(keep_mask(a, weight.pattern, weight.dim), a, -a))
 
     def at_projection(self, number: int) -> Callable[[], Any] | None:
         freeze_at = self.optimizer.plan.freeze_at
@@ -251,6 +263,32 @@ class ADMM:
             self.optimizer.finalize()
         self.figures.primal_residual = float(self.optimizer.param_groups[0]["admm_freeze_residual"])
         return self.figures
+
+
+def _arguments(setting: Setting) -> dict[str, Any]:
+    """Arguments of ADMMNxM from what a line of raw results can hold."""
+    given = {key: value for key, value in setting.items() if key not in ("variant", "emulated_state")}
+    if "state_dtype" in given:
+        given["state_dtype"] = getattr(torch, given["state_dtype"])
+    return given
+
+
+def _as_int8(a: Tensor) -> Tensor:
+    """Round as int8 holds it, with a float32 scale for 64 entries of a row."""
+    blocks = a.view(-1, 64)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((blocks / scale).round().clamp(-127, 127) * scale).view(a.shape)
+
+
+def _as_float8(a: Tensor) -> Tensor:
+    """Round as float8 (e4m3) holds it, with a float32 scale for 64 entries of a row."""
+    blocks = a.view(-1, 64)
+    scale = (blocks.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-30)
+    return ((blocks / scale).to(torch.float8_e4m3fn).to(a.dtype) * scale).view(a.shape)
+
+
+NARROW: dict[Any, Callable[[Tensor], Tensor]] = {"int8": _as_int8, "float8": _as_float8}
+"""Dtypes that ADMMNxM does not offer for its state, as they would round it."""
 
 
 METHODS: dict[str, Callable[[Job], Method]] = {

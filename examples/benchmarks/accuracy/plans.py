@@ -97,6 +97,16 @@ _CPU = Plan(
         "z every step": {"update_every": 1},
         "proximal": {"penalty": "proximal"},
         "gradient": {"penalty": "gradient"},
+        "w stored, float32": {"state_dtype": "float32"},
+        "w stored, bfloat16": {"state_dtype": "bfloat16"},
+        "proximal, bfloat16": {"penalty": "proximal", "state_dtype": "bfloat16"},
+        "proximal, bfloat16 at random": {
+            "penalty": "proximal",
+            "state_dtype": "bfloat16",
+            "state_rounding": "stochastic",
+        },
+        "proximal, as int8": {"penalty": "proximal", "emulated_state": "int8"},
+        "proximal, as float8": {"penalty": "proximal", "emulated_state": "float8"},
     },
     ablation_seeds=(0, 1, 2),
 )
