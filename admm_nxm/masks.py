@@ -38,7 +38,7 @@ def pack(mask: Tensor) -> Tensor:
     Returns:
         uint8 tensor of an eighth of the entries, contiguous.
     """
-    flat = mask.reshape(-1)
+    flat = mask.reshape(-1).contiguous()
     if flat.storage_offset() % 8:  # words must begin where a word of the memory does
         flat = flat.clone()
     words = flat.view(torch.int64)

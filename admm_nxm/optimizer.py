@@ -185,8 +185,15 @@ class ADMMNxM(Optimizer):
         selection, params = select_weights(
             model, Pattern.parse(pattern), select, dims=dims, ineligible=ineligible, held=places
         )
+        dtypes = {params[weight.name].dtype for weight in selection}
+        if state_rounding == "stochastic" and torch.float32 not in dtypes:
+            raise ValueError(
+                'state_rounding="stochastic" rounds what is float32, and the prunable weights are '
+                f'{", ".join(sorted(map(str, dtypes)))}; use state_rounding="nearest"'
+            )
         for weight in selection:
             check_sharding(weight.name, params[weight.name], weight.dim, weight.pattern.group)
+            backend_for(params[weight.name].device, backend)  # refuses one that does not work there
         self.__setstate__(
             {
                 "inner": optimizer,
@@ -198,7 +205,7 @@ class ADMMNxM(Optimizer):
                 "state_dtype": state_dtype,
                 "state_rounding": state_rounding,
                 "backend": backend,
-                "_full": _is_full(penalty, state_dtype, [params[weight.name].dtype for weight in selection]),
+                "_full": _is_full(penalty, state_dtype, dtypes),
                 "residual_tolerance": float(residual_tolerance),
                 # Parameter objects may be exchanged before the first step (FSDP2); their places in the groups stay.
                 "_places": [places[id(params[weight.name])] for weight in selection],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import at_least
+from .kernels.eager import pieces
 
 __all__ = ["Curvature", "Saliency"]
 
@@ -62,15 +63,20 @@ class Curvature:
             if h is None or type(h) not in (Tensor, torch.nn.Parameter):
                 continue
             if h.is_floating_point() and h.shape == shape and self.exponent > 0:
-                # A gradient that was always zero must not tie all of a group at zero.
-                return _power(h.float().clamp_min(1e-20), self.exponent)
+                return _power(h, self.exponent)
         return None
 
 
-def _power(positive: Tensor, exponent: float) -> Tensor:
-    """``positive ** exponent`` in place. Roots are rounded alike on every device, and cost a fraction of a power."""
-    if exponent == 0.5:
-        return positive.sqrt_()
-    if exponent == 0.25:
-        return positive.sqrt_().sqrt_()
-    return positive.pow_(exponent)
+def _power(h: Tensor, exponent: float) -> Tensor:
+    """``h ** exponent`` in float32. Roots are rounded alike on every device, and cost a fraction of a power."""
+    factor = torch.empty_like(h, dtype=torch.float32)
+    for part, given in pieces(factor, h):
+        # A gradient that was always zero must not tie all of a group at zero.
+        part.copy_(given).clamp_min_(1e-20)
+        if exponent == 0.5:
+            part.sqrt_()
+        elif exponent == 0.25:
+            part.sqrt_().sqrt_()
+        else:
+            part.pow_(exponent)
+    return factor

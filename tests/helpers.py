@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,21 @@ from admm_nxm import ADMMNxM, Every
 from admm_nxm.forms import FORMS
 
 PENALTIES = tuple(FORMS)
-"""Every form of the penalty; a new one is tested wherever this is used."""
+"""Every penalty; a new one is tested wherever this is used."""
+
+FULL = "lazy-full"
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"penalty": name} for name in FORMS},
+    FULL: {"penalty": "lazy", "state_dtype": torch.float32},
+}
+"""What every form is tested as: the lazy form with its mask alone, as it is by default, and with a state of the
+weight's size."""
 
 WITH_DUAL = tuple(name for name, form in FORMS.items() if form.takes_dual)
 DEFAULT = inspect.signature(ADMMNxM).parameters["penalty"].default
 
-every_form = pytest.mark.parametrize("penalty", PENALTIES)
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+every_form = pytest.mark.parametrize("penalty", CASES)
 # The toy runs keep their learning rate until the freeze, and their few kept places may still change places then.
 restless = pytest.mark.filterwarnings("ignore:the mask had not settled")
 every_form_with_a_dual = pytest.mark.parametrize("penalty", WITH_DUAL)
@@ -143,7 +153,7 @@ def forms_and_inners(factories: Mapping[str, Factory], few: Collection[str] = A_
     """The default form of the penalty over every inner optimizer, the other forms over a few."""
     cases = [
         pytest.param(penalty, factory, id=f"{penalty}-{name}")
-        for penalty in PENALTIES
+        for penalty in CASES
         for name, factory in factories.items()
         if penalty == DEFAULT or name in few
     ]
@@ -163,4 +173,20 @@ def tolerance(penalty: str) -> float:
 def admm(net: nn.Module, factory: Factory | None = None, **options: object) -> ADMMNxM:
     """ADMMNxM around an inner optimizer (AdamW unless said otherwise), at pattern 1:4."""
     inner = (factory or TORCH_OPTIMIZERS["AdamW-single"])(net)
-    return ADMMNxM(inner, net, **{"pattern": "1:4", **options})  # type: ignore[arg-type]
+    return ADMMNxM(inner, net, **spelt_out({"pattern": "1:4", **options}))  # type: ignore[arg-type]
+
+
+def spelt_out(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ADMMNxM, where ``penalty`` may be the name of a case."""
+    case = CASES.get(options.get("penalty", DEFAULT))
+    return dict(options) if case is None else {**case, **options, "penalty": case["penalty"]}
+
+
+def is_lean(penalty: str) -> bool:
+    """Whether the case stores masks alone (for weights of 32 bits or more)."""
+    return penalty not in WITH_DUAL and penalty != FULL
+
+
+def primal_of(optimizer: ADMMNxM, p: Tensor) -> Tensor:
+    """W itself, of a weight that has had a step and is not frozen."""
+    return optimizer._form.primal(p.detach(), optimizer.state[p]["admm_consensus"], optimizer.rho)

@@ -12,7 +12,16 @@ from torch import nn
 
 import admm_nxm
 from admm_nxm import ADMMNxM, Every, Pattern, Ramp
-from tests.helpers import PENALTIES, Net, admm, assert_same_weights, make_net, weights_of
+from tests.helpers import (
+    PENALTIES,
+    WITH_DUAL,
+    Net,
+    admm,
+    assert_same_weights,
+    every_form,
+    make_net,
+    weights_of,
+)
 
 
 def build(**options: Any) -> ADMMNxM:
@@ -61,7 +70,54 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["update_every=80", "steps from step", "after step 70", "shorter interval"],
     ),
-    "state dtype not floating": ({"state_dtype": torch.int8}, ValueError, ["torch.int8", "torch.bfloat16"]),
+    "state dtype not floating": (
+        {"state_dtype": torch.int8},
+        ValueError,
+        ["torch.int8", "torch.bfloat16", "torch.bool for the mask alone", "32 bits or more"],
+    ),
+    "state dtype of another type": ({"state_dtype": "bfloat16"}, ValueError, ["'bfloat16'", "torch.bfloat16", "None"]),
+    "layout of a mask as state dtype": ({"state_dtype": torch.uint8}, ValueError, ["torch.uint8", "torch.bool for"]),
+    **{
+        f"mask alone in the {penalty} form": (
+            {"penalty": penalty, "state_dtype": torch.bool},
+            ValueError,
+            ["state_dtype=torch.bool must be one of", "torch.float32", "torch.bfloat16", "None for the weights' own"],
+        )
+        for penalty in WITH_DUAL
+    },
+    "unknown rounding": ({"state_rounding": "up"}, ValueError, ["state_rounding='up'", '"nearest"', '"stochastic"']),
+    "rounding of another type": ({"state_rounding": None}, ValueError, ["state_rounding=None", '"stochastic"']),
+    "stochastic rounding of a mask": (
+        {"state_rounding": "stochastic"},
+        ValueError,
+        ["state_dtype=torch.bfloat16", '"proximal" or "gradient"', "state_dtype=None", 'penalty="lazy"'],
+    ),
+    "stochastic rounding of the lazy form's copy": (
+        {"state_rounding": "stochastic", "state_dtype": torch.bfloat16},
+        ValueError,
+        ["adds up changes", '"proximal" or "gradient"', 'penalty="lazy"'],
+    ),
+    "stochastic rounding where nothing is rounded": (
+        {"state_rounding": "stochastic", "penalty": "proximal"},
+        ValueError,
+        ["needs state_dtype=torch.bfloat16", "here are state_dtype=None"],
+    ),
+    "stochastic rounding to another dtype": (
+        {"state_rounding": "stochastic", "penalty": "gradient", "state_dtype": torch.float16},
+        ValueError,
+        ["needs state_dtype=torch.bfloat16", "torch.float16"],
+    ),
+    "unknown backend": (
+        {"backend": "cuda"},
+        ValueError,
+        ["backend='cuda'", '"eager", "native", "triton"', "None for the fastest"],
+    ),
+    "backend of another type": ({"backend": True}, ValueError, ["backend=True", '"eager"']),
+    "backend for another device": (
+        {"backend": "triton"},
+        RuntimeError,
+        ['backend="triton"', "device 'cpu'", '"eager", "native"'],
+    ),
     "tolerance of another type": ({"residual_tolerance": "a"}, ValueError, ["'a'", "above 0"]),
     "tolerance of zero": ({"residual_tolerance": 0.0}, ValueError, ["residual_tolerance=0.0", "above 0"]),
     "unknown treatment of the ineligible": ({"ineligible": "warn"}, ValueError, ["'warn'", '"error"', '"skip"']),
@@ -207,23 +263,29 @@ def test_model_without_names_is_refused_with_the_way_to_names() -> None:
         ADMMNxM(inner, 3)  # type: ignore[arg-type]
 
 
-def test_sparse_gradient_of_a_prunable_weight_is_refused() -> None:
+@pytest.mark.parametrize("name", ["blocks.0.up.weight", "blocks.1.up.weight"])
+@every_form
+def test_sparse_gradient_of_a_prunable_weight_is_refused(penalty: str, name: str) -> None:
     net = make_net()
-    optimizer = admm(net)
-    w = net.blocks[0].up.weight
-    w.grad = torch.eye(16, 8).to_sparse()
+    optimizer = admm(net, rho=1.0, penalty=penalty)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    net.get_parameter(name).grad = torch.eye(16, 8).to_sparse()
     before = weights_of(net)
-    with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight.*sparse_coo gradient"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*sparse_coo gradient"):
         optimizer.step()
     assert_same_weights(net, before)
 
 
-def test_refused_construction_leaves_the_inner_optimizer_untouched() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"), [({"pattern": Pattern(3, 5)}, "no multiple"), ({"backend": "triton"}, "no kernels")]
+)
+def test_refused_construction_leaves_the_inner_optimizer_untouched(options: dict[str, Any], message: str) -> None:
     net = make_net()
     inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
     groups = [dict(group) for group in inner.param_groups]
-    with pytest.raises(ValueError, match="no multiple"):
-        ADMMNxM(inner, net, pattern=Pattern(3, 5))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ADMMNxM(inner, net, **options)
     assert [dict(group) for group in inner.param_groups] == groups
     assert not inner.state
 

@@ -205,7 +205,7 @@ def test_sums_over_large_weights_are_as_exact_as_float32_can_hold() -> None:
     v = torch.zeros_like(w)
     figures = native.advance(w, v, Pattern(2, 4), 1, False, 1.0)
     norm = w.double().square().sum().item()
-    assert figures.tolist() == pytest.approx([norm / 2, norm, 0, w.numel() / 2], rel=1e-6)
+    assert figures.tolist() == pytest.approx([norm / 2, norm, 0, w.numel() / 2], rel=5e-6)
 
 
 # ---------------------------------------------------------------- stochastic rounding
@@ -391,3 +391,46 @@ def test_optimizer_compiles_what_it_needs_when_it_is_built(monkeypatch: pytest.M
             optimizer.step()
             optimizer.zero_grad()
         assert optimizer.finalize().ok
+
+
+@pytest.mark.parametrize("penalty", ["proximal", "gradient"])
+def test_stochastic_rounding_of_weights_that_need_none_is_refused(penalty: Any) -> None:
+    net = make_net(dtype=BF16)
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"rounds what is float32, and the prunable weights are torch\.bfloat16"):
+        ADMMNxM(inner, net, penalty=penalty, state_dtype=BF16, state_rounding="stochastic")
+
+
+def test_random_bits_differ_between_weights_and_steps_and_are_the_same_in_a_run_again() -> None:
+    def states(name: str) -> list[Tensor]:
+        net = torch.nn.Module()
+        net.add_module(name, torch.nn.Linear(64, 64, bias=False))
+        with torch.no_grad():
+            next(net.parameters()).fill_(1.0 + 2**-9)
+        inner = torch.optim.SGD(net.parameters(), lr=0.0)
+        options: dict[str, Any] = {"state_dtype": BF16, "state_rounding": "stochastic", "penalty": "proximal"}
+        optimizer = ADMMNxM(inner, net, select={".*": "4:4"}, rho=1e-30, update_every=1, **options)
+        (p,) = net.parameters()
+        seen = []
+        for _ in range(3):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            seen.append(optimizer.state[p]["admm_consensus"].clone())
+        return seen
+
+    first, second, third = states("a")
+    assert {x.unique().numel() for x in (first, second, third)} == {2}
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, states("b")[0])
+    assert all(map(torch.equal, (first, second, third), states("a")))
+
+
+@needs_compiler
+def test_backward_through_a_weight_that_was_changed_since_is_an_error() -> None:
+    """As after any in-place operation of torch: the gradient would be that of other weights."""
+    w = torch.randn(8, 16, requires_grad=True)
+    loss = (w * w).sum()
+    native.shrink([w.detach()], [stored_as(keep_mask(w.detach(), Pattern(2, 4)), PACKED)], 2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

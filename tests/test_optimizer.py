@@ -24,9 +24,13 @@ from admm_nxm import (
     project,
     verify,
 )
+from admm_nxm.masks import packed_shape
 from admm_nxm.reference import ReferenceADMM
 from admm_nxm.schedules import Plan
 from tests.helpers import (
+    CASES,
+    FULL,
+    PENALTIES,
     TORCH_OPTIMIZERS,
     WITH_DUAL,
     Factory,
@@ -38,8 +42,10 @@ from tests.helpers import (
     every_form,
     every_form_with_a_dual,
     forms_and_inners,
+    is_lean,
     loss_of,
     make_net,
+    primal_of,
     restless,
     same_bits,
     tolerance,
@@ -89,9 +95,20 @@ def test_whole_run_equals_reference(options: dict, dtype: torch.dtype, penalty: 
     options = options if penalty in WITH_DUAL else without_dual(options)
     module, pattern = OneWeight(3, 16, dtype), Pattern(3, 8)
     optimizer = ADMMNxM(
-        torch.optim.SGD(module.parameters(), lr=0.05), module, pattern=pattern, penalty=penalty, **options
+        torch.optim.SGD(module.parameters(), lr=0.05),
+        module,
+        pattern=pattern,
+        **options,
+        **{**CASES[penalty], **({"state_dtype": dtype} if penalty == FULL else {})},
     )
-    reference = ReferenceADMM(module.weight, pattern, optimizer.plan, lr=0.05, penalty=penalty)
+    reference = ReferenceADMM(
+        module.weight,
+        pattern,
+        optimizer.plan,
+        lr=0.05,
+        penalty=optimizer.penalty,
+        state_dtype=torch.bool if is_lean(penalty) else None,
+    )
     close = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
 
     def values(flat: list[float]) -> torch.Tensor:
@@ -123,7 +140,7 @@ def test_whole_run_equals_reference(options: dict, dtype: torch.dtype, penalty: 
 @pytest.mark.parametrize("inner", ["AdamW-single", "AdamW-foreach", "AdamW-fused", "SGD-single-options"])
 @pytest.mark.parametrize(
     ("penalty", "total_steps"),
-    [("lazy", 20), ("lazy", 100), ("lazy", 400), ("proximal", 20), ("proximal", 100)],
+    [("lazy", 20), ("lazy", 100), ("lazy", 400), (FULL, 100), ("proximal", 20), ("proximal", 100)],
 )
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
 def test_defaults_finish_the_job(penalty: str, inner: str, total_steps: int, pattern: str) -> None:
@@ -136,20 +153,20 @@ def test_defaults_finish_the_job(penalty: str, inner: str, total_steps: int, pat
     assert optimizer.phase == "frozen"
     report = optimizer.finalize()  # a ConvergenceWarning would be an error here
     assert report.ok
-    assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.002 if penalty == "lazy" else 0.01)
+    assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.01 if penalty in WITH_DUAL else 0.002)
     assert verify(net, pattern).ok
     assert report.sparsity == pytest.approx(Pattern.parse(pattern).sparsity)
 
 
 @restless
 @pytest.mark.parametrize("total_steps", [20, 100, 400])
-@pytest.mark.parametrize("penalty", ["lazy", "proximal"])
+@pytest.mark.parametrize("penalty", ["lazy", FULL, "proximal"])
 def test_learning_rate_that_does_not_decay_leaves_nothing_to_project_either(penalty: str, total_steps: int) -> None:
     net = make_net()
     optimizer = admm(net, pattern="2:4", total_steps=total_steps, penalty=penalty)
     train(net, optimizer, total_steps)
     assert optimizer.finalize().ok
-    assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.002 if penalty == "lazy" else 0.01)
+    assert optimizer.param_groups[0]["admm_freeze_residual"] < (0.01 if penalty in WITH_DUAL else 0.002)
 
 
 @every_form
@@ -198,7 +215,9 @@ def test_every_inner_optimizer_ends_feasible_and_stays_so(penalty: str, factory:
     optimizer = admm(net, factory, total_steps=20, penalty=penalty)
     train(net, optimizer, 20)
     with warnings.catch_warnings():
-        if penalty != "lazy":  # whose residual at the freeze does not depend on the strides of the inner optimizer
+        if (
+            penalty in WITH_DUAL
+        ):  # the lazy form's residual at the freeze does not depend on the strides of the inner optimizer
             warnings.simplefilter("ignore", ConvergenceWarning)
         assert optimizer.finalize().ok
     train(net, optimizer, 5, start=20)
@@ -232,15 +251,21 @@ def test_finalize_projects_weight_plus_dual(penalty: str) -> None:
 
 
 @every_form
-def test_finalize_frees_the_state_to_one_byte_a_weight(penalty: str) -> None:
+def test_finalize_frees_the_state_to_one_byte_a_weight_or_leaves_it_at_one_bit(penalty: str) -> None:
     net = make_net()
     optimizer = admm(net, total_steps=20, penalty=penalty)
     train(net, optimizer, 5)
     w = net.blocks[0].up.weight
-    assert optimizer.state[w]["admm_consensus"].dtype == torch.float32
+
+    def bytes_a_weight() -> float:
+        state = optimizer.state[w]["admm_consensus"]
+        return state.numel() * state.element_size() / w.numel()
+
+    assert bytes_a_weight() == (0.125 if is_lean(penalty) else 4)
     with pytest.warns(ConvergenceWarning, match="after 5 steps"):
         optimizer.finalize()
-    assert optimizer.state[w]["admm_consensus"].dtype == torch.bool
+    assert bytes_a_weight() == (0.125 if is_lean(penalty) else 1)
+    assert optimizer.state[w]["admm_consensus"].dtype == (torch.uint8 if is_lean(penalty) else torch.bool)
     assert torch.equal(optimizer.auxiliary("blocks.0.up.weight"), w)
     assert not optimizer.dual("blocks.0.up.weight").any()
 
@@ -386,10 +411,15 @@ def test_unknown_weight_name_lists_the_known_ones() -> None:
             view("head.weight")
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@every_form
-def test_state_is_one_buffer_a_weight_of_the_asked_dtype(
+STATE_DTYPES = [None, torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "state_dtype"),
+    [(penalty, dtype) for penalty in PENALTIES for dtype in STATE_DTYPES] + [("lazy", torch.bool)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_state_is_one_buffer_a_weight_of_the_asked_dtype_or_its_mask(
     penalty: str, dtype: torch.dtype, state_dtype: torch.dtype | None
 ) -> None:
     net = make_net(dtype=dtype)
@@ -402,16 +432,31 @@ def test_state_is_one_buffer_a_weight_of_the_asked_dtype(
         residual_tolerance=tolerance(penalty),
     )
     train(net, optimizer, 2)
+    # By default the lazy form stores the mask alone, except for weights too narrow for w to be made of what is shown.
+    lean = state_dtype == torch.bool or (penalty == "lazy" and state_dtype is None and dtype != torch.bfloat16)
     for weight in optimizer.selection:
         p = net.get_parameter(weight.name)
-        assert set(optimizer.state[p]) == {"admm_consensus", "momentum_buffer"} - (
-            set() if "momentum_buffer" in optimizer.state[p] else {"momentum_buffer"}
-        )
-        assert optimizer.state[p]["admm_consensus"].dtype == (state_dtype or dtype)
-        assert optimizer.state[p]["admm_consensus"].shape == p.shape
+        state = optimizer.state[p]
+        assert set(state) == {"admm_consensus", *(["momentum_buffer"] if "momentum_buffer" in state else [])}
+        assert state["admm_consensus"].dtype == (torch.uint8 if lean else state_dtype or dtype)
+        assert state["admm_consensus"].shape == (packed_shape(p.shape) if lean else p.shape)
     assert not any("admm_consensus" in optimizer.state[p] for p in net.head.parameters() if p in optimizer.state)
     train(net, optimizer, 58, start=2)
     assert optimizer.finalize().ok
+
+
+def test_one_weight_of_16_bits_among_others_gives_all_a_state_of_their_size() -> None:
+    net = make_net()
+    net.blocks[0].up.to(torch.bfloat16)
+    optimizer = admm(net, rho=0.5)
+    for name in ("blocks.0.up.weight", "blocks.1.up.weight"):
+        net.get_parameter(name).grad = torch.zeros_like(net.get_parameter(name))
+    optimizer.step()
+    dtypes = {
+        name: optimizer.state[net.get_parameter(name)]["admm_consensus"].dtype
+        for name in ("blocks.0.up.weight", "blocks.1.up.weight")
+    }
+    assert dtypes == {"blocks.0.up.weight": torch.bfloat16, "blocks.1.up.weight": torch.float32}
 
 
 @every_form
@@ -545,7 +590,7 @@ def test_several_parameter_groups_and_constant_schedule(penalty: str) -> None:
     net = make_net()
     groups = [{"params": net.head.parameters(), "lr": 1e-3}, {"params": net.blocks.parameters(), "weight_decay": 0.1}]
     inner = torch.optim.AdamW(groups, lr=2e-3)
-    options = {"rho": Constant(99.0), "penalty": penalty, "residual_tolerance": tolerance(penalty)}
+    options = {"rho": Constant(99.0), "residual_tolerance": tolerance(penalty), **CASES[penalty]}
     optimizer = ADMMNxM(inner, net, **options)
     train(net, optimizer, 30)
     assert [group["admm_step"] for group in optimizer.param_groups] == [30, 30]
@@ -565,7 +610,7 @@ def test_plan_is_the_one_that_was_asked_for(penalty: str) -> None:
 @every_form
 def test_defaults_finish_the_job_in_every_form_where_there_is_time(penalty: str) -> None:
     net = make_net()
-    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-3), net, penalty=penalty, total_steps=600)
+    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-3), net, total_steps=600, **CASES[penalty])
     train(net, optimizer, 600)
     assert optimizer.finalize().ok  # a ConvergenceWarning would be an error here
 
@@ -606,9 +651,16 @@ def test_only_the_weights_that_were_changed_while_projected_stay(penalty: str) -
     optimizer = admm(net, rho=0.1, update_every=every(3, penalty), penalty=penalty)
     train(net, optimizer, 10)
     before = weights_of(net)
+    loaded = torch.full((16, 8), 2.0)
     with optimizer.projected(), torch.no_grad():
-        net.blocks[0].up.weight.fill_(2.0)
-    assert torch.equal(net.blocks[0].up.weight, torch.full((16, 8), 2.0))
+        net.blocks[0].up.weight.copy_(loaded)
+    now, mask = net.blocks[0].up.weight, optimizer.masks()["blocks.0.up.weight"]
+    assert torch.equal(mask, keep_mask(loaded, "1:4"))
+    torch.testing.assert_close(primal_of(optimizer, now), loaded, rtol=1e-6, atol=0)
+    # Where w is made of what is shown, it is shown at once; elsewhere from the next step on.
+    shown = torch.where(mask, loaded, loaded / 1.1) if is_lean(penalty) else loaded
+    torch.testing.assert_close(now.detach(), shown, rtol=1e-6, atol=0)
+    assert is_lean(penalty) or torch.equal(now, loaded)
     before.pop("blocks.0.up.weight")
     assert_same_weights({name: w for name, w in weights_of(net).items() if name in before}, before)
 
@@ -762,7 +814,7 @@ def test_unwrap_leaves_w_and_nothing_of_admm(penalty: str, steps: int) -> None:
         expected = {
             bound.spec.name: bound.w.clone()
             if optimizer.frozen or not optimizer.rho
-            else form.primal(bound.w, optimizer._consensus_or_initial(bound)).clone()
+            else form.primal(bound.w, optimizer._consensus_or_initial(bound), optimizer.rho).clone()
             for bound in optimizer._bound()
         }
     optimizer.eval()
@@ -771,9 +823,9 @@ def test_unwrap_leaves_w_and_nothing_of_admm(penalty: str, steps: int) -> None:
     assert not any(key.startswith("admm") for group in inner.param_groups for key in group)
     assert not any(key.startswith("admm") for state in inner.state.values() for key in state)
     assert_same_weights(weights_of(net), {**held, **expected})
-    if penalty == "lazy" and steps == 12:
+    if penalty not in WITH_DUAL and steps == 12:
         assert any(not torch.equal(held[name], w) for name, w in expected.items())
-    again = ADMMNxM(inner, net, penalty=penalty, total_steps=10, residual_tolerance=99.0)
+    again = ADMMNxM(inner, net, total_steps=10, residual_tolerance=99.0, **CASES[penalty])
     train(net, again, 10)
     assert again.param_groups[0]["admm_step"] == 10
     assert again.finalize().ok

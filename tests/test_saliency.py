@@ -22,6 +22,7 @@ from tests.helpers import (
     assert_same_weights,
     every,
     make_net,
+    primal_of,
     same_bits,
     train,
     weights_of,
@@ -44,8 +45,7 @@ NONE = {"ASGD", "Adafactor", "Adamax", "Muon", "Rprop", "SGD"}
 
 
 def primal_and_mask(optimizer: ADMMNxM, net: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    p = net.get_parameter(name)
-    return optimizer._form.primal(p.detach(), optimizer.state[p]["admm_consensus"]), optimizer.masks()[name]
+    return primal_of(optimizer, net.get_parameter(name)), optimizer.masks()[name]
 
 
 def test_every_optimizer_of_torch_is_accounted_for() -> None:
@@ -69,7 +69,9 @@ def test_masks_follow_the_second_moment_where_the_inner_optimizer_has_one(name: 
                 assert factor is None
                 scores = w
             else:
-                assert same_bits(factor, state[key].clamp_min(1e-20).pow(0.25))
+                h = state[key].clamp_min(1e-20)
+                assert same_bits(factor, h.sqrt().sqrt())  # roots, which every device rounds alike
+                torch.testing.assert_close(factor, h.pow(0.25), rtol=1e-6, atol=0)
                 scores = w * factor
             for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
                 assert keep_list(row, Pattern(1, 4)) == kept

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from admm_nxm import Constant, Every, Ramp, Rise, Update
 from admm_nxm.schedules import Plan, check_update, default_plan, make_plan, next_rho
-from tests.helpers import PENALTIES, WITH_DUAL, every_form
+from tests.helpers import PENALTIES, WITH_DUAL, every_penalty
 
 SCHEDULES = [
     Constant(0.1),
@@ -183,7 +183,7 @@ def test_different_schedules_differ() -> None:
     assert len(set(SCHEDULES)) == len(SCHEDULES)
 
 
-@every_form
+@every_penalty
 @pytest.mark.parametrize("total_steps", [None, 100])
 def test_a_default_plan_can_be_pickled(penalty: str, total_steps: int | None) -> None:
     made = plan(penalty=penalty, total_steps=total_steps)
@@ -254,7 +254,7 @@ DOCUMENTED = {  # rho at both ends, the freeze of a run of 1000 steps, rho in th
 }
 
 
-@every_form
+@every_penalty
 def test_the_default_plan_has_the_documented_phases(penalty: str) -> None:
     initial, final, freeze_at, _ = DOCUMENTED[penalty]
     made = plan(penalty=penalty, total_steps=1000)
@@ -268,7 +268,7 @@ def test_the_default_plan_has_the_documented_phases(penalty: str) -> None:
     assert made.rho(freeze_at - 21) < made.rho(freeze_at - 20) == final  # two updates before the freeze
 
 
-@every_form
+@every_penalty
 def test_the_phases_end_where_the_user_freezes(penalty: str) -> None:
     whole = plan(penalty=penalty, total_steps=1000)
     for total_steps in (5000, None):
@@ -280,7 +280,7 @@ def test_a_short_run_updates_more_often(total_steps: int, interval: int) -> None
     assert plan(total_steps=total_steps).updates.interval == interval
 
 
-@every_form
+@every_penalty
 def test_without_a_length_rho_rises_for_ever_and_the_dual_stays_out(penalty: str) -> None:
     made = plan(penalty=penalty, total_steps=None)
     assert made.freeze_at is None

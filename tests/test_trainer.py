@@ -640,6 +640,7 @@ def test_the_parser_reads_the_config_beside_the_training_arguments(tmp_path: Pat
         "update_every": 3,
         "select": {".*query.*": "2:4", ".*": None},
         "state_dtype": torch.bfloat16,
+        "state_rounding": "nearest",
         "freeze_at": 40,
     }
     assert parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu"])[1] == ADMMConfig()
@@ -656,6 +657,8 @@ def test_every_field_of_the_config_reaches_the_optimizer(tmp_path: Path) -> None
         freeze_ratio=0.5,
         select={".*query.weight": "1:2", ".*": None},
         state_dtype="bfloat16",
+        state_rounding="stochastic",
+        backend="eager",
         residual_tolerance=0.5,
     )
     made = trainer(tmp_path, config=config)
@@ -667,6 +670,7 @@ def test_every_field_of_the_config_reaches_the_optimizer(tmp_path: Path) -> None
         torch.bfloat16,
         0.5,
     )
+    assert (admm.state_rounding, admm.backend) == ("stochastic", "eager")
     assert (admm.plan.rho(7), admm.plan.updates.interval, admm.plan.freeze_at) == (0.25, 4, 10)
     assert [str(weight.pattern) for weight in admm.selection] == ["1:2", "1:2"]
 
@@ -687,6 +691,8 @@ def test_the_papers_form(tmp_path: Path) -> None:
         ({"select": "{"}, "select='{' is no JSON"),
         ({"select": "[1]"}, r"select=\[1\] must map"),
         ({"state_dtype": "int8"}, "state_dtype='int8' must be one of"),
+        ({"state_rounding": "up"}, "state_rounding='up' must be one of 'nearest', 'stochastic'"),
+        ({"backend": "gpu"}, "backend='gpu' must be one of"),
         ({"paper": True, "penalty": "proximal"}, "paper=True fixes the form"),
         ({"pattern": "4:2"}, "2:4"),
         ({"penalty": "foo"}, "penalty='foo' must be one of 'lazy'"),

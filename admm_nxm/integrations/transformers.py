@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._checks import at_least, is_count
 from ..forms import FORMS
+from ..kernels import check_backend
 from ..optimizer import ADMMNxM
 from ..pattern import Pattern
 from ..sparsity import SparsityReport, verify
@@ -52,7 +53,10 @@ class ADMMConfig:
             lazy).
         select: regular expression -> pattern or null, first match wins: a mapping, or JSON of one.
         ineligible: ``"error"`` or ``"skip"``, for weights that the rules ask for and that cannot be pruned.
-        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default each weight's own.
+        state_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"bool"`` for the mask alone; by default the mask
+            alone in the lazy form on weights of 32 bits, else each weight's own.
+        state_rounding: ``"nearest"`` or ``"stochastic"``.
+        backend: ``"eager"``, ``"native"`` or ``"triton"``; by default the fastest that works on the device.
         residual_tolerance: primal residual above which the projection warns, as a share of the weights' norm.
         paper: the paper's form, ``ADMMNxM.paper``; ``rho`` is then 0.01 unless given, and ``penalty`` and ``saliency``
             stay as they are.
@@ -75,7 +79,9 @@ class ADMMConfig:
     ineligible: str = field(
         default="error", metadata={"help": "error or skip, for chosen weights that cannot be pruned"}
     )
-    state_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16"})
+    state_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or bool (the mask)"})
+    state_rounding: str = field(default="nearest", metadata={"help": "nearest or stochastic"})
+    backend: str | None = field(default=None, metadata={"help": "eager, native or triton; default: the fastest"})
     residual_tolerance: float = field(default=0.02, metadata={"help": "primal residual above which to warn"})
     paper: bool = field(default=False, metadata={"help": "the form of the paper"})
 
@@ -84,7 +90,9 @@ class ADMMConfig:
         _one_of("penalty", self.penalty, FORMS)
         _one_of("saliency", self.saliency, (None, "curvature", "magnitude"))
         _one_of("ineligible", self.ineligible, ("error", "skip"))
-        _one_of("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "float16"))
+        _one_of("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "float16", "bool"))
+        _one_of("state_rounding", self.state_rounding, ("nearest", "stochastic"))
+        check_backend(self.backend)
         if self.rho is not None:
             at_least("rho", self.rho, 0.0)
         if self.update_every is not None:
@@ -118,6 +126,8 @@ class ADMMConfig:
             "update_every": self.update_every,
             "select": self.select,
             "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
+            "state_rounding": self.state_rounding,
+            "backend": self.backend,
         }
         if self.paper:
             del given["penalty"]

@@ -27,6 +27,7 @@ __all__ = [
     "hidden_mask",
     "hide",
     "keep_only",
+    "pieces",
     "prepare",
     "pull",
     "ranked",
@@ -59,7 +60,7 @@ def add_penalty(
         rho: penalty, in units of the loss per squared weight; negative to maximise.
     """
     for whole in zip(gradients, weights, consensus, strict=True):
-        for g, w, v in _pieces(*whole):
+        for g, w, v in pieces(*whole):
             g.add_((w - v).to(g.dtype), alpha=rho)
 
 
@@ -79,7 +80,7 @@ def pull(weights: Sequence[Tensor], consensus: Sequence[Tensor], fraction: float
             continue
         wide = torch.promote_types(dtype, other)
         for whole in alike:
-            for w, v in _pieces(*whole):
+            for w, v in pieces(*whole):
                 w.copy_(torch.lerp(w.to(wide), v.to(wide), fraction))
 
 
@@ -210,7 +211,7 @@ def reveal(weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
         hidden: the hidden state of each.
     """
     for whole in zip(weights, hidden, strict=True):
-        for w, h in _pieces(*whole):
+        for w, h in pieces(*whole):
             w.copy_(_choose(hidden_mask(h), w, h.to(w.dtype)))
 
 
@@ -223,7 +224,7 @@ def conceal(weights: Sequence[Tensor], hidden: Sequence[Tensor], fraction: float
         fraction: how far toward the pattern, from 0 (show w) to 1 (show its projection).
     """
     for whole in zip(weights, hidden, strict=True):
-        for w, h in _pieces(*whole):
+        for w, h in pieces(*whole):
             mask = hidden_mask(h)
             h.copy_(hide(w, mask, h.dtype))
             if fraction:
@@ -239,7 +240,7 @@ def shrink(weights: Sequence[Tensor], masks: Sequence[Tensor], divisor: float) -
         divisor: ``1 + rho``, rounded to float32 for weights up to that.
     """
     for whole in zip(weights, masks, strict=True):
-        for w, mask in _pieces(*whole):
+        for w, mask in pieces(*whole):
             wide = _wide(w)
             # A tensor, because torch divides by a number as it pleases: on CUDA by way of the reciprocal.
             smaller = wide / torch.full((), divisor, dtype=wide.dtype, device=w.device)
@@ -258,7 +259,7 @@ def restore(weights: Sequence[Tensor], masks: Sequence[Tensor], divisor: float) 
         divisor: as it was for :func:`shrink`.
     """
     for whole in zip(weights, masks, strict=True):
-        for w, mask in _pieces(*whole):
+        for w, mask in pieces(*whole):
             wide = _wide(w)
             larger = wide * torch.full((), divisor, dtype=wide.dtype, device=w.device)
             w.copy_(_choose(unpack(mask), w, larger.to(w.dtype)))
@@ -321,7 +322,7 @@ def keep_only(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         masks: the stored mask of each.
     """
     for whole in zip(tensors, masks, strict=True):
-        for t, mask in _pieces(*whole):
+        for t, mask in pieces(*whole):
             t.copy_(_choose(unpack(mask), t, None))
 
 
@@ -362,7 +363,7 @@ def _total(figures: list[Tensor], weight: Tensor) -> Tensor:
     return torch.stack(figures).sum(0) if figures else weight.new_zeros(4, dtype=torch.float32)
 
 
-def _pieces(*tensors: Tensor, unit: int = 8) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor, unit: int = 8) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one weight into flat blocks at the same places, where that needs no copy and saves memory.
 
     A packed mask is cut at an eighth of the places, so blocks are multiples of 8.
@@ -386,6 +387,6 @@ def _grouped_pieces(pattern: Pattern, dim: int, *tensors: Tensor | None) -> Iter
     if dim % first.ndim != first.ndim - 1:
         yield (*tensors, dim)
         return
-    for piece in _pieces(*present, unit=math.lcm(8, pattern.group)):
+    for piece in pieces(*present, unit=math.lcm(8, pattern.group)):
         parts = iter(piece)
         yield (*(None if t is None else next(parts) for t in tensors), -1)

@@ -215,6 +215,9 @@ def _run(name: str, tuples: Iterable[tuple[Tensor, ...]], scalar: float = 0.0) -
         call = getattr(library, f"run_{name}")
         option = _Option(scalar)
         call(jobs, starts, ctypes.c_int64(len(group)), ctypes.byref(option), ctypes.c_int64(_threads(entries)))
+        for tensors in group:
+            # Autograd must notice that what it saved has changed, as after any operation of torch.
+            torch.autograd.graph.increment_version(tensors[0])
     return left
 
 

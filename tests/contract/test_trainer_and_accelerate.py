@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, verify
-from tests.helpers import admm, assert_same_weights, batches, every_form, loss_of, make_net, tolerance, train
+from tests.helpers import CASES, admm, assert_same_weights, batches, every_form, loss_of, make_net, tolerance, train
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -41,9 +41,9 @@ def trainer(folder: Path, **options: Any) -> tuple[Any, nn.Module, ADMMNxM]:
     optimizer = ADMMNxM(
         torch.optim.AdamW(model.parameters(), lr=1e-3),
         model,
-        penalty=penalty,
         total_steps=total_steps,
         residual_tolerance=tolerance(penalty),
+        **CASES[penalty],
     )
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 2, STEPS)
     arguments = transformers.TrainingArguments(

@@ -1,0 +1,75 @@
+"""The weights that the optimizers work on: matrices of BERT's shapes with gradients, under a fused AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+BERT_BASE = 28_311_552
+"""Weights of the matrices in four layers of BERT-base."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYERS = 4
+
+
+def shapes_of(weights: int) -> list[tuple[int, int]]:
+    """Return the shapes of the matrices of four layers of a BERT of about so many weights in them.
+
+    Args:
+        weights: 28,311,552 is BERT-base; other numbers make it wider or narrower.
+
+    Returns:
+        Query, key, value, output, and the two of the feed-forward network, layer by layer.
+    """
+    hidden = max(64, round((weights / (12 * LAYERS)) ** 0.5 / 64) * 64)
+    layer = [(hidden, hidden)] * 4 + [(4 * hidden, hidden), (hidden, 4 * hidden)]
+    return layer * LAYERS
+
+
+class Weights:
+    """Parameters of one contestant, their gradients, and its AdamW.
+
+    Args:
+        shapes: of the parameters.
+        dtype: of the parameters.
+        device: where they are.
+        seed: of their values; equal seeds give equal values.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def random(shape: tuple[int, int], scale: float) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+        self.named = {f"layers.{index}.weight": nn.Parameter(random(shape, 0.02)) for index, shape in enumerate(shapes)}
+        for parameter in self.params:
+            parameter.grad = random((parameter.shape[0], parameter.shape[1]), 1e-3)
+        self.inner = torch.optim.AdamW(self.params, lr=1e-5, fused=True)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.named.values())
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [parameter.detach() for parameter in self.params]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.params if parameter.grad is not None]
+
+    @property
+    def count(self) -> int:
+        return sum(parameter.numel() for parameter in self.params)
+
+
+def tie_free(rows: int, width: int, group: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Return a matrix in which no two magnitudes of a group are equal in 16 bits either: 1 to ``group``, shuffled, with
+    random signs."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(rows * width // group, group, generator=generator).argsort(-1) + 1
+    signs = torch.randint(0, 2, order.shape, generator=generator) * 2 - 1
+    return (order * signs).view(rows, width).to(device=device, dtype=dtype)
