@@ -739,7 +739,7 @@ class ADMMNxM(Optimizer):
         """Bring the training weights back, bit for bit, and the inner optimizer into its training mode.
 
         A weight that was changed while the model held the projected weights (a checkpoint was loaded into the model)
-        stays as it is now, and its ADMM state starts anew from it.
+        is what training goes on from, and its ADMM state starts anew from it.
         """
         self._swap_out()
         if callable(inner_train := getattr(self.inner, "train", None)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     """Mark the ``keep`` entries of largest magnitude in each group.
 
     Ties go to the lower index. Magnitudes are compared as bit patterns without the sign, so denormals keep their
-    order whatever the flush mode, both zeros are equal, and a NaN ranks above infinity: it is never pruned unseen.
+    order whatever the flush mode, both zeros are equal, and NaNs, all alike, rank above infinity: they are never pruned
+    unseen.
 
     Args:
         w: weights, any floating dtype, shape and memory layout.
@@ -107,11 +110,15 @@ def by_group(t: Tensor, group: int, dim: int) -> Tensor:
 
 
 def _magnitude_key(w: Tensor) -> Tensor:
-    """Integers in the order of ``|w|``: the bits of ``w`` without the sign (IEEE 754 orders them alike)."""
+    """Integers in the order of ``|w|``: the bits of ``w`` without the sign (IEEE 754 orders them alike).
+
+    All NaNs are one: which of their many bit patterns an operation leaves is not the same everywhere.
+    """
     if w.element_size() == 1:
         w = w.to(torch.float32)  # 8-bit floats disagree on what NaN and zero look like; float32 holds them all
     dtype = INTEGER_OF_SIZE[w.element_size()]
-    return w.view(dtype).bitwise_and(torch.iinfo(dtype).max)
+    infinity = torch.tensor(math.inf, dtype=w.dtype).view(dtype).item()
+    return w.view(dtype).bitwise_and(torch.iinfo(dtype).max).clamp_max_(infinity + 1)
 
 
 def _pairwise_ranks(key: Tensor) -> list[Tensor]:

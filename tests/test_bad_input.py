@@ -138,6 +138,15 @@ def test_bad_option_is_refused_with_value_range_and_remedy(
         assert part in str(caught.value)
 
 
+def test_stochastic_rounding_of_weights_that_are_as_narrow_as_the_state_is_refused() -> None:
+    net = make_net(dtype=torch.bfloat16)
+    options = {"penalty": "proximal", "state_dtype": torch.bfloat16, "state_rounding": "stochastic"}
+    with pytest.raises(ValueError, match=r'rounds what is float32, .* are torch\.bfloat16; use .*"nearest"'):
+        admm(net, **options)
+    net.blocks[0].up.float()
+    assert admm(net, **options).state_rounding == "stochastic"
+
+
 def frozen(net: Net) -> None:
     net.blocks[1].down.weight.requires_grad_(False)
 

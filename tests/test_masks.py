@@ -406,6 +406,20 @@ def test_checkpoint_of_the_other_state_is_refused_with_the_dtype_to_ask_for(
             assert same_bits(after["state"][key]["admm_consensus"], entry["admm_consensus"])
 
 
+def test_checkpoint_from_before_the_selection_was_noted_is_refused_by_the_kind_of_its_state() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, penalty=FULL)
+    train(net, optimizer, 7)
+    _, state = saved((net, optimizer))
+    for group in state["param_groups"]:
+        del group["admm_selection"]
+    lean = admm(make_net(), total_steps=20)
+    with pytest.raises(ValueError, match=r"is torch\.float32, and here masks alone .* with state_dtype=torch\.float32"):
+        lean.load_state_dict(state)
+    assert not lean.state
+    admm(make_net(), total_steps=20, penalty=FULL).load_state_dict(state)
+
+
 @pytest.mark.parametrize("stop", [7, 12, 19])
 def test_run_in_bfloat16_with_the_mask_alone_resumes_bit_for_bit(stop: int) -> None:
     def fresh(seed: int = 0) -> tuple[Net, ADMMNxM]:

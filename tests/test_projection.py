@@ -335,3 +335,14 @@ def test_a_bad_pattern_is_refused(function: Callable) -> None:
         function(torch.ones(4), "4:2")
     with pytest.raises(TypeError, match="a Pattern or a string"):
         function(torch.ones(4), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nans_of_every_make_are_one_and_go_by_their_place(dtype: torch.dtype) -> None:
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    infinity = torch.tensor(float("inf"), dtype=dtype).view(integer).item()
+    largest = torch.iinfo(integer).max
+    makes = torch.tensor([infinity + 1, largest, infinity, largest, -1, infinity + 2], dtype=integer).view(dtype)
+    assert makes.isnan().tolist() == [True, True, False, True, True, True]
+    assert keep_mask(makes, "2:6").tolist() == [True, True, False, False, False, False]
+    assert keep_mask(makes[2:], "3:4").tolist() == [False, True, True, True]

@@ -48,10 +48,13 @@ def _sign(dtype: tl.constexpr):
 
 @triton.jit
 def _magnitude(x):
+    """The bits without the sign; all NaNs are one, just above infinity."""
     if x.dtype == tl.float32:
-        key = _bits(x) & 0x7FFFFFFF
+        key = tl.minimum(_bits(x) & 0x7FFFFFFF, 0x7F800001)
+    elif x.dtype == tl.bfloat16:
+        key = tl.minimum(_bits(x) & 0x7FFF, 0x7F81)
     else:
-        key = _bits(x) & 0x7FFF
+        key = tl.minimum(_bits(x) & 0x7FFF, 0x7C01)
     return key
 
 

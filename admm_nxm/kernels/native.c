@@ -88,6 +88,14 @@ typedef uint16_t state_t;
 #define STORE_S(x) float16_of(x)
 #endif
 
+/* The largest key of a number, plus one: what all NaNs rank as. */
+#define NAN_KEY(kind) ((kind) == FLOAT32 ? 0x7F800001 : (kind) == BFLOAT16 ? 0x7F81 : 0x7C01)
+#define AT_MOST(key, limit) ((key) > (limit) ? (limit) : (key))
+
+#define KEY_S(bits) AT_MOST((int32_t)((bits) & (state_t)(SIGN_S - 1)), NAN_KEY(STATE))
+#define KEY_W(bits) AT_MOST((int32_t)((bits) & (weight_t)(SIGN_W - 1)), NAN_KEY(WEIGHT))
+#define KEY_OF_FLOAT(x) AT_MOST((int32_t)(bits_of(x) & 0x7FFFFFFFu), NAN_KEY(FLOAT32))
+
 /* A conversion between equal dtypes leaves every bit, also that of a NaN. */
 #if WEIGHT == STATE
 #define W_TO_S(bits) (bits)
@@ -465,7 +473,6 @@ INLINE int32_t hash(uint32_t place, uint32_t seed) {
   return (int32_t)(h ^ (h >> 16));
 }
 
-#define KEY_S(bits) ((int32_t)((bits) & (state_t)(SIGN_S - 1)))
 
 typedef enum { CONSENSUS, HIDDEN, MASK } kind_t;
 
@@ -523,9 +530,9 @@ INLINE void chunk(kind_t kind, const job_t *job, const option_t *option, int64_t
       for (int64_t i = 0; i < run; i++) value[to + i] = LOAD_W(w[from + i]);
       if (factor)
         for (int64_t i = 0; i < run; i++)
-          key[to + i] = (int32_t)(bits_of(value[to + i] * factor[from + i]) & 0x7FFFFFFFu);
+          key[to + i] = KEY_OF_FLOAT(value[to + i] * factor[from + i]);
       else
-        for (int64_t i = 0; i < run; i++) key[to + i] = (int32_t)(w[from + i] & (weight_t)(SIGN_W - 1));
+        for (int64_t i = 0; i < run; i++) key[to + i] = KEY_W(w[from + i]);
       if (kind == MASK)
         load_mask(job->b, job->packed, from, run, old + to);
       else
@@ -613,6 +620,11 @@ INLINE void store_s(state_t *to, words_t bits) {
   }
 }
 
+INLINE lanes_t lanes_key(words_t magnitude, int32_t nan_key) {
+  const lanes_t key = (lanes_t)magnitude, over = key > nan_key;
+  return (key & ~over) | (nan_key & over);
+}
+
 INLINE floats_t float_where(words_t ones, floats_t x) {
   words_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -667,7 +679,7 @@ INLINE void whole_chunk(kind_t kind, const job_t *job, const option_t *option, i
     words_t old, new;
     if (kind == CONSENSUS) {
       const words_t v = load_s(s + i);
-      old = (words_t)rank_lanes((lanes_t)(v & (uint32_t)(SIGN_S - 1)), &t);
+      old = (words_t)rank_lanes(lanes_key(v & (uint32_t)(SIGN_S - 1), NAN_KEY(STATE)), &t);
       const floats_t sum = value + float_where(~old, -float_s(v));
       words_t a = round_s(sum);
       if (WEIGHT == FLOAT32 && STATE == BFLOAT16 && option->seeded) {
@@ -681,7 +693,7 @@ INLINE void whole_chunk(kind_t kind, const job_t *job, const option_t *option, i
         finite = (words_t)((bits & 0x7F800000u) != 0x7F800000u);
         a = (((bits + h) >> 16) & finite) | (a & ~finite);
       }
-      new = (words_t)rank_lanes((lanes_t)(a & (uint32_t)(SIGN_S - 1)), &t);
+      new = (words_t)rank_lanes(lanes_key(a & (uint32_t)(SIGN_S - 1), NAN_KEY(STATE)), &t);
       const floats_t way = float_where(new, float_s(a)) - float_where(old, float_s(v));
       moved += way * way;
       words_t dual = {0};
@@ -696,7 +708,7 @@ INLINE void whole_chunk(kind_t kind, const job_t *job, const option_t *option, i
         memcpy(&key, &f, sizeof key);
         key &= 0x7FFFFFFFu;
       }
-      new = (words_t)rank_lanes((lanes_t)key, &t);
+      new = (words_t)rank_lanes(lanes_key(key, factor ? NAN_KEY(FLOAT32) : NAN_KEY(WEIGHT)), &t);
       if (kind == MASK) {
         old = lanes_of_mask(job->b, job->packed, i);
         mask_of_lanes(job->b, job->packed, i, new);

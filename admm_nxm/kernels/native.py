@@ -231,7 +231,7 @@ def _dtypes_of(tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.dtype] |
         return None
     if state.dtype == PACKED:
         return (weight.dtype, weight.dtype) if weight.is_contiguous() and state.is_contiguous() else None
-    if any(t.shape != weight.shape or t.stride() != weight.stride() for t in tensors) or _memory(weight, 0) is None:
+    if any(not _laid_out_alike(weight, t) for t in tensors) or _memory(weight, 0) is None:
         return None
     if state.dtype == torch.bool:
         return weight.dtype, weight.dtype
@@ -246,7 +246,7 @@ def _run_grouped(
     sizes = _memory(weight, dim)
     if dtypes is None or sizes is None or pattern.group > _WIDEST_GROUP or not weight.numel():
         return None
-    if factor is not None and (factor.dtype != torch.float32 or factor.stride() != weight.stride()):
+    if factor is not None and (factor.dtype != torch.float32 or not _laid_out_alike(weight, factor)):
         return None
     library = _grouped(*dtypes, pattern.group, pattern.keep)
     if library is None:
@@ -258,6 +258,14 @@ def _run_grouped(
     if getattr(library, f"run_{name}")(ctypes.byref(job), ctypes.byref(option), threads, figures):
         raise MemoryError(f"no memory for the sums over a weight of shape {tuple(weight.shape)}")
     return torch.tensor(list(figures), dtype=torch.float32)
+
+
+def _laid_out_alike(t: Tensor, other: Tensor) -> bool:
+    """Whether entries of the same index lie at the same place in memory; dimensions of size 1 may have any stride."""
+    if t.shape != other.shape:
+        return False
+    sizes = zip(t.shape, t.stride(), other.stride(), strict=True)
+    return all(mine == theirs for size, mine, theirs in sizes if size != 1)
 
 
 def _memory(t: Tensor, dim: int) -> tuple[int, int, int] | None:
