@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Partial
 from admm_nxm import ADMMNxM, ConvergenceWarning, project, verify
 from admm_nxm._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from admm_nxm.masks import PACKED, pack, unpack
-from tests.helpers import CASES, WITH_DUAL, every_form, spelt_out
+from tests.helpers import CASES, every_form, spelt_out
 
 # Older torch warns of random numbers on a CPU mesh, which nothing here draws.
 pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support:UserWarning")
@@ -99,10 +99,7 @@ def check_runs_alike(rank: int, mesh: Any, tmp: str) -> None:
         for inner in ("AdamW", "SGD"):
             for penalty in CASES:
                 plain, sharded = Stack(), Stack().shard(placements, mesh)
-                # In forms with a dual the backends differ in the last bit, and a rank's part of a weight may have
-                # strides that only the eager one passes over.
-                options = {"penalty": penalty, "backend": "eager" if penalty in WITH_DUAL else None}
-                one, two = make(plain, inner, **options), make(sharded, inner, **options)
+                one, two = make(plain, inner, penalty=penalty), make(sharded, inner, penalty=penalty)
                 for first, last in ((0, 1), (1, 9), (9, 17), (17, 19)):
                     steps(plain, one, first, last)
                     steps(sharded, two, first, last)
