@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import consensus as admm
+from .factors import Factor
 from .kernels import Backend, eager
 from .masks import stored_as, unpack
 from .pattern import Pattern
@@ -71,7 +72,7 @@ class Form(Protocol):
         """Return u."""
 
     def projected(
-        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Tensor | None, rho: float
+        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Factor | None, rho: float
     ) -> tuple[Tensor, Tensor]:
         """Return ``P(w + u)`` in the weight's dtype, and its mask.
 
@@ -111,7 +112,7 @@ class Form(Protocol):
         state: Tensor,
         pattern: Pattern,
         dim: int,
-        factor: Tensor | None,
+        factor: Factor | None,
         with_dual: bool,
         dual_scale: float,
         seed: int | None = None,
@@ -189,7 +190,7 @@ class _Consensus(_Quiet):
         return admm.dual(state, pattern, dim)
 
     def projected(
-        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Tensor | None, rho: float
+        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Factor | None, rho: float
     ) -> tuple[Tensor, Tensor]:
         return admm.projected(weight, state, pattern, dim)
 
@@ -206,7 +207,7 @@ class _Consensus(_Quiet):
         state: Tensor,
         pattern: Pattern,
         dim: int,
-        factor: Tensor | None,
+        factor: Factor | None,
         with_dual: bool,
         dual_scale: float,
         seed: int | None = None,
@@ -264,7 +265,7 @@ class _Lazy(_Quiet):
         return torch.zeros_like(self.mask(state, pattern, dim), dtype=dtype)
 
     def projected(
-        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Tensor | None, rho: float
+        self, weight: Tensor, state: Tensor, pattern: Pattern, dim: int, factor: Factor | None, rho: float
     ) -> tuple[Tensor, Tensor]:
         # The model has learned to do with the mask that it was shown; one that it never saw would cost accuracy.
         # Without a penalty it was shown none, and the state may be older than the weight.
@@ -314,7 +315,7 @@ class LazyForm(_Lazy):
         state: Tensor,
         pattern: Pattern,
         dim: int,
-        factor: Tensor | None,
+        factor: Factor | None,
         with_dual: bool,
         dual_scale: float,
         seed: int | None = None,
@@ -373,7 +374,7 @@ class FullLazyForm(_Lazy):
         state: Tensor,
         pattern: Pattern,
         dim: int,
-        factor: Tensor | None,
+        factor: Factor | None,
         with_dual: bool,
         dual_scale: float,
         seed: int | None = None,

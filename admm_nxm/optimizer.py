@@ -20,6 +20,7 @@ from . import consensus as admm
 from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, fingerprint, split
 from ._inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
 from ._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
+from .factors import Factor
 from .forms import FORMS, Form, form_of, is_lean
 from .kernels import Backend, BackendName, backend_for, check_backend
 from .masks import PACKED, is_mask, stored_as, unpack
@@ -1030,7 +1031,7 @@ class ADMMNxM(Optimizer):
         state = self._consensus_or_initial(bound)
         return self._form.projected(weight, state, *bound.grouping, self._factor(bound), self._get("admm_rho"))
 
-    def _factor(self, bound: _Bound) -> Tensor | None:
+    def _factor(self, bound: _Bound) -> Factor | None:
         """What the projection ranks by beside the magnitude; None where there is nothing."""
         if self.saliency is None:
             return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import at_least
-from .kernels.eager import pieces
+from .factors import Factor, Root
 
 __all__ = ["Curvature", "Saliency"]
 
@@ -25,8 +25,9 @@ _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
 class Saliency(Protocol):
     """Inner state of one weight -> its factor."""
 
-    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Tensor | None:
-        """Return the factor of each entry, at least 0, or None to rank by magnitude alone.
+    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Factor | None:
+        """Return the factor of each entry, at least 0: a float32 tensor, or a :class:`admm_nxm.factors.Root`, which
+        costs no memory; or None to rank by magnitude alone.
 
         Args:
             state: what the inner optimizer holds for the weight; this rank's part where sharded.
@@ -55,28 +56,13 @@ class Curvature:
         if self.exponent > 1:
             raise ValueError(f"exponent={self.exponent!r} must be at most 1; 0.5 is the diagonal Fisher estimate")
 
-    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Tensor | None:
-        """Return ``h ** exponent`` in float32, or None."""
+    def __call__(self, state: Mapping[str, Any], shape: torch.Size, /) -> Root | None:
+        """Return ``h ** exponent``, or None."""
         for key in _SECOND_MOMENTS:
             h = state.get(key)
             # Quantised states are tensors of classes of their own, and what these can compute differs.
             if h is None or type(h) not in (Tensor, torch.nn.Parameter):
                 continue
             if h.is_floating_point() and h.shape == shape and self.exponent > 0:
-                return _power(h, self.exponent)
+                return Root(h, self.exponent)
         return None
-
-
-def _power(h: Tensor, exponent: float) -> Tensor:
-    """``h ** exponent`` in float32. Roots are rounded alike on every device, and cost a fraction of a power."""
-    factor = torch.empty_like(h, dtype=torch.float32)
-    for part, given in pieces(factor, h):
-        # A gradient that was always zero must not tie all of a group at zero.
-        part.copy_(given).clamp_min_(1e-20)
-        if exponent == 0.5:
-            part.sqrt_()
-        elif exponent == 0.25:
-            part.sqrt_().sqrt_()
-        else:
-            part.pow_(exponent)
-    return factor

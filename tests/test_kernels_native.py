@@ -18,6 +18,7 @@ from torch import Tensor
 
 import admm_nxm
 from admm_nxm import ADMMNxM, Pattern, keep_mask, kernels
+from admm_nxm.factors import Root
 from admm_nxm.kernels import _build, available, backend_for, eager, native
 from admm_nxm.masks import PACKED, stored_as
 from tests.helpers import make_net, same_bits
@@ -214,6 +215,35 @@ def test_stride_of_a_dimension_of_one_entry_does_not_matter(monkeypatch: pytest.
     monkeypatch.delattr(eager, "pull")
     native.pull([w], [v], 1.0)
     assert torch.equal(w, v)
+
+
+@pytest.mark.parametrize("exponent", [0.25, 0.5, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("backend", [eager, pytest.param(native, marks=needs_compiler)], ids=["eager", "native"])
+def test_root_ranks_as_its_values_do(backend: Any, dtype: torch.dtype, exponent: float) -> None:
+    """Whole chunks and less, along either dimension, in one block and several; zeros, infinities and NaNs included."""
+    for pattern, shape, dim in (
+        (Pattern(2, 4), (3, 2048), 1),
+        (Pattern(2, 4), (200, 1000), 1),
+        (Pattern(3, 5), (40, 40), 1),
+        (Pattern(2, 4), (64, 24), 0),
+    ):
+        w = draw(shape, F32, 5)
+        h = draw(shape, dtype, 6, wild=True).square()
+        root = Root(h, exponent)
+        expected = h.float().clamp_min(1e-20)
+        expected = expected.sqrt().sqrt() if exponent == 0.25 else expected**exponent
+        kept = keep_mask(w * expected, pattern, dim)
+        old = keep_mask(w, pattern, dim)
+        before = h.clone()
+        mask = stored_as(old, PACKED)
+        figures = backend.advance_mask(w, mask, pattern, dim, root)
+        assert torch.equal(mask, stored_as(kept, PACKED))
+        assert figures[2:].tolist() == [int((kept & ~old).sum()), int(kept.sum())]
+        hidden = eager.hide(w, old, F32)
+        backend.advance_hidden(w, hidden, pattern, dim, root)
+        assert torch.equal(eager.hidden_mask(hidden), kept)
+        assert alike(h, before)
 
 
 # ---------------------------------------------------------------- stochastic rounding

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from ..factors import Factor
 from ..pattern import Pattern
 
 __all__ = ["Backend", "BackendName", "available", "backend_for", "check_backend"]
@@ -65,11 +66,11 @@ class Backend(Protocol):
         """``w = w * divisor`` off the mask."""
 
     def advance_hidden(
-        self, weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None
+        self, weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Factor | None
     ) -> Tensor:
         """The z-step of one hidden state; returns what :func:`admm_nxm.kernels.eager.advance_hidden` returns."""
 
-    def advance_mask(self, weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+    def advance_mask(self, weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
         """The z-step of one stored mask; returns what :func:`admm_nxm.kernels.eager.advance_mask` returns."""
 
     def keep_only(self, tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

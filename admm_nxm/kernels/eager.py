@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..factors import Factor, dense, stored, value
 from ..masks import stored_as, unpack
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
@@ -27,7 +28,6 @@ __all__ = [
     "hidden_mask",
     "hide",
     "keep_only",
-    "pieces",
     "prepare",
     "pull",
     "ranked",
@@ -60,7 +60,7 @@ def add_penalty(
         rho: penalty, in units of the loss per squared weight; negative to maximise.
     """
     for whole in zip(gradients, weights, consensus, strict=True):
-        for g, w, v in pieces(*whole):
+        for g, w, v in _pieces(*whole):
             g.add_((w - v).to(g.dtype), alpha=rho)
 
 
@@ -80,7 +80,7 @@ def pull(weights: Sequence[Tensor], consensus: Sequence[Tensor], fraction: float
             continue
         wide = torch.promote_types(dtype, other)
         for whole in alike:
-            for w, v in pieces(*whole):
+            for w, v in _pieces(*whole):
                 w.copy_(torch.lerp(w.to(wide), v.to(wide), fraction))
 
 
@@ -211,7 +211,7 @@ def reveal(weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
         hidden: the hidden state of each.
     """
     for whole in zip(weights, hidden, strict=True):
-        for w, h in pieces(*whole):
+        for w, h in _pieces(*whole):
             w.copy_(_choose(hidden_mask(h), w, h.to(w.dtype)))
 
 
@@ -224,7 +224,7 @@ def conceal(weights: Sequence[Tensor], hidden: Sequence[Tensor], fraction: float
         fraction: how far toward the pattern, from 0 (show w) to 1 (show its projection).
     """
     for whole in zip(weights, hidden, strict=True):
-        for w, h in pieces(*whole):
+        for w, h in _pieces(*whole):
             mask = hidden_mask(h)
             h.copy_(hide(w, mask, h.dtype))
             if fraction:
@@ -240,7 +240,7 @@ def shrink(weights: Sequence[Tensor], masks: Sequence[Tensor], divisor: float) -
         divisor: ``1 + rho``, rounded to float32 for weights up to that.
     """
     for whole in zip(weights, masks, strict=True):
-        for w, mask in pieces(*whole):
+        for w, mask in _pieces(*whole):
             wide = _wide(w)
             # A tensor, because torch divides by a number as it pleases: on CUDA by way of the reciprocal.
             smaller = wide / torch.full((), divisor, dtype=wide.dtype, device=w.device)
@@ -259,13 +259,13 @@ def restore(weights: Sequence[Tensor], masks: Sequence[Tensor], divisor: float) 
         divisor: as it was for :func:`shrink`.
     """
     for whole in zip(weights, masks, strict=True):
-        for w, mask in pieces(*whole):
+        for w, mask in _pieces(*whole):
             wide = _wide(w)
             larger = wide * torch.full((), divisor, dtype=wide.dtype, device=w.device)
             w.copy_(_choose(unpack(mask), w, larger.to(w.dtype)))
 
 
-def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """Do the z-step of one weight that is brought to the pattern lazily: the mask becomes that of
     ``|w| * factor``.
 
@@ -274,21 +274,21 @@ def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, f
         hidden: its hidden state, changed in place.
         pattern: the NxM pattern.
         dim: the grouped dimension.
-        factor: float32, at least 0, of the weight's shape; None for 1.
+        factor: at least 0, of the weight's shape: float32, or a :class:`admm_nxm.factors.Root`; None for 1.
 
     Returns:
         float32 tensor of 4, as :func:`advance` returns it; z moves where the mask does.
     """
     figures = []
-    for w, h, f, axis in _grouped_pieces(pattern, dim, weight, hidden, factor):
+    for w, h, f, axis in _grouped_pieces(pattern, dim, weight, hidden, stored(factor)):
         old_mask = hidden_mask(h)
-        mask = keep_mask(ranked(w, f), pattern, axis)
+        mask = keep_mask(ranked(w, value(factor, f)), pattern, axis)
         figures.append(_figures_of_masks(w, old_mask, mask))
         h.copy_(hide(w, mask, h.dtype))
     return _total(figures, weight)
 
 
-def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """Do the same z-step where the mask is all that is stored.
 
     Args:
@@ -296,22 +296,23 @@ def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, facto
         mask: its stored mask, changed in place.
         pattern: the NxM pattern.
         dim: the grouped dimension.
-        factor: float32, at least 0, of the weight's shape; None for 1.
+        factor: at least 0, of the weight's shape: float32, or a :class:`admm_nxm.factors.Root`; None for 1.
 
     Returns:
         float32 tensor of 4, as :func:`advance` returns it; z moves where the mask does.
     """
     figures = []
-    for w, m, f, axis in _grouped_pieces(pattern, dim, weight, mask, factor):
-        new = keep_mask(ranked(w, f), pattern, axis)
+    for w, m, f, axis in _grouped_pieces(pattern, dim, weight, mask, stored(factor)):
+        new = keep_mask(ranked(w, value(factor, f)), pattern, axis)
         figures.append(_figures_of_masks(w, unpack(m), new))
         m.copy_(stored_as(new, m.dtype))
     return _total(figures, weight)
 
 
-def ranked(weight: Tensor, factor: Tensor | None) -> Tensor:
+def ranked(weight: Tensor, factor: Factor | None) -> Tensor:
     """Return what the mask ranks: ``weight * factor``, or the weight itself."""
-    return weight if factor is None else weight.float() * factor
+    scale = dense(factor)
+    return weight if scale is None else weight.float() * scale
 
 
 def keep_only(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -322,7 +323,7 @@ def keep_only(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         masks: the stored mask of each.
     """
     for whole in zip(tensors, masks, strict=True):
-        for t, mask in pieces(*whole):
+        for t, mask in _pieces(*whole):
             t.copy_(_choose(unpack(mask), t, None))
 
 
@@ -363,7 +364,7 @@ def _total(figures: list[Tensor], weight: Tensor) -> Tensor:
     return torch.stack(figures).sum(0) if figures else weight.new_zeros(4, dtype=torch.float32)
 
 
-def pieces(*tensors: Tensor, unit: int = 8) -> Iterator[tuple[Tensor, ...]]:
+def _pieces(*tensors: Tensor, unit: int = 8) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one weight into flat blocks at the same places, where that needs no copy and saves memory.
 
     A packed mask is cut at an eighth of the places, so blocks are multiples of 8.
@@ -387,6 +388,6 @@ def _grouped_pieces(pattern: Pattern, dim: int, *tensors: Tensor | None) -> Iter
     if dim % first.ndim != first.ndim - 1:
         yield (*tensors, dim)
         return
-    for piece in pieces(*present, unit=math.lcm(8, pattern.group)):
+    for piece in _pieces(*present, unit=math.lcm(8, pattern.group)):
         parts = iter(piece)
         yield (*(None if t is None else next(parts) for t in tensors), -1)

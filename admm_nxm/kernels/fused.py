@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..factors import Factor, dense
 from ..masks import PACKED, packed_shape
 from ..pattern import Pattern
 from . import eager
@@ -170,22 +171,24 @@ def advance(
     return _by_group("advance", tiling, (weight, consensus), numbers, stochastic=stochastic)
 
 
-def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """Do the z-step of one hidden state, see eager; squares are summed in another order."""
-    tiling = _tiling(pattern, dim, weight, hidden, factor)
+    scale = dense(factor)
+    tiling = _tiling(pattern, dim, weight, hidden, scale)
     if tiling is None:
-        return eager.advance_hidden(weight, hidden, pattern, dim, factor)
-    tensors = (weight, hidden, weight if factor is None else factor)
-    return _by_group("advance_hidden", tiling, tensors, (), weighted=factor is not None)
+        return eager.advance_hidden(weight, hidden, pattern, dim, scale)
+    tensors = (weight, hidden, weight if scale is None else scale)
+    return _by_group("advance_hidden", tiling, tensors, (), weighted=scale is not None)
 
 
-def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """Do the z-step of one stored mask, see eager; squares are summed in another order."""
-    tiling = _tiling(pattern, dim, weight, mask, factor)
+    scale = dense(factor)
+    tiling = _tiling(pattern, dim, weight, mask, scale)
     if tiling is None:
-        return eager.advance_mask(weight, mask, pattern, dim, factor)
-    tensors = (weight, mask.view(torch.uint8), weight if factor is None else factor)
-    return _by_group("advance_mask", tiling, tensors, (), packed=mask.dtype == PACKED, weighted=factor is not None)
+        return eager.advance_mask(weight, mask, pattern, dim, scale)
+    tensors = (weight, mask.view(torch.uint8), weight if scale is None else scale)
+    return _by_group("advance_mask", tiling, tensors, (), packed=mask.dtype == PACKED, weighted=scale is not None)
 
 
 # ---------------------------------------------------------------- launches

@@ -94,6 +94,11 @@ typedef uint16_t state_t;
 
 #define KEY_S(bits) AT_MOST((int32_t)((bits) & (state_t)(SIGN_S - 1)), NAN_KEY(STATE))
 #define KEY_W(bits) AT_MOST((int32_t)((bits) & (weight_t)(SIGN_W - 1)), NAN_KEY(WEIGHT))
+INLINE float root_of(float h, int64_t roots) {
+  h = h < 1e-20f ? 1e-20f : h; /* a NaN stays */
+  return roots == 1 ? sqrtf(h) : sqrtf(sqrtf(h));
+}
+
 #define KEY_OF_FLOAT(x) AT_MOST((int32_t)(bits_of(x) & 0x7FFFFFFFu), NAN_KEY(FLOAT32))
 
 /* A conversion between equal dtypes leaves every bit, also that of a NaN. */
@@ -122,6 +127,7 @@ typedef struct {
   double *figures;
   int64_t with_dual, seeded;
   uint64_t seed;
+  int64_t roots; /* how many square roots make a factor of what job_t.c holds; 0 if it is the factor */
 } option_t;
 
 typedef void (*body_t)(const job_t *, int64_t block, const option_t *);
@@ -528,7 +534,10 @@ INLINE void chunk(kind_t kind, const job_t *job, const option_t *option, int64_t
     for (int64_t r = 0; r < rows; r++) {
       const int64_t from = at + r * stride, to = r * step;
       for (int64_t i = 0; i < run; i++) value[to + i] = LOAD_W(w[from + i]);
-      if (factor)
+      if (factor && option->roots)
+        for (int64_t i = 0; i < run; i++)
+          key[to + i] = KEY_OF_FLOAT(value[to + i] * root_of(factor[from + i], option->roots));
+      else if (factor)
         for (int64_t i = 0; i < run; i++)
           key[to + i] = KEY_OF_FLOAT(value[to + i] * factor[from + i]);
       else
@@ -667,7 +676,12 @@ INLINE void mask_of_lanes(void *mask, int64_t packed, int64_t at, words_t ones) 
 INLINE void whole_chunk(kind_t kind, const job_t *job, const option_t *option, int64_t at, double *figures) {
   const weight_t *w = job->a;
   state_t *s = job->b;
-  const float *factor = job->c;
+  const float *factor = job->c ? (const float *)job->c + at : NULL;
+  float worked_out[CHUNK];
+  if (factor && option->roots) {
+    for (int64_t i = 0; i < CHUNK; i++) worked_out[i] = root_of(factor[i], option->roots);
+    factor = worked_out;
+  }
   const turns_t t = turns();
   const words_t sign = (words_t){0} + (uint32_t)SIGN_S;
   const float scale = (float)option->scalar;
@@ -703,7 +717,7 @@ INLINE void whole_chunk(kind_t kind, const job_t *job, const option_t *option, i
       words_t key = w_bits & (uint32_t)(SIGN_W - 1);
       if (factor) {
         floats_t f;
-        memcpy(&f, factor + i, sizeof f);
+        memcpy(&f, factor + (i - at), sizeof f);
         f *= value;
         memcpy(&key, &f, sizeof key);
         key &= 0x7FFFFFFFu;

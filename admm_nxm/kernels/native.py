@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..factors import Factor, Root, dense, stored
 from ..masks import PACKED
 from ..pattern import Pattern
 from . import eager
@@ -61,6 +62,7 @@ class _Option(ctypes.Structure):
         ("with_dual", ctypes.c_int64),
         ("seeded", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
+        ("roots", ctypes.c_int64),
     ]
 
 
@@ -159,16 +161,27 @@ def advance(
     return eager.advance(weight, consensus, pattern, dim, with_dual, dual_scale, seed)
 
 
-def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_hidden(weight: Tensor, hidden: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """See :func:`admm_nxm.kernels.eager.advance_hidden`."""
-    figures = _run_grouped("advance_hidden", weight, hidden, factor, pattern, dim, _Option())
+    factor, option = _read(factor)
+    figures = _run_grouped("advance_hidden", weight, hidden, stored(factor), pattern, dim, option)
     return eager.advance_hidden(weight, hidden, pattern, dim, factor) if figures is None else figures
 
 
-def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Tensor | None) -> Tensor:
+def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, factor: Factor | None) -> Tensor:
     """See :func:`admm_nxm.kernels.eager.advance_mask`."""
-    figures = _run_grouped("advance_mask", weight, mask, factor, pattern, dim, _Option())
+    factor, option = _read(factor)
+    figures = _run_grouped("advance_mask", weight, mask, stored(factor), pattern, dim, option)
     return eager.advance_mask(weight, mask, pattern, dim, factor) if figures is None else figures
+
+
+def _read(factor: Factor | None) -> tuple[Factor | None, _Option]:
+    """Return the factor in a form that C can read, and what it must know of it."""
+    if isinstance(factor, Root):
+        if factor.roots and factor.base.dtype == torch.float32:
+            return factor, _Option(roots=factor.roots)
+        factor = dense(factor)
+    return factor, _Option()
 
 
 # ------------------------------------------------------------------ calling C
