@@ -136,38 +136,34 @@ typedef struct {
   body_t body;
   const job_t *jobs;
   const int64_t *starts; /* first block of each job, and the end */
-  int64_t count, first, last;
+  int64_t count, next;
   const option_t *option;
 } share_t;
 
+/* Each thread takes the next block: a core that is busy elsewhere holds nobody up. */
 static void *work(void *argument) {
-  const share_t *share = argument;
+  share_t *share = argument;
   int64_t j = 0;
-  for (int64_t block = share->first; block < share->last; block++) {
+  for (;;) {
+    const int64_t block = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED);
+    if (block >= share->starts[share->count]) return NULL;
     while (share->starts[j + 1] <= block) j++;
     share->body(&share->jobs[j], block - share->starts[j], share->option);
   }
-  return NULL;
 }
 
 #define MOST_THREADS 256
 
 static void spread(body_t body, const job_t *jobs, const int64_t *starts, int64_t count, const option_t *option,
                    int64_t threads) {
-  int64_t blocks = starts[count];
-  if (threads > blocks) threads = blocks;
-  if (threads > MOST_THREADS) threads = MOST_THREADS;
-  if (threads < 1) threads = 1;
+  share_t share = {body, jobs, starts, count, 0, option};
   pthread_t handles[MOST_THREADS];
-  share_t shares[MOST_THREADS];
-  char started[MOST_THREADS];
-  for (int64_t t = threads - 1; t >= 0; t--) {
-    shares[t] = (share_t){body, jobs, starts, count, blocks * t / threads, blocks * (t + 1) / threads, option};
-    started[t] = t > 0 && pthread_create(&handles[t], NULL, work, &shares[t]) == 0;
-    if (!started[t]) work(&shares[t]);
-  }
-  for (int64_t t = 1; t < threads; t++)
-    if (started[t]) pthread_join(handles[t], NULL);
+  int64_t started = 0;
+  if (threads > starts[count]) threads = starts[count];
+  if (threads > MOST_THREADS) threads = MOST_THREADS;
+  while (started < threads - 1 && pthread_create(&handles[started], NULL, work, &share) == 0) started++;
+  work(&share);
+  while (started > 0) pthread_join(handles[--started], NULL);
 }
 
 /* ---- masks: all bits set where an entry is kept */
