@@ -107,9 +107,11 @@ def add_penalty(
 
 
 def pull(weights: Sequence[Tensor], consensus: Sequence[Tensor], fraction: float) -> None:
-    """See :func:`admm_nxm.kernels.eager.pull`."""
-    for w, v in _run("pull", zip(weights, consensus, strict=True), fraction):
-        eager.pull([w], [v], fraction)
+    """See :func:`admm_nxm.kernels.eager.pull`, which is one pass over memory already where the dtypes are equal."""
+    pairs = list(zip(weights, consensus, strict=True))
+    eager.pull(*_unzipped([(w, v) for w, v in pairs if w.dtype == v.dtype]), fraction)
+    left = _run("pull", [(w, v) for w, v in pairs if w.dtype != v.dtype], fraction)
+    eager.pull(*_unzipped(left), fraction)
 
 
 def reveal(weights: Sequence[Tensor], hidden: Sequence[Tensor]) -> None:
@@ -173,6 +175,10 @@ def advance_mask(weight: Tensor, mask: Tensor, pattern: Pattern, dim: int, facto
     factor, option = _read(factor)
     figures = _run_grouped("advance_mask", weight, mask, stored(factor), pattern, dim, option)
     return eager.advance_mask(weight, mask, pattern, dim, factor) if figures is None else figures
+
+
+def _unzipped(pairs: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _read(factor: Factor | None) -> tuple[Factor | None, _Option]:
