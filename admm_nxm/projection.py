@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,14 @@ __all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project"]
 # Ranking by pairwise comparison costs (group - 1) / 2 comparisons a weight and a sort costs about the same for any
 # group; on a CPU the two meet near groups of 32.
 _PAIRWISE_UP_TO = 16
+
+# One above the bits of infinity.
+_NAN_KEY = {
+    torch.float16: 0x7C01,
+    torch.bfloat16: 0x7F81,
+    torch.float32: 0x7F800001,
+    torch.float64: 0x7FF0000000000001,
+}
 
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -117,8 +123,7 @@ def _magnitude_key(w: Tensor) -> Tensor:
     if w.element_size() == 1:
         w = w.to(torch.float32)  # 8-bit floats disagree on what NaN and zero look like; float32 holds them all
     dtype = INTEGER_OF_SIZE[w.element_size()]
-    infinity = torch.tensor(math.inf, dtype=w.dtype).view(dtype).item()
-    return w.view(dtype).bitwise_and(torch.iinfo(dtype).max).clamp_max_(infinity + 1)
+    return w.view(dtype).bitwise_and(torch.iinfo(dtype).max).clamp_max_(_NAN_KEY[w.dtype])
 
 
 def _pairwise_ranks(key: Tensor) -> list[Tensor]:
