@@ -153,15 +153,21 @@ static void *work(void *argument) {
 }
 
 #define MOST_THREADS 256
+#define STACK (4 << 20) /* some systems give threads less than the local arrays of wide groups need */
 
 static void spread(body_t body, const job_t *jobs, const int64_t *starts, int64_t count, const option_t *option,
                    int64_t threads) {
   share_t share = {body, jobs, starts, count, 0, option};
   pthread_t handles[MOST_THREADS];
+  pthread_attr_t attributes;
   int64_t started = 0;
   if (threads > starts[count]) threads = starts[count];
   if (threads > MOST_THREADS) threads = MOST_THREADS;
-  while (started < threads - 1 && pthread_create(&handles[started], NULL, work, &share) == 0) started++;
+  if (threads > 1 && pthread_attr_init(&attributes) == 0) {
+    pthread_attr_setstacksize(&attributes, STACK);
+    while (started < threads - 1 && pthread_create(&handles[started], &attributes, work, &share) == 0) started++;
+    pthread_attr_destroy(&attributes);
+  }
   work(&share);
   while (started > 0) pthread_join(handles[--started], NULL);
 }

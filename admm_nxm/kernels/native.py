@@ -2,7 +2,7 @@
 
 The source beside this module is compiled by the system's C compiler, for each pair of dtypes and each pattern, when an
 optimizer is built: one or two seconds, once on a machine, because the libraries are kept. What it has no code for
-(float64, strides with gaps, groups above 4096) goes to the eager backend, which gives the same bits.
+(float64, strides with gaps, groups above 1024) goes to the eager backend, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 _SOURCE = Path(__file__).with_name("native.c")
 _KINDS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 15}
-_WIDEST_GROUP = 4096  # a chunk of eight groups must fit on a thread's stack
+_WIDEST_GROUP = 1024  # a chunk of eight groups must fit on the caller's stack
 _PER_THREAD = 1 << 16  # entries below which another thread costs more than it saves
 
 
