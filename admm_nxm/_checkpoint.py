@@ -1,8 +1,8 @@
 """What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
 
-Per weight: ``admm_consensus`` (v, or the mask once frozen) and, while the model holds the projected weights,
-``admm_primal`` (the weights that training goes on from). Counters are numbers in every parameter group, where
-torch.distributed.checkpoint looks for them.
+Per weight: ``admm_consensus`` (v, w off the mask, or the mask, which it is for every form once frozen) and, while the
+model holds the projected weights, ``admm_primal`` (the weights that training goes on from). Counters
+are numbers in every parameter group, where torch.distributed.checkpoint looks for them.
 """
 
 from __future__ import annotations

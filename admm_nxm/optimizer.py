@@ -114,11 +114,13 @@ class ADMMNxM(Optimizer):
         state_dtype: dtype of the state. By default the lazy form stores the mask alone where all weights have 32 bits
             or more, and makes w of what the model holds, to within a rounding of the weight each time rho changes;
             with a floating dtype, and by default for 16-bit weights, it stores w itself; ``torch.bool`` asks for the
-            mask alone whatever the weights are. The other forms need a floating dtype, by default each weight's own.
+            mask alone whatever the weights are (not for float16: small weights do not come back from a high rho). The
+            other forms need a floating dtype, by default each weight's own.
         state_rounding: ``"stochastic"`` rounds a float32 weight's update at random to a bfloat16 state, so that what is
             too small for 8 bits is not lost on average; repeatable, and the same after a resume.
         backend: ``"eager"`` (plain torch), ``"native"`` (C, on CPUs) or ``"triton"`` (on CUDA); None takes the fastest
-            that works on the device. Results are the same, but for the last bit of the proximal and gradient forms.
+            that works where the weights are then; named, it must fit the device where they are now. Results are the same,
+            but for the last bit of the proximal and gradient forms.
         residual_tolerance: primal residual above which projecting the weights warns, as a share of their norm.
 
     Raises:
@@ -489,7 +491,7 @@ class ADMMNxM(Optimizer):
     def finalize(self) -> SparsityReport:
         """Make the weights satisfy the pattern exactly, and keep the mask for all further steps.
 
-        Projects w + u onto the pattern unless the mask is frozen already, and drops the ADMM state. Weights that were
+        Projects w + u onto the pattern unless the mask is frozen already, and keeps the mask alone. Weights that were
         loaded into the model after the freeze are projected, and give the mask. Doing it again changes nothing.
         Leaves the evaluation mode. A collective where weights are sharded.
 
@@ -1148,7 +1150,7 @@ def _alike(
     """Sort weights and their states by device and by the direction in which their group optimises."""
     groups: dict[tuple[torch.device, bool], tuple[list[_Bound], list[Tensor]]] = {}
     for bound, v in active:
-        bounds, states = groups.setdefault((v.device, bound.maximize), ([], []))
+        bounds, states = groups.setdefault((bound.w.device, bound.maximize), ([], []))
         bounds.append(bound)
         states.append(v)
     return groups

@@ -81,6 +81,13 @@ def load(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         raise CompileError("there is no C compiler (looked for $CC, cc, gcc, clang)")
+    try:
+        return _load(command, source, definitions)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"{shlex.join(command)} cannot be run ({error})") from error
+
+
+def _load(command: tuple[str, ...], source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     text = source.read_bytes()
     facts = "\0".join([*_FLAGS, *definitions, *command, _version(command), _processor()])
     key = hashlib.sha256(text + facts.encode()).hexdigest()[:32]
@@ -90,9 +97,11 @@ def load(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
         library = folder / f"{source.stem}-{key}.so"
         if not library.exists():
             _compile(command, source, definitions, library)
-    except OSError as error:  # no home, or one that cannot be written to
-        _log.info("%s cannot be used (%s); compiling into a temporary folder", cache_folder(), error)
-        with tempfile.TemporaryDirectory() as temporary:
+    except (OSError, RuntimeError) as error:  # no home, or one that cannot be written to
+        if isinstance(error, CompileError):
+            raise
+        _log.info("the cache folder cannot be used (%s); compiling into a temporary one", error)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
             library = Path(temporary) / f"{source.stem}.so"
             _compile(command, source, definitions, library)
             return _open(library)

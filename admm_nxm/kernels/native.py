@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factor, Root, dense, stored
-from ..masks import PACKED
+from ..masks import PACKED, packed_shape
 from ..pattern import Pattern
 from . import eager
 from ._build import CompileError, compiler, load
@@ -37,6 +38,7 @@ __all__ = [
     "shrink",
 ]
 
+_log = logging.getLogger("admm_nxm")
 _SOURCE = Path(__file__).with_name("native.c")
 _KINDS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 15}
 _WIDEST_GROUP = 1024  # a chunk of eight groups must fit on the caller's stack
@@ -207,7 +209,8 @@ def _load(definitions: list[str]) -> ctypes.CDLL | None:
     """None where the compiler lacks a dtype (float16 in older ones): the eager backend does it then."""
     try:
         return load(_SOURCE, definitions)
-    except CompileError:
+    except CompileError as error:
+        _log.warning("no native kernels for %s, the eager ones are used: %s", ", ".join(definitions), error)
         return None
 
 
@@ -246,10 +249,13 @@ def _dtypes_of(tensors: tuple[Tensor, ...]) -> tuple[torch.dtype, torch.dtype] |
     The order of entries is that of memory, so all must have the same one, without gaps.
     """
     weight, state = tensors[0], tensors[-1]
+    if any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors):
+        return None  # eager says what is wrong; an address would be taken for one of this memory
     if weight.dtype not in _KINDS or any(t.dtype != weight.dtype for t in tensors[:-1]):
         return None
     if state.dtype == PACKED:
-        return (weight.dtype, weight.dtype) if weight.is_contiguous() and state.is_contiguous() else None
+        fits = weight.ndim > 0 and weight.shape[-1] % 8 == 0 and state.shape == packed_shape(weight.shape)
+        return (weight.dtype, weight.dtype) if fits and weight.is_contiguous() and state.is_contiguous() else None
     if any(not _laid_out_alike(weight, t) for t in tensors) or _memory(weight, 0) is None:
         return None
     if state.dtype == torch.bool:
@@ -263,6 +269,8 @@ def _run_grouped(
     """Do a pass with groups on one weight; None if it cannot be done."""
     dtypes = _dtypes_of((weight, state))
     sizes = _memory(weight, dim)
+    if weight.shape[dim] % pattern.group:
+        return None  # eager says what is wrong
     if dtypes is None or sizes is None or pattern.group > _WIDEST_GROUP or not weight.numel():
         return None
     if factor is not None and (factor.dtype != torch.float32 or not _laid_out_alike(weight, factor)):
