@@ -119,7 +119,7 @@ class ADMMNxM(Optimizer):
         state_rounding: ``"stochastic"`` rounds a float32 weight's update at random to a bfloat16 state, so that what is
             too small for 8 bits is not lost on average; repeatable, and the same after a resume.
         backend: ``"eager"`` (plain torch), ``"native"`` (C, on CPUs) or ``"triton"`` (on CUDA); None takes the fastest
-            that works where the weights are then; named, it must fit the device where they are now. Results are the same,
+            that works where the weights are then; named, it must fit the device where they are now. Results are alike,
             but for the last bit of the proximal and gradient forms.
         residual_tolerance: primal residual above which projecting the weights warns, as a share of their norm.
 
