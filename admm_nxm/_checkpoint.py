@@ -1,8 +1,8 @@
 """What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
 
 Per weight: ``admm_consensus`` (v, w off the mask, or the mask, which it is for every form once frozen) and, while the
-model holds the projected weights, ``admm_primal`` (the weights that training goes on from). Counters
-are numbers in every parameter group, where torch.distributed.checkpoint looks for them.
+model holds the projected weights, ``admm_primal`` (the weights that training goes on from). Counters are
+numbers in every parameter group, where torch.distributed.checkpoint looks for them.
 """
 
 from __future__ import annotations
@@ -80,10 +80,7 @@ def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int,
 
 
 def check_entry(
-    weight: SelectedWeight,
-    entry: Mapping[str, Tensor],
-    stepped: bool,
-    counters: Mapping[str, int | float],
+    weight: SelectedWeight, entry: Mapping[str, Tensor], stepped: bool, counters: Mapping[str, int | float]
 ) -> None:
     """Refuse a checkpoint whose entry for a weight does not fit the optimizer.
 

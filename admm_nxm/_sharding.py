@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from .masks import PACKED, packed_shape
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-from .masks import PACKED, packed_shape
 
 __all__ = ["check_sharding", "is_sharded", "local", "reduce_sums", "rows_divide_into_bytes", "wrap_like"]
 

@@ -16,7 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CompileError", "cache_folder", "compiler", "load"]
+__all__ = ["NO_COMPILER", "CompileError", "cache_folder", "compiler", "load"]
+
+NO_COMPILER = "there is no C compiler (looked for $CC, cc, gcc, clang)"
 
 _log = logging.getLogger("admm_nxm")
 
@@ -80,7 +82,7 @@ def load(source: Path, definitions: Sequence[str]) -> ctypes.CDLL:
     """
     command = compiler()
     if command is None:
-        raise CompileError("there is no C compiler (looked for $CC, cc, gcc, clang)")
+        raise CompileError(NO_COMPILER)
     try:
         return _load(command, source, definitions)
     except (OSError, subprocess.SubprocessError) as error:

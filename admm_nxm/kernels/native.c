@@ -490,7 +490,7 @@ INLINE void chunk(kind_t kind, const job_t *job, const option_t *option, int64_t
   const weight_t *w = job->a;
   state_t *s = job->b;
   const float *factor = job->c;
-  /* Static initialisation is for what a ragged chunk leaves unread by itself and read by the ranking. */
+  /* Whole chunks are ranked: what a ragged one lacks must be numbers as well. */
   int32_t key[ROOM], old[ROOM], new[ROOM];
   float value[ROOM], moved[ROOM];
   state_t narrow[ROOM];

@@ -21,7 +21,7 @@ from ..factors import Factor, Root, dense, stored
 from ..masks import PACKED, packed_shape
 from ..pattern import Pattern
 from . import eager
-from ._build import CompileError, compiler, load
+from ._build import NO_COMPILER, CompileError, compiler, load
 
 __all__ = [
     "add_penalty",
@@ -71,7 +71,7 @@ class _Option(ctypes.Structure):
 def missing() -> str | None:
     """Return why this backend does not work here, or None if it does."""
     if compiler() is None:
-        return "there is no C compiler (looked for $CC, cc, gcc, clang)"
+        return NO_COMPILER
     return _trial()
 
 
@@ -289,7 +289,7 @@ def _run_grouped(
 
 def _laid_out_alike(t: Tensor, other: Tensor) -> bool:
     """Whether entries of the same index lie at the same place in memory; dimensions of size 1 may have any stride."""
-    if t.shape != other.shape:
+    if t.shape != other.shape or t.device != other.device:
         return False
     sizes = zip(t.shape, t.stride(), other.stride(), strict=True)
     return all(mine == theirs for size, mine, theirs in sizes if size != 1)
