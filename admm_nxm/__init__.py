@@ -18,6 +18,7 @@ from ._version import __version__
 from .optimizer import ADMMNxM, ConvergenceWarning, Residuals, WeightResidual
 from .pattern import Pattern
 from .projection import keep_mask, project
+from .report import ModelReport, sparsity_report
 from .saliency import Curvature, Saliency
 from .schedules import Constant, Every, Ramp, Rise, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
@@ -29,6 +30,7 @@ __all__ = [
     "ConvergenceWarning",
     "Curvature",
     "Every",
+    "ModelReport",
     "Pattern",
     "Ramp",
     "Residuals",
@@ -45,5 +47,6 @@ __all__ = [
     "__version__",
     "keep_mask",
     "project",
+    "sparsity_report",
     "verify",
 ]

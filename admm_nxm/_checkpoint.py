@@ -7,6 +7,7 @@ numbers in every parameter group, where torch.distributed.checkpoint looks for t
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -20,7 +21,7 @@ from .consensus import is_mask_of
 from .masks import PACKED, is_mask, packed_shape, unpack
 from .selection import SelectedWeight
 
-__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "check_kind", "fingerprint", "split"]
+__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "check_kind", "counters_of", "fingerprint", "split"]
 
 CONSENSUS = "admm_consensus"
 PRIMAL = "admm_primal"
@@ -49,7 +50,11 @@ def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[st
     Returns:
         The state dict for the inner optimizer; position of a parameter -> what ADMMNxM stored for it; position ->
         whether the inner optimizer has stepped the parameter.
+
+    Raises:
+        ValueError: it is no state dict of an optimizer.
     """
+    _check_structure(state_dict)
     order = {key: position for position, key in enumerate(chain(*(g["params"] for g in state_dict["param_groups"])))}
     inner_state: dict[Any, Any] = {}
     own: dict[int, dict[str, Tensor]] = {}
@@ -67,6 +72,66 @@ def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[st
         # Adagrad creates its state at construction, with a step of 0.
         stepped[order[key]] = bool(rest) and float(rest.get("step", 1)) > 0
     return {**state_dict, "state": inner_state}, own, stepped
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.layout == torch.strided
+    )
+
+
+def _check_structure(state_dict: object) -> None:
+    """Refuse what is no state dict of an optimizer, before anything is loaded."""
+    problem = None
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    if not isinstance(state, Mapping):
+        problem = "it has no 'state'"
+    elif not (isinstance(groups, (list, tuple)) and groups):
+        problem = "it has no 'param_groups'"
+    elif not all(isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups):
+        problem = "a parameter group has no 'params'"
+    else:
+        keys = list(chain(*(group["params"] for group in groups)))
+        if len(set(map(repr, keys))) < len(keys):
+            problem = "its groups name a parameter twice"
+        for key, entry in state.items():
+            if key in keys and not isinstance(entry, Mapping):
+                problem = f"its state of parameter {key!r} is {type(entry).__name__}"
+            elif key not in keys and isinstance(entry, Mapping) and CONSENSUS in entry:
+                problem = f"it has state of parameter {key!r}, which no group names"
+            elif isinstance(entry, Mapping) and any(isinstance(t, Tensor) and t.is_meta for t in entry.values()):
+                problem = f"its state of parameter {key!r} has no data"
+            elif isinstance(entry, Mapping) and not _is_number(entry.get("step", 1)):
+                problem = f"its step of parameter {key!r} is {entry['step']!r}"
+    if problem is not None:
+        raise ValueError(f"this is no whole state dict of an optimizer: {problem}; save the checkpoint again")
+
+
+def counters_of(state_dict: Mapping[str, Any], weights: int) -> dict[str, int | float]:
+    """Return the counters of a checkpoint; those that it lacks as they are at the start.
+
+    Args:
+        state_dict: as :func:`split` takes it.
+        weights: how many weights are prunable.
+
+    Raises:
+        ValueError: a counter is no number that it can be.
+    """
+    found = {key: state_dict["param_groups"][0].get(key, value) for key, value in COUNTERS.items()}
+    for key, value in found.items():
+        # Loaders may have made a tensor of a number.
+        number = value.item() if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta else value
+        fits = isinstance(number, (int, float)) and (isinstance(COUNTERS[key], float) or float(number).is_integer())
+        fits = fits and not (key in ("admm_step", "admm_rho") and not 0 <= number < math.inf)
+        if not fits or (key == "admm_worst_weight" and not -1 <= number < weights):
+            raise ValueError(f"the checkpoint's {key} is {value!r}, which it cannot be: the checkpoint is damaged")
+    if found["admm_frozen_at"] > found["admm_step"]:
+        raise ValueError(
+            f"the checkpoint is at ADMM step {found['admm_step']} and its mask was frozen at step "
+            f"{found['admm_frozen_at']}: the checkpoint is damaged"
+        )
+    return found
 
 
 def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int, int]], stores: str) -> int:
@@ -91,9 +156,10 @@ def check_entry(
         counters: the checkpoint's counters.
 
     Raises:
-        ValueError: an entry is missing, has another shape, or contradicts the counters.
+        ValueError: an entry is missing, has another shape or kind, is not finite, or contradicts the counters.
     """
     for name, t in entry.items():
+        _check_tensor(weight.name, name, t)
         # Packed or not, a mask can be read; it is repacked on loading.
         shape = packed_shape(weight.shape) if name == CONSENSUS and t.dtype == PACKED else weight.shape
         if tuple(t.shape) != shape:
@@ -120,6 +186,23 @@ def check_entry(
         raise ValueError(
             f"the checkpoint was saved while the model held its projected weights and lacks {PRIMAL} for weight "
             f"{weight.name!r}; call optimizer.train() before saving with torch.distributed.checkpoint"
+        )
+
+
+def _check_tensor(weight: str, name: str, t: object) -> None:
+    """Refuse an entry that is no state of a weight, whatever its shape."""
+    kind = f"a {type(t).__name__}" if not isinstance(t, Tensor) else f"{t.dtype} of layout {t.layout} on {t.device}"
+    if (
+        not isinstance(t, Tensor)
+        or t.layout != torch.strided
+        or t.is_meta
+        or not (t.is_floating_point() or (name == CONSENSUS and is_mask(t)))
+    ):
+        raise ValueError(f"the checkpoint's {name} for weight {weight!r} is {kind}: the checkpoint is damaged")
+    if t.is_floating_point() and not bool(torch.isfinite(local(t)).all()):
+        raise ValueError(
+            f"the checkpoint's {name} for weight {weight!r} has NaN or infinite entries: the checkpoint is damaged, or "
+            "the run had diverged; resume from an earlier one"
         )
 
 

@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import consensus as admm
-from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, fingerprint, split
+from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, counters_of, fingerprint, split
 from ._inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
 from ._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from .factors import Factor
@@ -830,7 +830,7 @@ class ADMMNxM(Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         inner_part, own, stepped = split(state_dict)
-        saved_counters = {key: state_dict["param_groups"][0].get(key, value) for key, value in COUNTERS.items()}
+        saved_counters = counters_of(state_dict, len(self.selection))
         order, bounds = self._order(), self._bound()
         entries = {}
         for bound in bounds:

@@ -22,6 +22,8 @@ __all__ = [
     "SelectedWeight",
     "Selection",
     "SkippedWeight",
+    "is_conv1d",
+    "is_embedding",
     "named_tensors",
     "select_weights",
 ]
@@ -352,7 +354,7 @@ def _default_rules(pattern: Pattern | str) -> RuleOf:
 def _default_reason(candidate: _Candidate) -> str | None:
     """Why the default rules leave a parameter dense; None if they prune it."""
     for name, owner in candidate.places:
-        if _is_embedding(name, owner):
+        if is_embedding(name, owner):
             return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
     if candidate.param.ndim < 2:
         return "not a matrix"
@@ -369,7 +371,7 @@ def _default_reason(candidate: _Candidate) -> str | None:
         return "more than 2 dimensions: ask for it with select"
     if not candidate.in_block:
         return "outside the repeated blocks"
-    if owner is not None and not isinstance(owner, nn.Linear) and not _is_conv1d(owner):
+    if owner is not None and not isinstance(owner, nn.Linear) and not is_conv1d(owner):
         return f"not a Linear weight ({type(owner).__name__}): ask for it with select"
     if candidate.name.rsplit(".", 1)[-1] != "weight":
         return "not a weight"
@@ -416,13 +418,14 @@ def _compile(kind: str, expression: str, candidates: list[_Candidate] | None = N
     return compiled
 
 
-def _is_embedding(name: str, owner: nn.Module | None) -> bool:
+def is_embedding(name: str, owner: nn.Module | None) -> bool:
+    """Whether a weight belongs to an embedding: by its module, or by its name where there is none at hand."""
     if owner is not None:
         return isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
     return any(_EMBEDDINGS.search(part) for part in name.split(".")[:-1])
 
 
-def _is_conv1d(owner: nn.Module | None) -> bool:
+def is_conv1d(owner: nn.Module | None) -> bool:
     """Whether a module is transformers' Conv1D, a linear layer with its weight stored as (input, output)."""
     return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(owner).__mro__)
 
@@ -454,7 +457,7 @@ def _input_dim(name: str, owner: nn.Module | None, param: Tensor, candidates: li
         return 0 if _named_conv1d(name, candidates) else -1
     if owner is None and param.ndim > 3:
         return 1  # the weight of a convolution
-    if _is_conv1d(owner) or isinstance(owner, nn.modules.conv._ConvTransposeNd):
+    if is_conv1d(owner) or isinstance(owner, nn.modules.conv._ConvTransposeNd):
         return 0
     if isinstance(owner, nn.modules.conv._ConvNd):
         return 1

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Union
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
+from ._files import Checkpoint, open_checkpoint
 from ._sharding import is_sharded, local, reduce_sums
 from ._table import format_table
 from .pattern import Pattern
 from .projection import by_group
-from .selection import Select, Selection, SkippedWeight, named_tensors, select_weights
+from .selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, select_weights
 
-__all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "verify"]
+__all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "cover", "stand_ins", "verify"]
+
+_ENTRIES_AT_ONCE = 1 << 20
+
+_UNCOUNTABLE = {getattr(torch, "float4_e2m1fn_x2", None)}  # a pair of entries is one element
 
 Target = Union[nn.Module, Mapping[str, Tensor], str, "PathLike[str]"]
 
@@ -126,8 +127,8 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
     """Count every group of every covered weight.
 
     Args:
-        target: a module; a state dict; a path to a ``.safetensors`` file, or to a folder that holds one or a sharded
-            set with its index. Files are read one weight at a time.
+        target: a module; a state dict; a path to a ``.safetensors`` file, to the index of a sharded set, or to a folder
+            that holds either, packed (:func:`admm_nxm.export.packed.pack`) or not. Files are read one weight at a time.
         pattern: what the weights must satisfy. A Pattern or its spelling holds for the weights that
             :class:`admm_nxm.ADMMNxM` prunes by default; rules as for its ``select`` and a :class:`Selection` (such as
             ``optimizer.selection``) name their own weights. None means ``"2:4"``.
@@ -139,26 +140,25 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
         FileNotFoundError: nothing at that path.
         TypeError: the target is of no known kind.
         ValueError: the target holds no weight to count, a Selection's weight is missing, a file is no valid
-            safetensors file, or two files hold the same weight.
+            safetensors file, two files hold the same weight, or a weight's groups cannot be counted.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 3.0, 0.0]])
     >>> verify({"layers.0.fc.weight": weight}).weights[0].bad_groups
     1
     """
-    with ExitStack() as stack:
-        if isinstance(target, nn.Module):
-            selection, params = _cover(target, pattern)
-            return check_weights(selection, params.__getitem__)
-        if isinstance(target, Mapping):
-            tensors = {name: t for name, t in target.items() if torch.is_tensor(t)}
-            get = tensors.__getitem__
-        elif isinstance(target, (str, PathLike)):
-            tensors, get = _open_files(Path(target), stack)
-        else:
-            raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
-        selection, params = _cover(tensors, pattern)
+    if isinstance(target, nn.Module):
+        selection, params = cover(target, pattern)
+        return check_weights(selection, params.__getitem__)
+    if isinstance(target, Mapping):
+        selection, params = cover({name: t for name, t in target.items() if torch.is_tensor(t)}, pattern)
+        return check_weights(selection, params.__getitem__)
+    if not isinstance(target, (str, PathLike)):
+        raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
+    with open_checkpoint(target, purpose="verify") as checkpoint:
+        tensors = stand_ins(checkpoint)
+        selection, params = cover(tensors, pattern)
         names = {id(t): name for name, t in tensors.items()}
-        return check_weights(selection, lambda name: get(names[id(params[name])]))
+        return check_weights(selection, lambda name: checkpoint.get(names[id(params[name])]))
 
 
 def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> SparsityReport:
@@ -175,6 +175,7 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     counts: list[Tensor] = []
     for weight in selection:
         t = get(weight.name).detach()
+        _check_countable(weight, t)
         counts.append(_count(local(t), weight.pattern, weight.dim))
         # Only a sharded weight is needed again, to add up its parts; weights read from a file must not pile up.
         likes.append(t if is_sharded(t) else counts[-1])
@@ -189,20 +190,52 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     )
 
 
+def _check_countable(weight: SelectedWeight, t: Tensor) -> None:
+    """Refuse a weight whose groups cannot be counted, as a selection made by hand may name one."""
+    problem = None
+    if not -t.ndim <= weight.dim < t.ndim:
+        problem = f"it has no dimension {weight.dim}"
+    elif t.shape[weight.dim] % weight.pattern.group:
+        problem = f"its width {t.shape[weight.dim]} along dim {weight.dim} is no multiple of {weight.pattern.group}"
+    elif t.layout != torch.strided or t.is_quantized or t.is_meta or t.dtype in _UNCOUNTABLE:
+        problem = f"it is {t.dtype} of layout {t.layout} on {t.device}"
+    if problem is not None:
+        raise ValueError(
+            f"weight {weight.name!r} of shape {tuple(t.shape)} cannot be counted: {problem}; leave it out of the "
+            "selection"
+        )
+
+
 def _count(t: Tensor, pattern: Pattern, dim: int) -> Tensor:
     """Return an int64 tensor: groups, bad groups, zeros."""
-    if t.element_size() == 1:
-        t = t.to(torch.float32)  # not every operation knows 8-bit floats
-    per_group = by_group(t != 0, pattern.group, dim).sum(-1)
-    bad = (per_group > pattern.keep).sum()
-    groups = torch.full_like(bad, per_group.numel())
-    return torch.stack([groups, bad, t.numel() - per_group.sum()])
+    groups = by_group(t, pattern.group, dim)
+    totals = torch.tensor([groups.numel() // pattern.group, 0, groups.numel()], device=t.device)
+    # In pieces: the counts of a whole weight, 64 bits an entry on the way, would outweigh the weight.
+    axis = max(range(groups.ndim - 1), key=groups.shape.__getitem__)
+    rows = max(_ENTRIES_AT_ONCE * groups.shape[axis] // max(groups.numel(), 1), 1)
+    for piece in torch.split(groups, rows, axis):
+        # Not every operation knows 8-bit floats.
+        per_group = ((piece.to(torch.float32) if piece.element_size() == 1 else piece) != 0).sum(-1)
+        totals[1] += (per_group > pattern.keep).sum()
+        totals[2] -= per_group.sum()
+    return totals
 
 
-def _cover(
+def cover(
     named: nn.Module | dict[str, Tensor], pattern: Pattern | str | Select | Selection | None
 ) -> tuple[Selection, dict[str, Tensor]]:
-    """Return which weights of the target to count, and those tensors."""
+    """Choose the weights to count.
+
+    Args:
+        named: a module, or tensors by name (meta tensors will do).
+        pattern: as for :func:`verify`.
+
+    Returns:
+        The weights, and the tensor of each by name.
+
+    Raises:
+        TypeError, ValueError: as in :func:`verify`.
+    """
     if isinstance(pattern, Selection):
         if not pattern.weights:
             raise ValueError("the selection names no weight: there is nothing to verify")
@@ -223,53 +256,20 @@ def _cover(
     return select_weights(named, select=pattern, ineligible="skip", trainable=False)
 
 
-def _open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-    """Return shapes of all tensors at a path (as meta tensors), and a function that reads one of them."""
-    files: dict[str, Path] = {}
-    shapes: dict[str, Tensor] = {}
-    handles = {}
-    for file in _safetensors_files(path):
-        try:
-            handle = stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-        handles[file] = handle
-        for name in handle.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-            if name in files:
-                raise ValueError(f"{files[name]} and {file} both hold {name!r}; name the file to verify")
-            files[name] = file
-            view = handle.get_slice(name)
-            floating = str(view.get_dtype()).startswith(("F", "BF"))
-            dtype = torch.float32 if floating else torch.int8
-            shapes[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
+def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return a tensor without data for each tensor of a checkpoint, one for all names of a tensor.
 
-    def get(name: str) -> Tensor:
-        tensor = handles[files[name]].get_tensor(name)
-        assert isinstance(tensor, Tensor)
-        return tensor
+    Args:
+        checkpoint: where to look; nothing is read.
 
-    return shapes, get
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to verify at {path}")
-    # In the order of transformers' from_pretrained, which leaves the index of an earlier save unread.
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted({path / file for file in weight_map.values()})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is not a readable index of safetensors files: {error!r}") from error
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"{path} holds no .safetensors file; save the model with save_pretrained(..., safe_serialization=True) "
-            "or pass a state dict"
-        )
-    return files
+    Returns:
+        Name -> meta tensor of its shape and dtype.
+    """
+    found: dict[str, Tensor] = {}
+    for name, info in checkpoint.tensors.items():
+        if info.alias_of is None:
+            found[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    for name, info in checkpoint.tensors.items():
+        if info.alias_of is not None:
+            found[name] = found[info.alias_of]
+    return found

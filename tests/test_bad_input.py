@@ -138,6 +138,56 @@ def test_bad_option_is_refused_with_value_range_and_remedy(
         assert part in str(caught.value)
 
 
+DTYPES = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "penalty": ({"penalty": "l2"}, 'penalty=\'l2\' must be one of "lazy", "proximal", "gradient"'),
+    "tolerance": (
+        {"residual_tolerance": -1},
+        "residual_tolerance=-1 must be above 0: a share of the weights' norm",
+    ),
+    "state dtype of the lazy form": (
+        {"state_dtype": torch.int8},
+        (
+            f"state_dtype=torch.int8 must be one of {DTYPES}, torch.bool for the mask alone, or None for that where "
+            "the weights have 32 bits or more"
+        ),
+    ),
+    "state dtype of another form": (
+        {"state_dtype": torch.bool, "penalty": "gradient"},
+        f"state_dtype=torch.bool must be one of {DTYPES}, or None for the weights' own",
+    ),
+    "rounding": ({"state_rounding": "up"}, 'state_rounding=\'up\' must be "nearest" or "stochastic"'),
+    "rounding of a mask": (
+        {"state_rounding": "stochastic"},
+        (
+            'state_rounding="stochastic" needs state_dtype=torch.bfloat16 and a form whose state adds up changes, '
+            'penalty="proximal" or "gradient"; here are state_dtype=None and penalty="lazy"'
+        ),
+    ),
+    "saliency": (
+        {"saliency": "fisher"},
+        (
+            'saliency=\'fisher\' must be "curvature", "magnitude", Curvature(exponent) or a callable (state of the '
+            "inner optimizer, shape) -> factor"
+        ),
+    ),
+    "saliency of a form that knows magnitude": (
+        {"saliency": "curvature", "penalty": "proximal"},
+        (
+            'saliency=\'curvature\' needs penalty="lazy": with penalty="proximal" the mask is read off the consensus '
+            'by magnitude; use saliency="magnitude" or leave it out'
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refusal_reads_as_one_sentence_that_ends_in_the_remedy(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as a whole
+        build(**options)
+    assert str(caught.value) == message
+
+
 def test_stochastic_rounding_of_weights_that_are_as_narrow_as_the_state_is_refused() -> None:
     net = make_net(dtype=torch.bfloat16)
     options = {"penalty": "proximal", "state_dtype": torch.bfloat16, "state_rounding": "stochastic"}

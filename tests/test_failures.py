@@ -50,10 +50,14 @@ def build(failure: str, net: nn.Module) -> ADMMNxM:
 
 ANNOUNCED = {
     "The penalty is too weak": r"penalty in the gradient \(rho = 0.001\).*Remedy: leave penalty at its default",
-    "The mask flips": r"u grows by w until pruned weights out-rank kept ones.*leave the dual out",
+    "The mask flips": r"Likely cause: the last z-step still replaced \d\d% of the kept places: the dual was at "
+    "work while the mask moved, and u grows by w until pruned weights out-rank kept ones. Remedy: leave the dual out "
+    r"\(update_every=Every\(interval, dual_start=None\)\) or let it wait until the mask has settled, or leave penalty, "
+    r"rho and update_every at their defaults\.$",
     "The run ended before the plan": rf"came after {STEPS} steps, and the penalty was to rise until step.*total_steps",
     "No penalty": r"no penalty was in force \(rho = 0\).*leave rho at its default",
-    "One weight is left behind": r"most of all 'blocks.0.up.weight'.*this weight had no gradient.*select rule",
+    "One weight is left behind": r"most of all 'blocks.0.up.weight'.*Likely cause: this weight had no gradient for "
+    r"long, or its learning rate is far from the others'. Remedy: train it, or leave it dense by a select rule\.$",
 }
 
 
@@ -75,6 +79,14 @@ def test_defaults_are_silent_on_the_same_task() -> None:
         assert optimizer.finalize().ok
 
 
+UNSETTLED = (
+    r"^the mask had not settled: the last z-step before the freeze replaced {}% of the kept places \(more than 10%\), "
+    r"so the frozen mask is the one that happened to be there\. Likely cause: {}\. Remedy: leave the dual out "
+    r"\(update_every=Every\(interval, dual_start=None\)\) or let it wait, let the learning rate decay before the "
+    r"freeze, or leave penalty, rho and update_every at their defaults\.$"
+)
+
+
 def test_a_mask_that_moves_up_to_the_freeze_is_announced_although_nothing_is_left_to_project() -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -88,7 +100,19 @@ def test_a_mask_that_moves_up_to_the_freeze_is_announced_although_nothing_is_lef
                 state = optimizer.state[dict(net.named_parameters())[weight.name]]
                 state["square_avg"] = torch.where(place == 0, 1e8, 1.0).view(weight.shape)
         optimizer.step()
-    with pytest.warns(ConvergenceWarning, match=r"(?s)the mask had not settled.*(99|100)% of the kept places"):
+    with pytest.warns(
+        ConvergenceWarning, match=UNSETTLED.format("(99|100)", "the learning rate is high up to the freeze")
+    ):
+        optimizer.finalize()
+
+
+def test_a_dual_that_unsettles_the_mask_is_announced_where_the_distance_is_tolerated() -> None:
+    net = make_net()
+    optimizer = build("The mask flips", net)
+    optimizer.residual_tolerance = 9.0
+    noisy(net, optimizer)
+    why = "the dual was at work while the mask moved, and u grows by w until pruned weights out-rank kept ones"
+    with pytest.warns(ConvergenceWarning, match=UNSETTLED.format(r"\d\d", why)):
         optimizer.finalize()
 
 

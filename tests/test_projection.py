@@ -259,6 +259,12 @@ def test_the_input_is_neither_modified_nor_shared(pattern: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:4", "5:20"])
+def test_mask_and_projection_are_made_on_the_device_of_the_weight(pattern: str) -> None:
+    w = torch.empty(3, 20, dtype=torch.bfloat16, device="meta")
+    assert keep_mask(w, pattern).device == project(w, pattern).device == w.device
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:4", "5:20"])
 def test_gradients_flow_through_kept_entries_only(pattern: str) -> None:
     w = torch.randn(3, 20, requires_grad=True)
     mask = keep_mask(w, pattern)
@@ -318,7 +324,9 @@ def test_a_width_that_is_no_multiple_of_the_group_is_refused(
     function: Callable, dim: int, width: int, counted: int
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"width {width} \(dim {counted} of shape \(5, 6\)\) is no multiple of group=4"
+        ValueError,
+        match=rf"width {width} \(dim {counted} of shape \(5, 6\)\) is no multiple of group=4; choose another pattern .*"
+        "leave this weight dense$",
     ):
         function(torch.ones(5, 6), "2:4", dim)
 

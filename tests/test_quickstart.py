@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
-import random
 import re
 import shutil
 import socket
@@ -18,14 +16,13 @@ import torch
 
 from admm_nxm import verify
 from tests.helpers import restless
+from tests.tiny import rows_of, tiny_bert, write
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
-WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "metal": ["iron", "zinc", "gold", "tin"]}
-FILLER = ["the", "of", "in", "some", "more"]
 
 
 def load_script():
@@ -44,48 +41,7 @@ def quickstart():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
-    vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
-def rows_of(count):
-    source = random.Random(0)
-    rows = []
-    for i in range(count):
-        label = ("fruit", "metal")[i % 2]
-        words = source.choices(FILLER, k=source.randint(2, 7)) + source.choices(WORDS[label], k=3)
-        source.shuffle(words)
-        rows.append((" ".join(words), label))
-    return rows
-
-
-def write(path, rows, columns=("text", "label")):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            csv.writer(file).writerows([columns, *rows])
-        else:
-            file.writelines(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-    return path
+    return tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
 
 
 @pytest.fixture
@@ -294,8 +250,8 @@ BAD_FILES = {
     "both.jsonl": ('{"text": "a", "label": 1}\n{}\n', ["record 2 has no text and no label", "columns: none"]),
     "list.jsonl": ("[1]\n", ["record 1 has no text and no label"]),
     "short.csv": ("text,label\na,x\nb\n", ["record 2 has no label"]),
-    "not.jsonl": ('{"text": "a", "label": 1}\ntext\n', ["line 2 is not JSON", ".csv or .jsonl"]),
-    "other.tsv": ("text\tlabel\na\tx\n", ["line 1 is not JSON", ".csv or .jsonl"]),
+    "not.jsonl": ('{"text": "a", "label": 1}\ntext\n', ["line 2 is not JSON"]),
+    "other.txt": ("text\tlabel\na\tx\n", ["ends in .txt", "give a .csv, .tsv or .jsonl file"]),
     "binary.csv": (b"text,label\n\xff,x\n", ["UTF-8"]),
     "long.csv": ("text,label\n" + "a" * 200_000 + ",x\n", ["field larger than field limit"]),
     "empty.csv": ("text,label\n", ["0 texts", "at least 2 different"]),
@@ -317,7 +273,7 @@ def test_bad_data_file(quickstart, arguments, tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"data": "absent.csv"}, ["--data absent.csv: no such file", "give a .csv or .jsonl file"]),
+        ({"data": "absent.csv"}, ["--data absent.csv: no such file", "give a .csv, .tsv or .jsonl file"]),
         ({"pattern": "4:2"}, ["--pattern", "'4:2'", 'write "2:4"']),
         ({"pattern": "half"}, ["--pattern", "'half' is not understood"]),
         ({"pattern": "2:7"}, ["cannot be pruned to 2:7", "no multiple of 7"]),
@@ -398,6 +354,7 @@ def test_hub_dataset_that_is_not_there(quickstart, arguments, monkeypatch, capsy
 @pytest.mark.parametrize("package", ["tqdm", "transformers", "admm_nxm"])
 def test_missing_package_of_the_script_itself(quickstart, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "admm_nxm.cli._classifier")  # which is what imports transformers
     monkeypatch.setitem(sys.modules, "quickstart", quickstart)  # put back afterwards
     with pytest.raises(SystemExit) as stop:
         load_script()

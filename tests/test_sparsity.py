@@ -25,6 +25,7 @@ from admm_nxm import (
     project,
     verify,
 )
+from admm_nxm.export.packed import pack
 from admm_nxm.selection import select_weights
 from tests.helpers import make_net
 from tests.test_selection import compiled, tiny
@@ -85,6 +86,20 @@ def in_shards_without_index(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
+def packed_folder(model: Any, folder: Path) -> Path:
+    """The model packed by what it satisfies, or as it is saved if that is not the pattern."""
+    (folder / "dense").mkdir(exist_ok=True)
+    try:
+        pack(in_shards(model, folder / "dense"), folder / "packed", overwrite=True)
+    except SparsityViolation:
+        return folder / "dense"
+    return folder / "packed"
+
+
+def by_index(model: Any, folder: Path) -> Path:
+    return in_shards(model, folder) / "model.safetensors.index.json"
+
+
 TARGETS: dict[str, Callable[[Any, Path], Any]] = {
     "module": lambda model, folder: model,
     "compiled module": lambda model, folder: compiled(model),
@@ -99,6 +114,8 @@ TARGETS: dict[str, Callable[[Any, Path], Any]] = {
     "path of a folder as text": lambda model, folder: str(in_a_folder(model, folder)),
     "sharded folder": in_shards,
     "sharded folder without its index": in_shards_without_index,
+    "index of a sharded folder": by_index,
+    "packed sharded folder": packed_folder,
 }
 
 
@@ -208,6 +225,49 @@ def test_sparsity_weighs_each_weight_by_its_size() -> None:
     report = verify({"layers.0.a.weight": torch.zeros(1, 4), "layers.0.b.weight": dense(3, 4)})
     assert [weight.sparsity for weight in report] == [1.0, 0.0]
     assert report.sparsity == 0.25
+
+
+def held_to(t: Tensor, dim: int = 1, pattern: str = "2:4") -> Selection:
+    return Selection((SelectedWeight("w", tuple(t.shape), Pattern.parse(pattern), dim),), ())
+
+
+@pytest.mark.parametrize(
+    ("t", "problem"),
+    [
+        (torch.tensor(1.0), "it has no dimension 1"),
+        (torch.ones(8), "it has no dimension 1"),
+        (torch.ones(4, 6), "its width 6 along dim 1 is no multiple of 4"),
+        (torch.ones(4, 8).to_sparse(), r"it is torch\.float32 of layout torch\.sparse_coo"),
+        (torch.ones(4, 8, device="meta"), "it is torch.float32 of layout torch.strided on meta"),
+    ],
+)
+def test_a_weight_whose_groups_cannot_be_counted_is_named(t: Tensor, problem: str) -> None:
+    with pytest.raises(ValueError, match=rf"weight 'w' of shape \(.*\) cannot be counted: {problem}.*; leave it out"):
+        verify({"w": t}, held_to(t))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_numbers_of_any_kind_are_counted(dtype: torch.dtype) -> None:
+    t = torch.tensor([[1, 0, 1, 0, 1, 1, 1, 0]]).to(dtype)
+    assert only(verify({"w": t}, held_to(t))) == WeightReport("w", (1, 8), Pattern(2, 4), 1, 2, bad_groups=1, zeros=3)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 0), (2, 0, 4)])
+def test_an_empty_weight_has_no_group(shape: tuple[int, ...]) -> None:
+    t = torch.empty(shape)
+    for dim in range(t.ndim):
+        if t.shape[dim] % 4 == 0:
+            assert only(verify({"w": t}, held_to(t, dim))).groups == 0
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_weight_counted_in_pieces_counts_the_same(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = torch.randint(0, 2, (12, 24, 36))
+    whole = verify({"w": t}, held_to(t, dim))
+    for size in (1, 50, 1000):
+        monkeypatch.setattr("admm_nxm.sparsity._ENTRIES_AT_ONCE", size)
+        assert verify({"w": t}, held_to(t, dim)) == whole
+    assert only(whole).zeros == int((t == 0).sum())
 
 
 # ---------------------------------------------------------------- what the weights are held to

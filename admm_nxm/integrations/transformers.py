@@ -24,6 +24,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .._checks import at_least, is_count
+from ..export.card import model_card, write_model_card
 from ..forms import FORMS
 from ..kernels import check_backend
 from ..optimizer import ADMMNxM
@@ -281,6 +282,14 @@ class ADMMTrainerMixin(_Base):
         admm = self.admm
         with nullcontext() if admm is None else admm.projected():
             super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Draft the model card, as Trainer does (``push_to_hub`` asks for it), with a section on sparsity once the
+        weights are final."""
+        super().create_model_card(*args, **kwargs)
+        if self.sparsity_report is not None and self.is_world_process_zero():
+            section = model_card(self.sparsity_report, optimizer=self.admm, history=self.state.log_history)
+            write_model_card(str(self.args.output_dir), section)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Measure the projected model."""

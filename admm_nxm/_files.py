@@ -1,0 +1,443 @@
+"""Checkpoints in files: read one tensor at a time, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ._safetensors import DTYPES, Header, Stored, brief, read_header, unique_keys
+from .packing import KEY, Layout, Packed, PackedTensor, unpack_tensor
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "PACKED_SUFFIX",
+    "SUFFIX",
+    "Checkpoint",
+    "TensorInfo",
+    "atomic_file",
+    "atomic_folder",
+    "open_checkpoint",
+    "read_index",
+    "refuse_existing",
+]
+
+SUFFIX = ".safetensors"
+PACKED_SUFFIX = ".packed.safetensors"
+"""Ending of files with packed weights in a folder: a loader that cannot unpack them does not find them, and says so."""
+
+INDEX_SUFFIX = ".index.json"
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Args:
+        name: its name.
+        shape: its shape; of a packed weight, that of the weight.
+        dtype: its dtype; torch.uint8 stands for those that this torch does not have.
+        file: the file that holds it.
+        layout: how it is packed; None if it is not.
+        alias_of: the name under which the file has it, if this is a further one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    layout: Layout | None = None
+    alias_of: str | None = None
+
+
+class Checkpoint:
+    """The tensors of one or more safetensors files, see :func:`open_checkpoint`.
+
+    Attributes:
+        path: what was opened.
+        files: the files, in order.
+        index: the index that named them, or None.
+        tensors: name -> what is known of the tensor; packed weights count as the weights that they are.
+        headers: file -> its header.
+        packed: file -> what it says of its packed weights; files without any are missing.
+    """
+
+    def __init__(self, path: Path, files: list[Path], index: Path | None, purpose: str) -> None:
+        self.path = path
+        self.files = tuple(files)
+        self.index = index
+        self.tensors: dict[str, TensorInfo] = {}
+        self.headers: dict[Path, Header] = {}
+        self.packed: dict[Path, Packed] = {}
+        self._handles: dict[Path, Any] = {}
+        self._stack = ExitStack()
+        for file in files:
+            header = self.headers[file] = read_header(file)
+            for info in self._contents(file, header):
+                if info.name in self.tensors:
+                    other = self.tensors[info.name].file
+                    raise ValueError(f"{other} and {file} both hold {info.name!r}; name the file to {purpose}")
+                self.tensors[info.name] = info
+
+    def metadata(self, file: Path) -> Mapping[str, str]:
+        """Return the entries of a file's ``__metadata__``, without that of packed weights.
+
+        Args:
+            file: one of ``files``.
+        """
+        return {key: value for key, value in (self.headers[file].metadata or {}).items() if key != KEY}
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            name: its name.
+
+        Returns:
+            The tensor on the CPU; a packed weight unpacked, with the bits that it had.
+
+        Raises:
+            KeyError: there is none of that name.
+            ValueError: it cannot be read.
+        """
+        info = self.tensors[name]
+        name = info.alias_of or name
+        try:
+            if info.layout is None:
+                return self._read(info.file, name)
+            parts = {ending: self._read(info.file, name + ending) for ending in info.layout.parts}
+            return unpack_tensor(PackedTensor(info.layout, parts))
+        except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{info.file}: tensor {name!r} cannot be read: {brief(error)}") from error
+
+    def close(self) -> None:
+        """Close the files."""
+        self._handles.clear()
+        self._stack.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, file: Path, name: str) -> Tensor:
+        if file not in self._handles:
+            self._handles[file] = self._stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
+        tensor = self._handles[file].get_tensor(name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _contents(self, file: Path, header: Header) -> Iterator[TensorInfo]:
+        """Yield what a file holds, with packed weights in the place of their parts."""
+        stored = {tensor.name: tensor for tensor in header.tensors}
+        packed = Packed()
+        if KEY in (header.metadata or {}):
+            try:
+                packed = self.packed[file] = Packed.from_json((header.metadata or {})[KEY])
+                parts = _match(packed, stored)
+            except ValueError as error:
+                raise ValueError(f"{file} is not a readable packed file: {brief(error)}") from None
+        else:
+            parts = {}
+        found: dict[str, TensorInfo] = {}
+        for tensor in header.tensors:
+            name = parts.get(tensor.name, tensor.name)
+            if name in found:
+                continue
+            layout = packed.weights.get(name)
+            shape, dtype = (
+                (tensor.shape, DTYPES.get(tensor.code, torch.uint8)) if layout is None else (layout.shape, layout.dtype)
+            )
+            found[name] = TensorInfo(name, shape, dtype, file, layout)
+        for alias, name in packed.aliases.items():
+            if alias in found or name not in found:
+                raise ValueError(f"{file} is not a readable packed file: it has no tensor {name!r} to call {alias!r}")
+        yield from found.values()
+        for alias, name in packed.aliases.items():
+            info = found[name]
+            yield TensorInfo(alias, info.shape, info.dtype, file, info.layout, name)
+
+
+def _match(packed: Packed, stored: Mapping[str, Stored]) -> dict[str, str]:
+    """Return the weight of each part, after checking that the file has the parts that the metadata says."""
+    owner: dict[str, str] = {}
+    for name, layout in packed.weights.items():
+        if name in stored:
+            raise ValueError(f"it holds {name!r} twice, packed and as it is")
+        for ending, (dtype, shape) in layout.parts.items():
+            part = stored.get(name + ending)
+            found = None if part is None else (DTYPES.get(part.code), part.shape)
+            if found != (dtype, shape):
+                raise ValueError(
+                    f"the packed weight {name!r} is damaged: {name + ending!r} should have dtype {dtype} and shape "
+                    f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
+                )
+            owner[name + ending] = name
+    return owner
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> Checkpoint:
+    """Open a checkpoint of safetensors files; use it in a ``with`` statement.
+
+    No tensor is read before it is asked for. Nothing is ever unpickled.
+
+    Args:
+        path: a .safetensors file, the index (.json) of a sharded checkpoint, or a folder that holds either; packed or
+            not.
+        purpose: the verb for error messages.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without such a file.
+        ValueError: a file or the index is damaged, or two files hold a tensor of the same name.
+    """
+    path = Path(path)
+    files, index = _find_files(path, purpose)
+    checkpoint = Checkpoint(path, files, index, purpose)
+    if index is not None:
+        _check_index(checkpoint, index)
+    return checkpoint
+
+
+def _find_files(path: Path, purpose: str) -> tuple[list[Path], Path | None]:
+    """Return the files at a path, and the index that names them."""
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to {purpose} at {path}")
+    if not path.is_dir():
+        if path.suffix == ".json":
+            return _files_of_index(path), path
+        return [path], None
+    # In the order of transformers' from_pretrained, which leaves the index of an earlier save unread.
+    for suffix in (SUFFIX, PACKED_SUFFIX):
+        single = path / f"model{suffix}"
+        index = path / f"model{suffix}{INDEX_SUFFIX}"
+        if single.is_file():
+            return [single], None
+        if index.is_file():
+            return _files_of_index(index), index
+    files = sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.startswith("."))
+    if not files:
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
+        unread = f" ({pickled[0]} is pickled, and nothing here unpickles)" if pickled else ""
+        raise FileNotFoundError(
+            f"{path} holds no .safetensors file; save the model with save_pretrained(..., safe_serialization=True) "
+            f"or pass a state dict{unread}"
+        )
+    return files, None
+
+
+def read_index(index: Path) -> dict[str, Any]:
+    """Read the index of a sharded checkpoint.
+
+    Args:
+        index: the file.
+
+    Returns:
+        Its contents; ``weight_map`` is a dict of tensor name -> file name inside the index's folder.
+
+    Raises:
+        ValueError: it is damaged, or names a file outside its folder.
+    """
+    try:
+        fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        if not isinstance(fields, dict) or not isinstance(fields.get("weight_map"), dict):
+            raise ValueError("it has no weight_map, an object of tensor name and file name")
+        for name, file in fields["weight_map"].items():
+            if not isinstance(file, str) or not file or "\0" in file:
+                raise ValueError(f"it gives {name!r} the file {file!r}")
+            windows, posix = PureWindowsPath(file), PurePosixPath(file)
+            if windows.drive or windows.root or posix.root or ".." in (*windows.parts, *posix.parts):
+                raise ValueError(
+                    f"it gives {name!r} the file {file!r}, outside its folder; files are read from that folder alone"
+                )
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is not a readable index of safetensors files: {brief(error)}") from error
+    return fields
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    files = sorted({index.parent / file for file in read_index(index)["weight_map"].values()})
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"{file} is not a readable safetensors file: it is missing, and {index.name} names it; copy it there, "
+                "or save the model again"
+            )
+    return files
+
+
+def _check_index(checkpoint: Checkpoint, index: Path) -> None:
+    """Refuse an index that gives a tensor to a file which does not hold it."""
+    held = {file: {tensor.name for tensor in header.tensors} for file, header in checkpoint.headers.items()}
+    for name, file in read_index(index)["weight_map"].items():
+        if name not in held[index.parent / file]:
+            raise ValueError(
+                f"{index} gives {name!r} to {file}, which does not hold it; copy the files of one save together, or "
+                "save the model again"
+            )
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Write a file that appears whole or not at all.
+
+    Args:
+        path: where the file is to be. Its folder must exist. A link is replaced, not followed.
+        overwrite: whether a file that is there may be replaced.
+
+    Yields:
+        The path of an empty temporary file beside it, with the same ending, to be written to. When the block ends it is
+        brought to disk and takes its place; when the block raises it is deleted and the old file stays as it was.
+
+    Raises:
+        FileExistsError: something is there already and ``overwrite`` is False; raised before the block.
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: a folder is there.
+    """
+    target = Path(path)
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(f"{target} is a folder; name a file")
+    refuse_existing(target, overwrite)
+    temporary = _beside(target)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        _sync(temporary)
+        refuse_existing(target, overwrite)  # it may have come up meanwhile
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync(target.parent)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False, source: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
+    """Write a folder that appears whole or not at all.
+
+    Args:
+        path: where the folder is to be. The folder around it must exist.
+        overwrite: whether a folder that is there may be replaced, with all it holds.
+        source: a file or folder that is read meanwhile; the new folder may be neither it, nor around it, nor in it.
+
+    Yields:
+        The path of an empty temporary folder beside it. When the block ends its files are brought to disk and it takes
+        its place; an old folder is deleted after that. When the block raises it is deleted and the old one stays as it
+        was.
+
+    Raises:
+        FileExistsError: something is there already and ``overwrite`` is False; raised before the block.
+        FileNotFoundError: the folder around it does not exist.
+        NotADirectoryError: a file is there.
+        ValueError: the folder may not be replaced: it is the source, the working directory, the home folder, or around
+            one of them.
+    """
+    target = Path(path)
+    _refuse_to_replace(target, source)
+    refuse_existing(target, overwrite)
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+        raise NotADirectoryError(f"{target} is no folder (a file or a link); name another one")
+    temporary, old = _beside(target), _beside(target)
+    temporary.mkdir()
+    moved = False
+    try:
+        yield temporary
+        for inner, _, files in os.walk(temporary):
+            for file in files:
+                _sync(Path(inner, file))
+            _sync(Path(inner))
+        refuse_existing(target, overwrite)
+        if os.path.lexists(target):
+            os.rename(target, old)
+            moved = True
+        os.rename(temporary, target)
+    except BaseException:
+        if moved:
+            os.rename(old, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    if moved:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            raise OSError(f"{target} is written, but the old folder is still at {old}; delete it: {error}") from error
+
+
+def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse to write where something is, and where there is no folder to write in.
+
+    Args:
+        path: the file or folder to be written.
+        overwrite: whether it may be replaced.
+
+    Raises:
+        FileExistsError: it exists and may not be replaced.
+        FileNotFoundError: the folder around it does not exist.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another place, or allow overwriting it (overwrite=True)")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
+
+
+def _refuse_to_replace(target: Path, source: str | os.PathLike[str] | None) -> None:
+    place = Path(os.path.realpath(target))
+    if source is not None:
+        origin = Path(os.path.realpath(source))
+        if place == origin or place in origin.parents:
+            raise ValueError(f"{target} holds what is read ({source}); write to another folder")
+        if origin in place.parents:
+            raise ValueError(f"{target} lies inside what is read ({source}); write to a folder beside it")
+    for name, kept in (("the working directory", Path.cwd()), ("the home folder", _home())):
+        kept = Path(os.path.realpath(kept))
+        if place == kept or place in kept.parents:
+            raise ValueError(f"{target} is {name} or around it, and is not replaced; write to a folder of its own")
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # none is known
+        return Path.cwd()
+
+
+def _beside(target: Path) -> Path:
+    """Return the name of a temporary neighbour that nobody has; writers go by the ending, so it stays."""
+    return target.parent / f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}"
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or folder to disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,32 @@
+"""The command line ``admm-nxm``; it needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_OF_THE_EXTRA = {"click", "rich", "typer"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process if left out.
+
+    Returns:
+        The exit status: 0, 1 if a pattern is violated, 2 on bad input, 70 on a defect of the program, 130 after Ctrl-C,
+        141 if nobody reads the output any more.
+    """
+    try:
+        from .app import run
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_THE_EXTRA:
+            raise
+        remedy = f'the command line needs {package}; run: pip install "admm-nxm[cli]"'
+        print(f"admm-nxm: error: {remedy}", file=sys.stderr)
+        return 2
+    return run(sys.argv[1:] if argv is None else argv)

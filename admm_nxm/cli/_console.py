@@ -1,0 +1,62 @@
+"""What a command hands back, and how it reaches the user: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+__all__ = ["Result", "note", "plain", "show"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a command.
+
+    Args:
+        payload: what ``--json`` prints.
+        text: what is printed otherwise.
+        status: the exit status.
+    """
+
+    payload: Mapping[str, Any]
+    text: str
+    status: int = 0
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(result: Result, stream: TextIO, *, as_json: bool) -> None:
+    """Print a result: as one JSON object, or as text, in which a terminal gets the verdicts in colour."""
+    if as_json:
+        print(json.dumps(plain(result.payload), indent=2, allow_nan=False), file=stream)
+    elif stream.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text(result.text)
+        text.highlight_regex(r"\bok\b", "bold green")
+        text.highlight_regex(r"\b(VIOLATED|FAILED)\b[^\n]*", "bold red")
+        Console(file=stream).print(text, soft_wrap=True)
+    else:
+        print(result.text, file=stream)
+    stream.flush()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite become null, what it does not know becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)

@@ -1,0 +1,143 @@
+"""The application: its commands, and how errors become one line and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ._console import Result, show
+from ._errors import InputError, reason_of
+from .pack import pack, unpack
+from .prune import prune
+from .report import report
+from .train import train
+from .verify import verify
+
+__all__ = ["app", "run"]
+
+NAME = "admm-nxm"
+BAD_INPUT, DEFECT, INTERRUPTED, CLOSED_PIPE = 2, 70, 130, 141
+# ClickException, wherever this typer has it from.
+_USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_SPELLED = {  # what messages of the package call otherwise than the command line does
+    "overwrite=True": "--overwrite",
+    ', or all such weights with ineligible="skip"': "",
+    "select={r'.*\\.weight': '2:4'}": r"--select '.*\.weight=2:4'",
+}
+
+app = typer.Typer(
+    name=NAME,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help, also where it is piped
+    pretty_exceptions_enable=False,
+    help="Prune Transformers to N:M sparsity, and check, measure and pack the result.",
+    epilog="Exit status: 0 fine, 1 the pattern is violated, 2 bad input, 70 a defect of the program, 130 interrupted. "
+    "Any command takes --traceback.",
+)
+for command in (train, verify, report, prune, pack, unpack):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        from .. import __version__
+
+        typer.echo(f"{NAME} {__version__} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command, print its result or what went wrong, and return the exit status.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The exit status, as :func:`admm_nxm.cli.main` documents it.
+    """
+    args = list(arguments) or ["--help"]
+    with_traceback = "--traceback" in args
+    args = [argument for argument in args if argument != "--traceback"]
+    as_json = "--json" in args and "--help" not in args
+    out = sys.stdout
+    try:
+        # Whatever libraries print must not get between the reader and the one object.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = _invoke(args)
+        if result is not None:
+            show(result, out, as_json=as_json)
+        out.flush()
+        return 0 if result is None else result.status
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        message, status = "interrupted", INTERRUPTED
+    except _USAGE_ERROR as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", NAME)
+        message, status = f"{reason_of_usage(error)}; see {path} --help", BAD_INPUT
+    except (InputError, ValueError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            return _close(out)
+        message, status = _mendable(error), BAD_INPUT
+        if with_traceback:
+            traceback.print_exc()
+    except Exception as error:
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        message, status = f"unexpected {what}; please report it, with what --traceback adds to this", DEFECT
+        if with_traceback:
+            traceback.print_exc()
+    try:
+        print(f"{NAME}: error: {message}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": message, "status": status}), file=out, flush=True)
+    except BrokenPipeError:
+        return _close(out)
+    return status
+
+
+def _invoke(args: list[str]) -> Result | None:
+    command = typer.main.get_command(app)
+    with command.make_context(NAME, args) as context:
+        result: Result | None = command.invoke(context)
+        return result
+
+
+def reason_of_usage(error: Any) -> str:
+    """Return typer's message in one line and without its full stop."""
+    return " ".join(str(error.format_message()).split()).rstrip(".")
+
+
+def _mendable(error: Exception) -> str:
+    message = reason_of(error)
+    for ours, spelled in _SPELLED.items():
+        message = message.replace(ours, spelled)
+    if isinstance(error, ImportError) and "pip install" not in message:
+        message += '; run: pip install "admm-nxm[cli]"'
+    return message
+
+
+def _close(stream: Any) -> int:
+    """Make sure that nothing is written to a pipe that nobody reads, not even when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return CLOSED_PIPE

@@ -1,0 +1,40 @@
+"""``admm-nxm report``: what is sparse, what could run on sparse tensor cores, and what that is of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._console import Result, note
+from ._options import Json, PatternText, Select, Source, rules_of
+
+__all__ = ["report"]
+
+
+def report(
+    path: Source,
+    pattern: PatternText = None,
+    select: Select = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the map of the weights: .svg, .png or .pdf.")
+    ] = None,
+    json: Json = False,  # noqa: ARG001
+) -> Result:
+    """Show what is sparse and what could be faster.
+
+    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
+    and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
+    """
+    from ..report import sparsity_report
+
+    parsed, rules = rules_of(pattern, select)
+    found = sparsity_report(path, parsed if rules is None else rules)
+    if plot is not None:
+        from ..plots import plot_sparsity, save_figure
+
+        save_figure(plot_sparsity(found), plot)
+        note(f"picture {plot}")
+    payload = {"command": "report", "path": str(path), "plot": None if plot is None else str(plot), **found.to_dict()}
+    return Result(payload, str(found), 0 if found.ok else 1)

@@ -1,0 +1,373 @@
+"""Linear weights as torch's semi-structured tensors, which sparse tensor cores multiply with.
+
+Torch calls these tensors a prototype whose interface may change. Its warning of that is left out here: what it asks
+for, to follow the changes, is the task of this module and not of its callers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .._grouping import grouped, joint_name, such_as
+from .._sharding import is_sharded
+from .._table import format_table
+from ..selection import SelectedWeight, Selection, SkippedWeight, is_conv1d, unwrap_model
+from ..sparsity import check_weights
+from ..tensor_cores import BACKENDS, Backend, hardware_pattern, obstacle
+
+__all__ = ["ConvertedWeight", "SemiStructured", "to_semi_structured"]
+
+# Torch's own order since 2.6: cuSPARSELt first, where it is there.
+_PREFERRED: tuple[Backend, ...] = ("cusparselt", "cutlass")
+
+
+@dataclass(frozen=True)
+class ConvertedWeight:
+    """A weight that sparse tensor cores multiply with.
+
+    Args:
+        name: its name in the model.
+        shape: its shape.
+        dtype: its dtype.
+        backend: who does it.
+        aliases: further names of the same weight, if it is tied.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    backend: Backend
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight stands: an attribute of a module."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def param(self) -> nn.Parameter:
+        param = self.module._parameters[self.attribute]
+        assert param is not None
+        return param
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the inputs, in a linear layer."""
+        return 0 if is_conv1d(self.module) else 1
+
+    @property
+    def is_linear(self) -> bool:
+        return self.attribute == "weight" and (isinstance(self.module, nn.Linear) or is_conv1d(self.module))
+
+
+class SemiStructured:
+    """What :func:`to_semi_structured` has done to a model; prints as tables.
+
+    As a context manager it undoes it at the end of the block. It holds the dense weights for that: drop it (``del``)
+    to free their memory, if the model is to stay as it is.
+
+    Attributes:
+        converted: the weights that sparse tensor cores multiply with now.
+        left: the linear weights that stay dense, and why.
+    """
+
+    def __init__(
+        self,
+        converted: tuple[ConvertedWeight, ...],
+        left: tuple[SkippedWeight, ...],
+        dense: list[tuple[_Place, nn.Parameter]],
+        hooks: list[RemovableHandle],
+    ) -> None:
+        self.converted = converted
+        self.left = left
+        self._dense = dense
+        self._hooks = hooks
+
+    def undo(self) -> None:
+        """Put the dense weights back, the very same parameters. A second call does nothing."""
+        for place, param in self._dense:
+            place.module._parameters[place.attribute] = param
+        for hook in self._hooks:
+            hook.remove()
+        self._dense, self._hooks = [], []
+
+    def __enter__(self) -> SemiStructured:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.converted)} of {len(self.converted) + len(self.left)} linear weights are semi-structured",
+            format_table(
+                ("weights", "number", "shape", "dtype", "backend"),
+                [
+                    (
+                        joint_name([weight.name for weight in group]),
+                        len(group),
+                        "x".join(map(str, group[0].shape)),
+                        str(group[0].dtype).removeprefix("torch."),
+                        group[0].backend,
+                    )
+                    for group in grouped(self.converted, lambda w: (w.shape, w.dtype, w.backend))
+                ],
+            ),
+        ]
+        if self.left:
+            lines.append(
+                format_table(
+                    ("left dense", "number", "such as"),
+                    [
+                        (group[0].reason, len(group), such_as([weight.name for weight in group]))
+                        for group in grouped(self.left, lambda weight: weight.reason)
+                    ],
+                )
+            )
+        return "\n\n".join(lines)
+
+
+def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> SemiStructured:
+    """Swap the linear weights that hold 2:4 (1:2 in float32) for torch's semi-structured tensors, on a CUDA GPU.
+
+    The model computes the same as before, within the rounding of its dtype, and takes gradients no longer: it is for
+    inference. It can be neither saved nor moved nor cast until the change is undone. These are swapped: weights of
+    ``nn.Linear`` and of transformers' ``Conv1D``, wherever they stand in the model, tied ones in all their places.
+
+    Args:
+        model: a model in evaluation mode, finalized, on a CUDA GPU of compute capability 8.0 or above, and in bfloat16
+            or float16 (in float32, sparse tensor cores want 1:2 and CUTLASS).
+        backend: ``"cutlass"`` or ``"cusparselt"``; None takes for each weight cuSPARSELt if it can, else CUTLASS.
+
+    Returns:
+        What was swapped, what was left and why, and the way back.
+
+    Raises:
+        RuntimeError: no CUDA GPU, or one that is too old; a weight could not be compressed.
+        TypeError: ``model`` is no module.
+        ValueError: an unknown backend, a module in training mode, or no weight that can be swapped.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}, or None")
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(
+                f"{f'module {name!r}' if name else 'the model'} is in training mode, and semi-structured weights are "
+                "for inference; call model.eval() first"
+            )
+    model = unwrap_model(model)
+    machine = _Machine()
+    machine.require({param.device for param in model.parameters()})
+    backends = _PREFERRED if backend is None else (backend,)
+    fused = _read_by_fused_kernels(model)
+    left = _without_a_weight(model)
+    places: dict[str, list[_Place]] = {}
+    chosen: dict[str, Backend] = {}
+    candidates: list[SelectedWeight] = []
+    for found in _linear_weights(model):
+        first = next(place for place in found if place.is_linear)
+        problem = _problem(found, fused) or machine.problem_with(first.param)
+        if problem is None:
+            fitting, problem = _fitting(first, backends, machine)
+        if problem is not None:
+            left.append(SkippedWeight(first.name, tuple(first.param.shape), problem))
+            continue
+        places[first.name], chosen[first.name] = found, fitting
+        aliases = tuple(place.name for place in found if place is not first)
+        pattern = hardware_pattern(first.param.dtype)
+        candidates.append(SelectedWeight(first.name, tuple(first.param.shape), pattern, first.dim, aliases))
+    if candidates:
+        params = {name: next(place for place in found if place.is_linear).param for name, found in places.items()}
+        for count in check_weights(Selection(tuple(candidates), ()), params.__getitem__):
+            if not count.ok:
+                problem = f"it does not hold {count.pattern}: {count.bad_groups} of {count.groups} groups exceed it"
+                left.append(SkippedWeight(count.name, count.shape, problem))
+                del places[count.name]
+    if not places:
+        reasons = "; ".join(
+            f"{group[0].reason} ({such_as([weight.name for weight in group])})"
+            for group in grouped(left, lambda weight: weight.reason)
+        )
+        raise ValueError(f"no linear weight of the model can be converted: {reasons or 'it has none'}")
+    # All are compressed before the first is swapped: if one fails, the model is as it was.
+    swaps = [
+        (place, param) for name, found in places.items() for place, param in _compressed(found, chosen[name], machine)
+    ]
+    dense = [(place, place.param) for place, _ in swaps]
+    for place, param in swaps:
+        place.module._parameters[place.attribute] = param
+    converted = tuple(
+        ConvertedWeight(weight.name, weight.shape, params[weight.name].dtype, chosen[weight.name], weight.aliases)
+        for weight in candidates
+        if weight.name in places
+    )
+    layers = {id(place.module): place.module for place, _ in swaps}
+    hooks = [layer.register_forward_pre_hook(_contiguous) for layer in layers.values()]
+    return SemiStructured(converted, tuple(left), dense, hooks)
+
+
+def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lay out a layer's input row by row: of others with three dimensions or more, torch finds no product."""
+    return tuple(t.contiguous() if torch.is_tensor(t) else t for t in args)
+
+
+def _linear_weights(model: nn.Module) -> Iterator[list[_Place]]:
+    """Yield all places of each distinct weight that stands in a linear layer."""
+    places: dict[int, list[_Place]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, param in module._parameters.items():
+            if param is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                places.setdefault(id(param), []).append(_Place(name, module, attribute))
+    yield from (found for found in places.values() if any(place.is_linear for place in found))
+
+
+def _without_a_weight(model: nn.Module) -> list[SkippedWeight]:
+    """Return the linear weights that are no plain parameter of a linear layer."""
+    found = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.Linear) and module._parameters.get("weight") is None:
+            reason = "it is computed, not stored: remove the parametrization first"
+            found.append(SkippedWeight(f"{prefix}weight", (module.out_features, module.in_features), reason))
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention cuts it up itself"
+            found += [
+                SkippedWeight(prefix + attribute, tuple(param.shape), reason)
+                for attribute, param in module._parameters.items()
+                if param is not None and param.ndim == 2
+            ]
+    return found
+
+
+def _read_by_fused_kernels(model: nn.Module) -> set[int]:
+    """Return the ids of linear layers whose weights torch's own Transformer layers hand to one fused kernel."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return set()
+    layers: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            layers += [module.linear1, module.linear2]
+        if isinstance(module, nn.MultiheadAttention):
+            layers.append(module.out_proj)
+    return {id(layer) for layer in layers}
+
+
+def _problem(places: list[_Place], fused: set[int]) -> str | None:
+    """Return why a weight cannot be swapped where it stands, on whatever machine."""
+    for place in places:
+        module = place.module
+        if not place.is_linear:
+            return f"it is tied to {place.name} ({type(module).__name__}), which needs it dense"
+        usual = nn.Linear.forward if isinstance(module, nn.Linear) else None
+        forward = type(module).forward
+        if (forward is not usual if usual else forward.__qualname__ != "Conv1D.forward") or "forward" in vars(module):
+            return f"its layer ({type(module).__name__}) has a forward of its own"
+        if id(module) in fused:
+            return "torch's fused Transformer layer reads it: call torch.backends.mha.set_fastpath_enabled(False) first"
+        bias = module._parameters.get("bias")
+        if bias is not None and bias.dtype != place.param.dtype:
+            return f"its bias is {bias.dtype} and it is {place.param.dtype}: cast both to one dtype"
+    if len({place.dim for place in places}) > 1:
+        return "it is tied between an nn.Linear and a Conv1D, which hold it transposed: untie it"
+    if is_sharded(places[0].param):
+        return "it is sharded: gather it first"
+    return None
+
+
+def _fitting(place: _Place, backends: tuple[Backend, ...], machine: _Machine) -> tuple[Backend, str | None]:
+    """Return the first backend that takes a weight, and why not if there is none."""
+    weight = place.param
+    pattern = hardware_pattern(weight.dtype)
+    problems: dict[Backend, str] = {}
+    for backend in backends:
+        problem = obstacle(backend, weight.shape, weight.dtype, pattern, place.dim)
+        if problem is None:
+            problem = machine.problem(backend, weight.dtype, weight.device)
+        if problem is None:
+            return backend, None
+        problems[backend] = problem
+    return backends[0], "; ".join(f"{backend}: {problem}" for backend, problem in problems.items())
+
+
+def _compressed(places: list[_Place], backend: Backend, machine: _Machine) -> Iterator[tuple[_Place, nn.Parameter]]:
+    """Yield each place of a weight with its new parameter, the same one in all of them."""
+    first = places[0]
+    weight = first.param.detach()
+    with torch.no_grad():
+        try:
+            # Compressed along the inputs, as (output, input). A Conv1D multiplies by its weight as it is, which has to
+            # be the transpose of that: torch transposes such tensors without touching them.
+            matrix = machine.compress((weight if first.dim == 1 else weight.t()).contiguous(), backend)
+            param = nn.Parameter(matrix if first.dim == 1 else matrix.t(), requires_grad=False)
+        except Exception as error:
+            raise RuntimeError(f"weight {first.name!r} could not be compressed by {backend}: {error}") from error
+    yield from ((place, param) for place in places)
+
+
+class _Machine:
+    """What is asked of torch and the GPU."""
+
+    def __init__(self) -> None:
+        self._tried: dict[tuple[Backend, torch.dtype, torch.device], str | None] = {}
+
+    def require(self, devices: Iterable[torch.device]) -> None:
+        """Refuse to go on without a GPU that has sparse tensor cores."""
+        where = "sparse tensor cores are in NVIDIA GPUs of compute capability 8.0 (Ampere) and above"
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"no CUDA GPU is available, and {where}; run this on one, with a CUDA build of torch")
+        for device in {device for device in devices if device.type == "cuda"} or {torch.device("cuda")}:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                name = torch.cuda.get_device_name(device)
+                raise RuntimeError(f"{name} has compute capability {capability[0]}.{capability[1]}, and {where}")
+
+    def problem_with(self, weight: Tensor) -> str | None:
+        """Return why a weight is in the wrong place."""
+        return None if weight.is_cuda else f"it is on {weight.device}: move the model to a CUDA GPU first"
+
+    def problem(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return why a backend does not work in a dtype on a device, found by trying it; None if it does.
+
+        Which GPUs a backend serves depends on the versions of torch and its libraries: CUTLASS compresses on a
+        Hopper, for instance, and then cannot multiply.
+        """
+        key = (backend, dtype, device)
+        if key not in self._tried:
+            self._tried[key] = self._try(*key)
+        return self._tried[key]
+
+    def _try(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
+        matrix = torch.tensor([1, 0], dtype=dtype, device=device).repeat(64, 64)
+        ones = torch.ones(16, 128, dtype=dtype, device=device)
+        try:
+            with torch.no_grad():
+                product = nn.functional.linear(ones, self.compress(matrix, backend))
+        except Exception as error:  # torch and its libraries raise what they like
+            return f"it does not work on this machine ({str(error).strip().partition(chr(10))[0]})"
+        return None if bool((product == 64).all()) else "its products are wrong on this machine"
+
+    def compress(self, matrix: Tensor, backend: Backend) -> Tensor:
+        """Return a contiguous matrix of shape (output, input) as a semi-structured tensor."""
+        # The classes themselves, and not to_sparse_semi_structured: that chooses by a global flag.
+        kind = getattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}")
+        with torch.cuda.device_of(matrix), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+            warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
+            tensor: Tensor = kind.from_dense(matrix)
+        return tensor
