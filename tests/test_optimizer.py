@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import re
@@ -399,6 +400,7 @@ def test_warning_survives_a_resume_in_the_frozen_phase(penalty: str) -> None:
     assert [warning.filename for warning in caught] == [__file__]
     optimizer.state_dict()
     resumed.load_state_dict(state)
+    resumed.state_dict()
     with pytest.warns(ConvergenceWarning):
         resumed.finalize()
 
@@ -1010,6 +1012,191 @@ def test_step_under_the_projected_weights_is_refused_with_the_remedy() -> None:
         optimizer.step()
 
 
+def test_inner_optimizer_that_knows_no_direction_is_taken_to_minimise() -> None:
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 1e-2})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad, alpha=group["lr"])
+
+    def run(inner: Factory) -> Net:
+        net = make_net()
+        train(net, admm(net, inner, penalty="gradient", rho=5.0, update_every=Every(5, dual_start=None)), 20)
+        return net
+
+    assert_same_weights(
+        run(lambda net: Plain(net.parameters())),
+        run(lambda net: torch.optim.SGD(net.parameters(), lr=1e-2, foreach=False)),
+    )
+
+
+# ---------------------------------------------------------------- taking ADMM off
+
+
+@every_form
+def test_unwrap_passes_over_a_weight_that_never_had_a_gradient_and_may_be_repeated(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty)
+    for x in batches(5):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        net.blocks[0].up.weight.grad = None
+        optimizer.step()
+    for _ in range(2):
+        inner = optimizer.unwrap()
+        assert not any("admm_consensus" in state for state in inner.state.values())
+        assert not any(key.startswith("admm") for group in inner.param_groups for key in group)
+
+
+def test_unwrap_without_a_penalty_leaves_the_weights_as_they_are() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.0, update_every=2, state_dtype=torch.bfloat16)  # too narrow for the weights
+    train(net, optimizer, 5)
+    before = weights_of(net)
+    optimizer.unwrap()
+    assert_same_weights(net, before)
+
+
+def test_run_that_begins_again_after_unwrap_announces_its_own_failure() -> None:
+    net = make_net()
+    optimizer = admm(net, rho=1e-6, total_steps=20)
+    train(net, optimizer, 20)
+    with pytest.warns(ConvergenceWarning):
+        optimizer.state_dict()
+    optimizer.unwrap()
+    optimizer.state_dict()
+    train(net, optimizer, 17)
+    optimizer.unwrap()  # frozen never, and nothing to announce
+    with torch.no_grad():
+        for p in net.blocks.parameters():
+            p.add_(0.1)  # what was pruned is far from zero again
+    train(net, optimizer, 18)
+    assert optimizer.frozen
+    with pytest.warns(ConvergenceWarning):
+        optimizer.state_dict()
+    optimizer.unwrap()
+    optimizer.state_dict()
+
+
+# ---------------------------------------------------------------- while the model holds the projected weights
+
+
+def test_inner_optimizer_that_has_modes_of_its_own_changes_them_while_the_model_holds_the_training_weights() -> None:
+    seen: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    class Averaging(torch.optim.SGD):
+        def eval(self) -> None:
+            seen.append(("eval", weights_of(net)))
+
+        def train(self) -> None:
+            seen.append(("train", weights_of(net)))
+
+    net = make_net()
+    optimizer = admm(net, lambda net: Averaging(net.parameters(), lr=1e-2), rho=0.5, update_every=2)
+    train(net, optimizer, 3)
+    before = weights_of(net)
+    optimizer.eval()
+    assert verify(net, optimizer.selection).ok
+    optimizer.train()
+    assert [mode for mode, _ in seen] == ["eval", "train"]
+    for _, weights in seen:
+        assert_same_weights(weights, before)
+
+
+@every_form
+def test_weight_that_was_loaded_broken_while_projected_is_not_hidden_by_the_training_weight(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, rho=0.1, update_every=every(3, penalty), penalty=penalty)
+    train(net, optimizer, 4)
+    with optimizer.projected(), torch.no_grad():
+        kept = optimizer.masks()["blocks.0.up.weight"].nonzero()[0].tolist()
+        net.blocks[0].up.weight[tuple(kept)] = math.nan
+    assert net.blocks[0].up.weight[tuple(kept)].isnan()
+    with pytest.raises(ValueError, match=r"blocks\.0\.up\.weight"):
+        optimizer.finalize()
+
+
+@every_form
+def test_weights_may_be_loaded_while_projected_before_z_has_moved(penalty: str) -> None:
+    net, best = make_net(), make_net(seed=5)
+    optimizer = admm(net, rho=0.1, update_every=every(3, penalty), penalty=penalty)
+    train(net, optimizer, 1)
+    with optimizer.projected():
+        net.load_state_dict(best.state_dict())
+    for name in optimizer.masks():
+        w = best.get_parameter(name).detach()
+        assert torch.equal(optimizer.masks()[name], keep_mask(w, "1:4"))
+        torch.testing.assert_close(primal_of(optimizer, net.get_parameter(name)), w)
+
+
+@every_form
+def test_checkpoint_that_is_saved_after_an_evaluation_goes_on_at_once(penalty: str) -> None:
+    net, other_net = make_net(), make_net()
+    optimizer, other = (admm(n, total_steps=20, penalty=penalty) for n in (net, other_net))
+    train(net, optimizer, 6)
+    optimizer.eval()
+    optimizer.train()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other_net.load_state_dict(net.state_dict())
+    train(net, optimizer, 2, start=6)
+    train(other_net, other, 2, start=6)
+    assert_same_weights(other_net, net)
+
+
+@every_form
+def test_evaluation_once_frozen_needs_no_copy_of_the_weights(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20, penalty=penalty, residual_tolerance=tolerance(penalty))
+    train(net, optimizer, 19)
+    before = weights_of(net)
+    optimizer.eval()
+    assert not any("admm_primal" in entry for entry in optimizer.state_dict()["state"].values())
+    assert_same_weights(net, before)
+    optimizer.train()
+    assert_same_weights(net, before)
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+def test_hooks_on_the_state_dict_are_given_the_optimizer_and_may_return_nothing() -> None:
+    net = make_net()
+    optimizer = admm(net, total_steps=20)
+    train(net, optimizer, 2)
+    plain = optimizer.state_dict()
+    seen: list[Any] = []
+    optimizer.register_state_dict_pre_hook(lambda *given: seen.append(given))
+    optimizer.register_state_dict_post_hook(lambda *given: seen.append(given))
+    optimizer.register_load_state_dict_pre_hook(lambda *given: seen.append(given))
+    optimizer.register_load_state_dict_post_hook(lambda *given: seen.append(given))
+    saved = optimizer.state_dict()
+    assert saved["param_groups"] == plain["param_groups"]
+    assert saved["state"].keys() == plain["state"].keys()
+    optimizer.load_state_dict(saved)
+    assert [len(given) for given in seen] == [1, 2, 2, 1]
+    assert all(given[0] is optimizer for given in seen)
+    assert seen[1][1]["param_groups"] == seen[2][1]["param_groups"] == plain["param_groups"]
+
+
+@every_form
+def test_weight_that_never_had_a_gradient_is_saved_without_a_state(penalty: str) -> None:
+    net = make_net()
+    # Adagrad has a state for every parameter from the beginning.
+    optimizer = admm(net, TORCH_OPTIMIZERS["Adagrad-single"], total_steps=20, penalty=penalty)
+    for x in batches(2):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        net.blocks[0].up.weight.grad = None
+        optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert "admm_consensus" not in state[0]
+    assert "admm_consensus" in state[2]
+
+
 # ---------------------------------------------------------------- what a refusal says
 
 
@@ -1030,11 +1217,27 @@ def why_refused(state: dict[str, Any], **options: Any) -> str:
     return str(caught.value)
 
 
-def test_checkpoint_of_another_pattern_is_refused_with_the_remedy() -> None:
-    assert why_refused(saved_after(6), pattern="2:4") == (
+@pytest.mark.parametrize("steps", [1, 6])
+def test_checkpoint_of_another_pattern_is_refused_with_the_remedy(steps: int) -> None:
+    assert why_refused(saved_after(steps), pattern="2:4") == (
         "the checkpoint was made with another selection, pattern, grouped dimension or form of the penalty, under "
         "which its ADMM state means something else; build ADMMNxM as it was built then"
     )
+
+
+def test_checkpoint_from_before_the_first_step_fits_any_pattern() -> None:
+    optimizer = admm(make_net(), total_steps=20, pattern="2:4")
+    optimizer.load_state_dict(saved_after(0))
+    assert optimizer.param_groups[0]["admm_step"] == 0
+
+
+def test_checkpoint_without_a_note_of_its_selection_gets_one() -> None:
+    state = saved_after(6)
+    noted = [group.pop("admm_selection") for group in state["param_groups"]]
+    optimizer = admm(make_net(), total_steps=20)
+    optimizer.load_state_dict(state)
+    assert [group["admm_selection"] for group in optimizer.state_dict()["param_groups"]] == noted
+    assert noted[0] != 0
 
 
 def test_checkpoint_of_more_weights_is_refused_with_their_positions() -> None:
@@ -1060,7 +1263,7 @@ def test_checkpoint_of_another_kind_of_state_is_refused_with_the_dtype_to_ask_fo
 def test_checkpoint_that_would_let_rho_fall_under_a_dual_is_refused_with_the_way_to_train_longer() -> None:
     options = {"penalty": "proximal", "update_every": Every(2, dual_start=0)}
     state = saved_after(12, rho=lambda step: 0.1 + step / 16, **options)
-    assert why_refused(state, rho=0.3, total_steps=40, **options) == (
+    assert why_refused(state, rho=lambda step: 0.06 + step / 50, total_steps=40, **options) == (
         "the checkpoint has rho = 0.85 at step 12 with the dual in use, and the schedule built here "
         "(total_steps=40) goes on from 0.3; rho may not fall then. Build ADMMNxM with the schedule of the "
         "checkpoint's run; to train longer, extend the frozen phase by giving freeze_at"
