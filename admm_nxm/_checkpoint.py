@@ -92,10 +92,14 @@ def _check_structure(state_dict: object) -> None:
     elif not all(isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups):
         problem = "a parameter group has no 'params'"
     else:
-        keys = list(chain(*(group["params"] for group in groups)))
-        if len(set(map(repr, keys))) < len(keys):
+        keys: set[object] = set()
+        try:
+            keys.update(chain(*(group["params"] for group in groups)))
+        except TypeError:
+            problem = "a parameter in its groups is neither a number nor a name"
+        if problem is None and len(keys) < sum(len(group["params"]) for group in groups):
             problem = "its groups name a parameter twice"
-        for key, entry in state.items():
+        for key, entry in state.items() if problem is None else ():
             if key in keys and not isinstance(entry, Mapping):
                 problem = f"its state of parameter {key!r} is {type(entry).__name__}"
             elif key not in keys and isinstance(entry, Mapping) and CONSENSUS in entry:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Union
 
 import safetensors
 import torch
@@ -27,9 +29,11 @@ __all__ = [
     "TensorInfo",
     "atomic_file",
     "atomic_folder",
+    "copy_files",
     "open_checkpoint",
     "read_index",
     "refuse_existing",
+    "refuse_source",
 ]
 
 SUFFIX = ".safetensors"
@@ -39,6 +43,8 @@ PACKED_SUFFIX = ".packed.safetensors"
 INDEX_SUFFIX = ".index.json"
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+Place = Union[str, "os.PathLike[str]"]
 
 
 # ---------------------------------------------------------------- reading
@@ -124,6 +130,34 @@ class Checkpoint:
             return unpack_tensor(PackedTensor(info.layout, parts))
         except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{info.file}: tensor {name!r} cannot be read: {brief(error)}") from error
+
+    def others(self) -> list[Path]:
+        """Return the files of the checkpoint's folder that hold none of its weights, such as the config.
+
+        The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
+        left behind is passed over.
+
+        Returns:
+            The paths relative to the folder, in order.
+
+        Raises:
+            ValueError: the folder has a link to a folder, or what is no file.
+        """
+        own = {*self.files, self.index}
+        found = []
+        for inner, folders, files in os.walk(self.path, onerror=_raise):
+            folders[:] = [name for name in folders if not _is_passed_over(name)]
+            for name in folders:
+                if Path(inner, name).is_symlink():
+                    raise ValueError(f"{Path(inner, name)} is a link to a folder, and is not followed; move it away")
+            for name in files:
+                file = Path(inner, name)
+                if file in own or _is_passed_over(name):
+                    continue
+                if not file.is_file():
+                    raise ValueError(f"{file} is a dangling link or no file, and cannot be copied; move it away")
+                found.append(file.relative_to(self.path))
+        return sorted(found)
 
     def close(self) -> None:
         """Close the files."""
@@ -335,57 +369,83 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 
 @contextmanager
 def atomic_folder(
-    path: str | os.PathLike[str], *, overwrite: bool = False, source: str | os.PathLike[str] | None = None
+    path: Place, *, overwrite: bool = False, source: Place | Sequence[Place] | None = None
 ) -> Iterator[Path]:
     """Write a folder that appears whole or not at all.
 
     Args:
         path: where the folder is to be. The folder around it must exist.
         overwrite: whether a folder that is there may be replaced, with all it holds.
-        source: a file or folder that is read meanwhile; the new folder may be neither it, nor around it, nor in it.
+        source: files and folders that are read meanwhile, one or several; the new folder may be none of them, nor
+            around one, nor in one. Those that do not exist are passed over: a name may be that of a model elsewhere.
 
     Yields:
         The path of an empty temporary folder beside it. When the block ends its files are brought to disk and it takes
         its place; an old folder is deleted after that. When the block raises it is deleted and the old one stays as it
-        was.
+        was. When the block ends and it cannot take its place, it is kept, and the error says where it is.
 
     Raises:
-        FileExistsError: something is there already and ``overwrite`` is False; raised before the block.
+        FileExistsError: something is there already and ``overwrite`` is False; raised before the block, and after it if
+            something came up meanwhile.
         FileNotFoundError: the folder around it does not exist.
         NotADirectoryError: a file is there.
-        ValueError: the folder may not be replaced: it is the source, the working directory, the home folder, or around
-            one of them.
+        OSError: the new folder is complete and cannot take its place.
+        ValueError: the folder may not be replaced: it is a source, the working directory, the home folder, or around
+            one of them; or it is a mount point, or has the name of a safetensors file.
     """
     target = Path(path)
-    _refuse_to_replace(target, source)
+    if target.suffix == SUFFIX:
+        raise ValueError(f"{target} is to be a folder, and has the name of a file; leave {SUFFIX} out")
+    _refuse_to_replace(target, [source] if isinstance(source, (str, os.PathLike)) else source or ())
     refuse_existing(target, overwrite)
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
-        raise NotADirectoryError(f"{target} is no folder (a file or a link); name another one")
+    _refuse_file(target)
     temporary, old = _beside(target), _beside(target)
     temporary.mkdir()
-    moved = False
     try:
         yield temporary
         for inner, _, files in os.walk(temporary):
             for file in files:
                 _sync(Path(inner, file))
             _sync(Path(inner))
-        refuse_existing(target, overwrite)
-        if os.path.lexists(target):
-            os.rename(target, old)
-            moved = True
-        os.rename(temporary, target)
     except BaseException:
-        if moved:
-            os.rename(old, target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    try:
+        refuse_existing(target, overwrite)
+        _refuse_file(target)
+        if os.path.lexists(target):
+            os.rename(target, old)
+        os.rename(temporary, target)
+    except BaseException as error:
+        _give_up(error, temporary, target, old)
+        raise
     _sync(target.parent)
-    if moved:
+    if os.path.lexists(old):
         try:
             shutil.rmtree(old)
         except OSError as error:
             raise OSError(f"{target} is written, but the old folder is still at {old}; delete it: {error}") from error
+
+
+def _give_up(error: BaseException, temporary: Path, target: Path, old: Path) -> None:
+    """Put the old folder back, where it was moved away, and say where the new one is; after an interrupt, delete it."""
+    still = ""
+    # By what is on disk: an interrupt may come between any two steps.
+    if os.path.lexists(old) and not os.path.lexists(target):
+        try:
+            os.rename(old, target)
+        except OSError as second:
+            still = f"; the old folder is at {old}, and could not be moved back ({second})"
+    if not os.path.lexists(temporary):
+        return
+    if not isinstance(error, Exception):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    kind = next((k for k in (FileExistsError, NotADirectoryError) if isinstance(error, k)), OSError)
+    raise kind(
+        f"the new folder is complete and could not take its place at {target}: {error}; it is kept at {temporary}: "
+        f"rename it to what you like, or delete it{still}"
+    ) from error
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -406,10 +466,44 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
 
 
-def _refuse_to_replace(target: Path, source: str | os.PathLike[str] | None) -> None:
+def refuse_source(path: Place, source: Place) -> None:
+    """Refuse to write a file in place of the one that is read.
+
+    Args:
+        path: the file to be written.
+        source: the file that is read.
+
+    Raises:
+        ValueError: they are the same.
+    """
+    if os.path.realpath(path) == os.path.realpath(source):
+        raise ValueError(f"{path} is what is read; write to another file")
+
+
+def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Copy files with the folders that they are in.
+
+    Args:
+        files: paths relative to ``source``, such as :meth:`Checkpoint.others` returns.
+        source: the folder that has them; links are followed.
+        target: the folder that gets them.
+    """
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / file, target / file)
+
+
+def _refuse_file(target: Path) -> None:
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+        raise NotADirectoryError(f"{target} is no folder (a file or a link); name another one")
+
+
+def _refuse_to_replace(target: Path, sources: Iterable[Place]) -> None:
     place = Path(os.path.realpath(target))
-    if source is not None:
+    for source in sources:
         origin = Path(os.path.realpath(source))
+        if not origin.exists():
+            continue
         if place == origin or place in origin.parents:
             raise ValueError(f"{target} holds what is read ({source}); write to another folder")
         if origin in place.parents:
@@ -418,6 +512,8 @@ def _refuse_to_replace(target: Path, source: str | os.PathLike[str] | None) -> N
         kept = Path(os.path.realpath(kept))
         if place == kept or place in kept.parents:
             raise ValueError(f"{target} is {name} or around it, and is not replaced; write to a folder of its own")
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point, which no folder can replace; write to a folder inside it")
 
 
 def _home() -> Path:
@@ -429,15 +525,39 @@ def _home() -> Path:
 
 def _beside(target: Path) -> Path:
     """Return the name of a temporary neighbour that nobody has; writers go by the ending, so it stays."""
-    return target.parent / f".{target.stem[:100]}.{secrets.token_hex(6)}.tmp{target.suffix}"
+    stem, ending = target.stem, target.suffix
+    if len(os.fsencode(ending)) > 32:
+        stem, ending = target.name, ""  # a name with a point in it, and no ending
+    # File systems limit a name to 255 bytes, some to 143; a character has up to 4.
+    stem = stem.encode("utf-8", "replace")[:80].decode("utf-8", "ignore")
+    return target.parent / f".{stem}.{secrets.token_hex(6)}.tmp{ending}"
+
+
+_LEFT_BEHIND = re.compile(r"\..*\.[0-9a-f]{12}\.tmp(\.[^.]*)?", re.DOTALL)
+
+
+def _is_passed_over(name: str) -> bool:
+    """Whether a file or folder is no part of a model: what ``_beside`` calls so, and version control."""
+    return name == ".git" or _LEFT_BEHIND.fullmatch(name) is not None
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
 
 def _sync(path: Path) -> None:
     """Bring a file or folder to disk."""
-    if os.name == "nt" and path.is_dir():
+    folder = path.is_dir()
+    if os.name == "nt" and folder:
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in _NO_SYNC:  # network file systems know no fsync of a folder
+            raise
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ._memory import address
@@ -18,6 +19,15 @@ from ._sharding import is_sharded
 __all__ = ["count_forward", "forward_note"]
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+# Where the factors stand among the arguments: the rest are biases and settings.
+_FACTORS = {
+    torch.ops.aten.mm: slice(0, 2),
+    torch.ops.aten.bmm: slice(0, 2),
+    torch.ops.aten.addmm: slice(1, 3),
+    torch.ops.aten.baddbmm: slice(1, 3),
+    torch.ops.aten.convolution: slice(0, 2),
+    torch.ops.aten._convolution: slice(0, 2),
+}
 
 
 def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int]]:
@@ -27,7 +37,7 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
     twice, tied weights and weights that another module computes with are counted as they are used.
 
     Args:
-        model: the model; its training flags are restored afterwards.
+        model: the model; its training flags and ``requires_grad`` are restored afterwards.
         example: keyword arguments as a mapping, positional ones as a tuple or list, or one tensor.
 
     Returns:
@@ -37,7 +47,7 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
         TypeError: ``example`` is of another kind.
         ValueError: the forward pass failed, or a weight is sharded.
     """
-    args, kwargs = _arguments(example)
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, _arguments(example))  # see _without_grad
     for name, param in model.named_parameters():
         if is_sharded(param):
             raise ValueError(
@@ -47,7 +57,7 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
     sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
     counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
     by_weight = _ByWeight(counter, model)
-    with _evaluating(model), torch.no_grad(), counter, by_weight:
+    with _evaluating(model), _without_grad(model), torch.no_grad(), counter, by_weight:
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -107,6 +117,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _without_grad(model: nn.Module) -> Iterator[None]:
+    """Switch ``requires_grad`` off: even under no_grad a view has it from its base.
+
+    On inputs of a module that have it torch's counter sets a hook, which fails for such a view.
+    """
+    params = [param for param in model.parameters() if param.requires_grad and param.is_leaf]
+    try:
+        for param in params:
+            param.requires_grad_(False)
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
 class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds what each operation cost to the parameter that it reads."""
 
@@ -125,13 +151,13 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
         spent = self._counter.get_total_flops() - before
-        copied = getattr(func, "overloadpacket", None) in _COPIES
+        packet: Any = getattr(func, "overloadpacket", None)
+        copied = packet in _COPIES
         if spent or copied:
-            # The largest, since a bias is read along with its weight.
-            _, owner = max(
-                ((t.numel(), self._owner(t)) for t in args if torch.is_tensor(t) and self._owner(t) is not None),
-                default=(0, None),
-            )
+            # The weight is the last factor that is a parameter: the one before may be a learned query.
+            factors = args[_FACTORS.get(packet, slice(None))]
+            owners = [self._owner(t) for t in factors if torch.is_tensor(t)]
+            owner = next((found for found in reversed(owners) if found is not None), None)
             if owner is not None:
                 self.flops[owner] = self.flops.get(owner, 0) + spent
                 if copied:

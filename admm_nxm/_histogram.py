@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._files import open_checkpoint
 from ._sharding import is_sharded
 from .selection import Selection, named_tensors, select_weights
+from .sparsity import stand_ins
 
 __all__ = ["Chosen", "Counts", "Weights", "count_pairs"]
 
@@ -149,11 +150,11 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
             yield _Reader(tensors, tensors.__getitem__)
         elif isinstance(target, (str, PathLike)):
             checkpoint = stack.enter_context(open_checkpoint(target, purpose="plot"))
-            shapes = {
-                name: torch.empty(info.shape, dtype=info.dtype, device="meta")
-                for name, info in checkpoint.tensors.items()
-            }
-            yield _Reader(shapes, checkpoint.get)
+            # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
+            tensors = stand_ins(checkpoint)
+            stored = {id(t): name for name, t in tensors.items()}
+            shapes = named_tensors(tensors)
+            yield _Reader(shapes, lambda name: checkpoint.get(stored[id(shapes[name])]))
         else:
             raise TypeError(
                 f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a checkpoint is "
@@ -164,6 +165,10 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
     floating = [name for name, t in tensors.items() if t.is_floating_point()]
     if set(tensors) == {"weight"} and select is None:
+        if not floating:
+            raise ValueError(
+                f"there is nothing to count: before is {tensors['weight'].dtype}; a tensor of floating dtype is needed"
+            )
         return floating
     if select is None:
         selection, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)

@@ -216,9 +216,10 @@ def bytes_of(t: Tensor) -> Iterator[memoryview]:
     """Return the bytes of a tensor in memory order.
 
     Args:
-        t: any dtype, shape, layout in memory and device; strided.
+        t: any dtype, shape, layout in memory and device; strided. Conjugate and negated views are resolved.
     """
-    flat = t.detach().cpu().contiguous()
+    # Views that are conjugate or negated do so when they are read; their memory has other bits.
+    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if flat.numel():
         # numpy, which knows neither bfloat16 nor 8-bit floats, is not needed for this.
         buffer = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())

@@ -421,7 +421,7 @@ def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _rows(t: Tensor, layout: Layout) -> Tensor:
     """Return the bits of a weight as integers, (groups, group)."""
-    moved = t.detach().movedim(layout.dim, -1)
+    moved = t.detach().resolve_neg().movedim(layout.dim, -1)  # a negated view has other bits in memory
     return moved.reshape(layout.groups, layout.pattern.group).view(_bits_dtype(layout.dtype))
 
 

@@ -227,10 +227,10 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, list[Mapping[str, 
         steps, values = _series(rows, panel.key)
         every += values
         look = {"color": colour, "linestyle": dashes, "linewidth": 1.3, "markersize": 4}
-        axes.plot(steps, values, marker="." if len(steps) <= 30 else "", label=name or "_run", **look)
+        axes.plot(steps, values, marker="." if len(steps) <= 30 else "", label=_visible(name) or "_run", **look)
         if panel.key == "loss" and (evaluated := _series(rows, "eval_loss"))[0]:
             look |= {"linestyle": "", "marker": "D", "markerfacecolor": "white"}
-            axes.plot(*evaluated, label=f"{name}, evaluation".removeprefix(", "), **look)
+            axes.plot(*evaluated, label=_visible(f"{name}, evaluation".removeprefix(", ")), **look)
         if len(runs) == 1:
             _shade_phases(axes, rows)
         elif (frozen := _freeze(rows)) is not None:
@@ -282,6 +282,11 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         label = f"frozen mask, {'from' if noted else 'by'} step {frozen:g}: residuals are zero"
         axes.axvspan(frozen, max(steps), facecolor="#e6eef6", edgecolor="#a9bfd4", hatch="//", label=label)
         axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label="_freeze")
+
+
+def _visible(label: str) -> str:
+    """Return a label that stands in the legend: matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def _add_legend(figure: Figure) -> None:
@@ -550,9 +555,9 @@ def _draw_histogram(axes: Axes, counts: Counts, labels: tuple[str, str]) -> None
     total = max(1, counts.total)
     edges = counts.edges.tolist()
     shares = [(side.double() / total).tolist() for side in counts.counts]
-    axes.stairs(shares[0], edges, fill=True, color="#cfcfcf", label=labels[0])
+    axes.stairs(shares[0], edges, fill=True, color="#cfcfcf", label=_visible(labels[0]))
     axes.stairs(shares[0], edges, color=_BEFORE, linewidth=0.8, label="_outline")
-    axes.stairs(shares[1], edges, color=_AFTER, linewidth=1.4, label=labels[1])
+    axes.stairs(shares[1], edges, color=_AFTER, linewidth=1.4, label=_visible(labels[1]))
     highest = max(map(max, shares)) or 1.0
     axes.set_ylim(0, 1.35 * highest)  # room for what is written about the zeros
     axes.set_xlim(edges[0], edges[-1])

@@ -22,6 +22,7 @@ __all__ = [
     "SelectedWeight",
     "Selection",
     "SkippedWeight",
+    "clean_name",
     "is_conv1d",
     "is_embedding",
     "named_tensors",
@@ -263,10 +264,10 @@ def _candidates(model: Source) -> list[_Candidate]:
             )
         tensors[id(pair[1])] = pair[1]
     # DistributedDataParallel puts the whole model under one name.
-    wrapped = all(_clean(name).startswith("module.") for name, _ in pairs)
+    wrapped = all(clean_name(name).startswith("module.") for name, _ in pairs)
     holders: dict[str, int] = {}
     for name, tensor in pairs:
-        name = _clean(name).removeprefix("module." if wrapped else "")
+        name = clean_name(name).removeprefix("module." if wrapped else "")
         if name not in holders:
             places.setdefault(id(tensor), []).append(name)
         elif holders[name] != id(tensor):
@@ -296,7 +297,7 @@ def _candidates_of_module(model: nn.Module) -> list[_Candidate]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for local_name, param in module._parameters.items():
             if param is not None:
-                name = _clean(f"{prefix}.{local_name}" if prefix else local_name)
+                name = clean_name(f"{prefix}.{local_name}" if prefix else local_name)
                 places.setdefault(id(param), []).append((name, module))
                 tensors[id(param)] = param
     return [
@@ -325,11 +326,12 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
             continue
         for key, member in members.items():
             if next(member.children(), None) is not None:
-                prefixes.append(_clean(f"{name}.{key}" if name else key) + ".")
+                prefixes.append(clean_name(f"{name}.{key}" if name else key) + ".")
     return tuple(prefixes)
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile, FSDP and activation checkpointing put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import quickstart
-from transformers import AutoTokenizer
 
-TEST_SHARE = 0.25
+from admm_nxm.cli._classifier import load_tokenizer
+from admm_nxm.cli._texts import label_names, split
 
 
 @dataclass
@@ -42,31 +41,23 @@ class DataArguments:
 
 def load(args: DataArguments, seed: int) -> tuple[Any, Any, Any, list[str]]:
     """Return the tokenizer, the training and the test rows, and the names of the labels."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(args.model_name)
 
     def encode(texts: tuple[str, ...], label: int) -> dict[str, Any]:
         return {**tokenizer(*texts, truncation=True, max_length=args.max_length), "labels": label}
 
     if args.data is None:
         rows = quickstart.read_bbc()
-        names = sorted({label for _, label in rows})
-        # Articles that are alike in what the model sees must not stand on both sides of the split.
-        distinct: dict[tuple[int, ...], dict[str, Any]] = {}
-        for text, label in rows:
-            row = encode((text,), names.index(label))
-            distinct.setdefault(tuple(row["input_ids"]), row)
-        encoded = list(distinct.values())
-        random.Random(seed).shuffle(encoded)
-        held_out = round(TEST_SHARE * len(encoded))
-        return tokenizer, encoded[held_out:], encoded[:held_out], names
+        names = label_names(rows)
+        encoded = [encode(row[:-1], names.index(row[-1])) for row in rows]
+        found = split([tuple(row["input_ids"]) for row in encoded], rows, names, seed)
+        return tokenizer, [encoded[i] for i in found.train], [encoded[i] for i in found.test], names
     import datasets
 
     loaded = datasets.load_dataset(args.data, args.data_config)
     columns = args.text_columns.split(",")
     splits = [
-        [encode(tuple(row[column] for column in columns), row[args.label_column]) for row in loaded[split]]
-        for split in ("train", args.eval_split)
+        [encode(tuple(row[column] for column in columns), row[args.label_column]) for row in loaded[part]]
+        for part in ("train", args.eval_split)
     ]
     return tokenizer, *splits, list(loaded["train"].features[args.label_column].names)

@@ -193,6 +193,9 @@ def test_stochastic_rounding_of_weights_that_are_as_narrow_as_the_state_is_refus
     options = {"penalty": "proximal", "state_dtype": torch.bfloat16, "state_rounding": "stochastic"}
     with pytest.raises(ValueError, match=r'rounds what is float32, .* are torch\.bfloat16; use .*"nearest"'):
         admm(net, **options)
+    net.blocks[0].up.half()
+    with pytest.raises(ValueError, match=r"prunable weights are torch\.bfloat16, torch\.float16; use"):
+        admm(net, **options)
     net.blocks[0].up.float()
     assert admm(net, **options).state_rounding == "stochastic"
 

@@ -13,6 +13,8 @@ import torch
 
 from admm_nxm import ADMMNxM, Pattern, SparsityReport, WeightReport, project, verify
 from admm_nxm.export.card import model_card, write_model_card
+from admm_nxm.report import sparsity_report
+from admm_nxm.selection import select_weights
 from tests.helpers import make_net, train
 
 STEPS = 20
@@ -70,6 +72,25 @@ def test_a_run_is_told_from_its_optimizer(run: tuple[ADMMNxM, SparsityReport, to
 def test_the_command_for_the_default_choice_is_short(run: tuple[ADMMNxM, SparsityReport, torch.nn.Module]) -> None:
     optimizer, counted, _ = run
     assert command_of(model_card(counted, optimizer=optimizer)) == "admm-nxm verify PATH --pattern 2:4"
+
+
+@pytest.mark.parametrize("kind", ["default", "part", "own"])
+@pytest.mark.parametrize("told_by", ["nothing", "report", "optimizer"])
+def test_the_command_counts_the_weights_of_the_card_and_no_others(kind: str, told_by: str) -> None:
+    net = make_net()
+    select = {"default": None, "part": {r".*\.up\.weight": "2:4"}, "own": {r"blocks\.0\.up\.weight": "1:4"}}[kind]
+    selection, weights = select_weights(net, select=select)
+    with torch.no_grad():
+        for weight in selection:
+            weights[weight.name].copy_(project(weights[weight.name], weight.pattern, weight.dim))
+    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters()), net, total_steps=STEPS, select=select)
+    counted = (sparsity_report if told_by == "report" else verify)(net, select)
+    command = command_of(model_card(counted, optimizer=optimizer if told_by == "optimizer" else None))
+    rules = dict(re.findall(r"--select '(.+)=(\d:\d)'", command))
+    again = verify(net.state_dict(), rules or command.removeprefix("admm-nxm verify PATH --pattern "))
+    assert again.ok
+    assert {w.name for w in again} == {w.name for w in counted}
+    assert bool(rules) == (kind != "default" or told_by == "nothing")
 
 
 def test_rules_of_ones_own_become_rules_of_the_command() -> None:
@@ -226,6 +247,15 @@ def test_the_users_text_and_metadata_are_kept(tmp_path: Path) -> None:
     assert data["tags"] == ["x", "sparsity", "admm_nxm", "2:4", "1:4"]
     assert data["model-index"] == [{"name": "m", "results": [{"metrics": [{"type": "acc", "value": 1}]}]}]
     assert body in path.read_text()
+
+
+@hub
+def test_null_entries_of_the_metadata_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense:\nbase_model:\ntags: null\n---\n# Title\n")
+    write_model_card(tmp_path, SECTION, base_model="c/d")
+    head = path.read_text().split("---\n")[1]
+    assert head.splitlines()[:3] == ["license: null", "base_model: c/d", "tags:"]
 
 
 @hub

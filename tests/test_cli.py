@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.abc
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ import torch
 
 import admm_nxm
 from admm_nxm import project, verify
+from admm_nxm._files import atomic_folder
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -175,7 +181,37 @@ def test_report_draws(good, tmp_path, capsys):
     assert told["plot"] == str(tmp_path / "map.svg")
     assert err == f"picture {tmp_path / 'map.svg'}\n"
     assert "<svg" in (tmp_path / "map.svg").read_text()
-    fails(capsys, "report", good, "--plot", tmp_path / "map.bmp", parts=[".svg"])
+
+
+def test_report_replaces_a_picture_only_if_told(good, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "map.svg"
+    picture.write_text("mine")
+    fails(capsys, "report", good, "--plot", picture, parts=["map.svg exists", "--overwrite"])
+    assert picture.read_text() == "mine"
+    assert call(capsys, "report", good, "--plot", picture, "--overwrite")[0] == 0
+    assert "<svg" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("map.bmp", ["map.bmp ends in .bmp; a picture ends in .svg, .png or .pdf"]),
+        ("map", ["map ends in nothing; a picture ends in .svg"]),
+        ("folder.svg", ["folder.svg is a folder; name a file"]),
+        ("no/such/map.svg", ["there is no folder"]),
+    ],
+)
+def test_report_refuses_a_picture_before_it_counts(good, tmp_path, monkeypatch, capsys, name, parts):
+    pytest.importorskip("matplotlib")
+
+    def count(*_):
+        raise AssertionError("the weights were counted first")
+
+    monkeypatch.setattr(sys.modules["admm_nxm.report"], "sparsity_report", count)
+    (tmp_path / "folder.svg").mkdir()
+    fails(capsys, "report", good, "--plot", tmp_path / name, "--overwrite", parts=parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", good.name]
 
 
 # ---------------------------------------------------------------------- prune
@@ -227,7 +263,7 @@ def test_prune_refuses_weights_that_have_no_order(tmp_path, capsys, value):
     tensors = weights()
     tensors["layers.1.fc.weight"][3, 5] = value
     folder = save(tmp_path / "broken" / "model.safetensors", tensors).parent
-    fails(capsys, "prune", folder, "-o", tmp_path / "x", parts=["'layers.1.fc.weight' has NaN or infinite"])
+    fails(capsys, "prune", folder, "-o", tmp_path / "x", parts=["weight 'layers.1.fc.weight'", "has NaN or infinite"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
@@ -386,6 +422,99 @@ def test_interrupted(good, monkeypatch, capsys):
     fails(capsys, "verify", good, parts=["interrupted"], status=130)
 
 
+ENDINGS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_signal_ends_a_command_as_ctrl_c_does(good, tmp_path, monkeypatch, capsys, name):
+    """What is half written goes, a second signal does not cut that short, and the usual handler is back."""
+    number = getattr(signal, name)
+
+    def half(*_, **__):
+        with atomic_folder(tmp_path / "x") as folder:
+            (folder / "half").write_text("done")
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(sys.modules["admm_nxm.export.packed"], "pack", half)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        parts = [f"ended by {name}"]
+        fails(capsys, "pack", good, "-o", tmp_path / "x", parts=parts, status=128 + number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert sorted(tmp_path.iterdir()) == [good]
+
+
+def test_a_signal_counts_more_than_what_fails_after_it(good, monkeypatch, capsys):
+    """As when the terminal is gone, and a progress bar cannot be closed any more."""
+
+    def lost(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", lost)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        fails(capsys, "verify", good, parts=["ended by SIGTERM"], status=143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_signals_that_are_ignored_or_handled_stay_so(good, monkeypatch, capsys, name):
+    number = getattr(signal, name)
+    count = sys.modules["admm_nxm.cli.verify"].count
+    heard = []
+
+    def disturbed(*args):
+        signal.raise_signal(number)
+        return count(*args)
+
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", disturbed)
+    before = signal.signal(number, signal.SIG_IGN)  # as under nohup
+    try:
+        assert call(capsys, "verify", good)[0] == 0
+        signal.signal(number, lambda *args: heard.append(args[0]))
+        assert call(capsys, "verify", good)[0] == 0
+    finally:
+        signal.signal(number, before)
+    assert heard == [number]
+
+
+def test_outside_the_main_thread(good, capsys):
+    """Only the main thread can have handlers; elsewhere the command works without them."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["verify", str(good)]).result() == 0
+    assert capsys.readouterr().out == f"{verify(good)}\n"
+
+
+def test_a_terminal_that_is_gone(monkeypatch, tmp_path):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert main(["verify", str(tmp_path / "absent")]) == 2
+
+
+def test_interrupted_while_it_is_imported(monkeypatch, capsys):
+    class Stop(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "admm_nxm.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "admm_nxm.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert main(["--help"]) == 130
+    assert capsys.readouterr() == ("", "admm-nxm: error: interrupted\n")
+
+
 def test_a_missing_package_is_named_with_its_extra(good, monkeypatch, capsys):
     def needs(*_):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
@@ -441,6 +570,7 @@ class Terminal:
     """A stream that calls itself a terminal."""
 
     encoding = "utf-8"
+    errors = "strict"
 
     def __init__(self):
         self.text = ""
@@ -465,6 +595,25 @@ def test_verdicts_are_coloured_on_a_terminal_only(monkeypatch, capsys):
     assert terminal.text.count("\n") == 1
     show(result, sys.stdout, as_json=False)
     assert capsys.readouterr().out == result.text + "\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_the_output_cannot_encode_is_escaped(errors):
+    result = Result({"path": "caf\xe9"}, "caf\xe9 \u2713 pattern ok")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors, newline="\n")
+    show(result, stream, as_json=False)
+    assert stream.buffer.getvalue() == b"caf\\xe9 \\u2713 pattern ok\n"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, newline="\n")
+    show(result, stream, as_json=False)
+    assert stream.buffer.getvalue().decode() == f"{result.text}\n"
+
+
+def test_names_beyond_ascii_on_an_ascii_terminal(monkeypatch):
+    terminal = Terminal()
+    terminal.encoding = "ascii"
+    monkeypatch.setenv("TERM", "xterm")
+    show(Result({}, "caf\xe9 ok"), terminal, as_json=False)
+    assert "caf\\xe9 " in terminal.text
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch):
@@ -507,6 +656,15 @@ def test_as_a_process(good, bad):
     done = process("verify", bad, "--json")
     assert (done.returncode, done.stderr) == (1, "")
     assert json.loads(done.stdout)["ok"] is False
+
+
+def test_a_name_beyond_ascii_in_an_ascii_process(good, tmp_path):
+    file = good.rename(tmp_path / "caf\xe9.safetensors")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "admm_nxm", "prune", str(file), "-o", str(tmp_path / "\xfc.safetensors")]
+    done = subprocess.run(command, capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xfc.safetensors" in done.stdout
 
 
 def test_nobody_reads_the_output(good):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -230,6 +231,17 @@ def test_texts_to_test_on_of_their_own(arguments, here, capsys):
     fails_at_once(capsys, argv(arguments, eval_data="no.csv", output="x"), ["--eval-data no.csv: no such file"])
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_long_texts(tmp_path, kind):
+    """The csv module stops at 128 KiB by itself; its limit is as before afterwards."""
+    from admm_nxm.cli._texts import read_file
+
+    rows = [("word " * 100_000, "long"), ("word", "short")]
+    before = csv.field_size_limit()
+    assert read_file(write(tmp_path / f"long.{kind}", rows)) == rows
+    assert csv.field_size_limit() == before
+
+
 def test_steps_and_length_have_defaults(arguments, here, capsys):
     write(here / "few.csv", rows_of(8))
     status, told, _ = call_json(capsys, *argv(arguments, data="few.csv", steps=None, batch_size=2, max_length=6))
@@ -241,9 +253,11 @@ def test_steps_and_length_have_defaults(arguments, here, capsys):
 def test_a_run_that_does_not_converge_says_so(arguments, capsys):
     status, told, err = call_json(capsys, *argv(arguments, penalty="gradient", steps=10, lr="1e-5"))
     assert status == 0  # the weights are in the pattern all the same
-    assert len(told["notes"]) == 1
-    assert told["notes"][0].startswith("the run has not reached its pattern")
-    assert f"note    {told['notes'][0]}\n" in err
+    few, failed = told["notes"]
+    assert few.startswith("10 steps are few: by default it would be 200")
+    assert failed.startswith("the run has not reached its pattern")
+    assert f"note    {few}\n" in err
+    assert f"note    {failed}\n" in err
     assert json.loads(Path("out/training.json").read_text())["notes"] == told["notes"]
 
 
@@ -307,6 +321,34 @@ def test_overwrite(arguments, capsys):
     assert Path("out", "mine.txt").read_text() == "mine"
     assert call(capsys, *argv(arguments, "--overwrite", steps=4))[0] == 0
     assert names_in("out") == SAVED
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval-data", "--model"])
+def test_what_is_read_is_not_deleted(arguments, model_folder, here, capsys, option):
+    """A folder that is replaced goes with all it holds: no texts and no model may lie in it."""
+    kept = here / "project" / "deep"
+    kept.mkdir(parents=True)
+    write(kept / "texts.csv", rows_of(8))
+    shutil.copytree(model_folder, kept / "model")
+    files = sorted(path for path in (here / "project").rglob("*"))
+    inside = "project/deep/model" if option == "--model" else "project/deep/texts.csv"
+    parts = [f"--output project holds what is read ({option} {inside})", "write to another folder"]
+    for flags in ((), ("--overwrite",)):
+        fails_at_once(capsys, [*argv(arguments, *flags, output="project"), option, inside], parts)
+    assert sorted(path for path in (here / "project").rglob("*")) == files
+
+
+@pytest.mark.parametrize("way", ["to", "from"])
+def test_texts_behind_a_link_are_not_deleted(arguments, here, capsys, way):
+    (here / "project").mkdir()
+    inside, outside = here / "project" / "texts.csv", here / "linked.csv"
+    inside, outside = (inside, outside) if way == "to" else (outside, inside)
+    write(inside, rows_of(8))
+    outside.symlink_to(inside)
+    given = outside if way == "to" else outside.relative_to(here)
+    command = argv(arguments, "--overwrite", data=given, output=here / "project" / ".." / "project")
+    fails_at_once(capsys, command, ["holds what is read", "write to another folder"])
+    assert outside.is_symlink()
 
 
 # ---------------------------------------------------------------------- bad input
@@ -397,6 +439,55 @@ def test_absent_gpu(arguments, capsys):
     fails_at_once(capsys, argv(arguments, device="cuda"), ["--device cuda", "try --device cpu"])
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_has_an_index(monkeypatch, name):
+    """torch.cuda.set_device takes no other."""
+    from admm_nxm.cli._classifier import find_device
+
+    real = torch.zeros
+    tried = []
+
+    def zeros(count, device):
+        tried.append(device)
+        return real(count)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert find_device(name) == torch.device("cuda", 1)
+    assert tried == [torch.device("cuda", 1)]
+
+
+def test_the_run_is_on_that_gpu_and_no_other(arguments, tmp_path, monkeypatch):
+    """Trainer sets the process up for the first GPU; the run takes the one that was asked for."""
+    import admm_nxm.cli._training as training
+
+    taken = []
+
+    def set_device(device):
+        taken.append(torch.cuda._utils._get_device_index(device))  # refuses what the real one refuses
+
+    settings = types.SimpleNamespace(batch_size=8, lr=1e-4, seed=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    args = training._arguments(settings, 20, torch.device("cuda", 1), str(tmp_path))
+    assert taken[-1] == 1
+    assert args.device == torch.device("cuda", 1)
+    assert args.distributed_state.device == torch.device("cuda", 1)
+    assert args.n_gpu == 1
+    assert not args.use_cpu
+    assert training._DEVICE_OF_ACCELERATE not in os.environ
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_on_a_gpu(arguments, capsys, name):
+    status, told, _ = call_json(capsys, *argv(arguments, device=name, steps=4))
+    assert (status, told["settings"]["device"]) == (0, "cuda:0")
+    assert call(capsys, "verify", "out")[0] == 0
+
+
 def test_the_model_is_not_overwritten(arguments, model_folder, here, capsys):
     shutil.copytree(model_folder, here / "mine")
     fails_at_once(capsys, argv(arguments, "--overwrite", model="mine", output="mine"), ["holds what is read"])
@@ -433,18 +524,32 @@ def test_too_little_memory(arguments, monkeypatch, capsys):
 # ---------------------------------------------------------------------- as a process
 
 
-def test_interrupted_in_the_middle(arguments, here):
-    """Ctrl-C in a long run: one line, the status of an interrupted program, and nothing left behind."""
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
+)
+def test_interrupted_in_the_middle(arguments, here, name, status, message):
+    """Ctrl-C and its kin in a long run: one line, the status of an interrupted program, and nothing left behind."""
     command = [sys.executable, "-m", "admm_nxm", *map(str, argv(arguments, steps=100_000))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as running:
+    number = getattr(signal, name)
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        # Whoever runs the tests in the background may have them ignore these signals, and their children with them.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as running:
         for line in running.stderr:
             if line.startswith("step "):
                 break
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=120)
-    assert (running.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "admm-nxm: error: interrupted"
+    assert (running.returncode, out) == (status, "")
+    assert err.splitlines()[-1] == f"admm-nxm: error: {message}"
     assert "Traceback" not in err
     assert sorted(path.name for path in here.iterdir()) == ["texts.csv"]
 

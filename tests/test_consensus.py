@@ -10,7 +10,7 @@ from admm_nxm import Pattern, keep_mask, project
 from admm_nxm import consensus as admm
 from tests.helpers import same_bits
 
-PATTERN, DIM = Pattern(2, 4), 1
+PATTERN, DIM = Pattern(2, 4), 0
 GROUPING = (PATTERN, DIM)
 
 
@@ -24,12 +24,12 @@ def state(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def w() -> Tensor:
-    return torch.randn(6, 8)
+    return torch.randn(8, 6)
 
 
 @pytest.fixture
 def u() -> Tensor:
-    return 0.3 * torch.randn(6, 8)
+    return 0.3 * torch.randn(8, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -67,10 +67,10 @@ def test_what_is_projected_is_the_weight_of_now_plus_the_dual(w: Tensor, u: Tens
 
 
 def test_the_mask_of_a_projection_is_that_of_the_rounded_sum() -> None:
-    w = torch.tensor([[1.0, 1.001, 1.002, 1.003]])  # one number in bfloat16: ties go to the lower index
-    v = admm.initial(torch.zeros(1, 4), *GROUPING, torch.bfloat16)
+    w = torch.tensor([1.0, 1.001, 1.002, 1.003])  # one number in bfloat16: ties go to the lower index
+    v = admm.initial(torch.zeros(4), *GROUPING, torch.bfloat16)
     weight, kept = admm.projected(w, v, *GROUPING)
-    assert kept.tolist() == [[True, True, False, False]]
+    assert kept.tolist() == [True, True, False, False]
     assert same_bits(weight, torch.where(kept, w, 0.0))
 
 
@@ -84,12 +84,12 @@ def test_primal_sums_are_the_squared_distance_to_z_and_the_squared_norm() -> Non
 
 
 def test_rounding_to_another_dtype_swaps_no_kept_place_with_a_pruned_one() -> None:
-    v = torch.tensor([[-1.001, 1.002, 3.0, -0.5]])  # z = (0, 1.002, 3, 0), u = (1.001, 0, 0, 0.5)
+    v = torch.tensor([-1.001, 1.002, 3.0, -0.5])  # z = (0, 1.002, 3, 0), u = (1.001, 0, 0, 0.5)
     narrow = admm.recast(v, *GROUPING, torch.bfloat16)
     # The sum w + u was (1.001, 1.002, 3, 0.5); rounded, the first two tie, and the first is kept with its own sign.
     assert narrow.dtype == torch.bfloat16
-    assert admm.auxiliary(narrow, *GROUPING).tolist() == [[1.0, 0.0, 3.0, 0.0]]
-    assert admm.dual(narrow, *GROUPING).tolist() == [[0.0, 1.0, 0.0, 0.5]]
+    assert admm.auxiliary(narrow, *GROUPING).tolist() == [1.0, 0.0, 3.0, 0.0]
+    assert admm.dual(narrow, *GROUPING).tolist() == [0.0, 1.0, 0.0, 0.5]
 
 
 def test_a_wider_dtype_changes_nothing(w: Tensor, u: Tensor) -> None:

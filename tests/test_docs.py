@@ -182,6 +182,7 @@ LISTED_COMMANDS = (
     "pytest",
     "python -m tests.matrix",
     "trtexec ",
+    "mutmut ",
 )
 """Commands that are not run here: installations, long examples, and programs that are not installed."""
 

@@ -116,6 +116,16 @@ def test_a_dual_that_unsettles_the_mask_is_announced_where_the_distance_is_toler
         optimizer.finalize()
 
 
+def test_unsettled_mask_is_announced_at_the_line_of_the_caller() -> None:
+    net = make_net()
+    optimizer = build("The mask flips", net)
+    optimizer.residual_tolerance = 9.0
+    noisy(net, optimizer)
+    with pytest.warns(ConvergenceWarning, match="had not settled") as caught:
+        optimizer.finalize()
+    assert caught[0].filename == __file__
+
+
 def test_page_has_a_heading_and_a_picture_for_each_failure() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for failure in ANNOUNCED:

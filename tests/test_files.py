@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from admm_nxm import project, verify
-from admm_nxm._files import atomic_file, atomic_folder, open_checkpoint, refuse_existing
+from admm_nxm._files import atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_existing, refuse_source
 from admm_nxm._safetensors import DTYPES, StreamWriter, bytes_of, plan, read_header
 from admm_nxm.export.packed import pack
 from tests.helpers import same_bits
@@ -396,6 +397,29 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
         refuse_existing(tmp_path / "dangling", overwrite=False)
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "e." + "é" * 126, "𝄞" * 60 + ".safetensors"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_any_name_that_a_file_system_takes_can_be_written(kind: str, name: str, tmp_path: Path) -> None:
+    if kind == "file":
+        with atomic_file(tmp_path / name) as temporary:
+            temporary.write_bytes(b"new")
+    else:
+        name = name.removesuffix(".safetensors")  # that of a file, which a folder may not have
+        with atomic_folder(tmp_path / name) as temporary:
+            (temporary / "a").write_bytes(b"new")
+    assert temporary.suffix in (".safetensors", ".tmp")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_file_that_is_read_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "link").symlink_to("a")
+    for place in (tmp_path / "a", tmp_path / "link", str(tmp_path / "x" / ".." / "a")):
+        with pytest.raises(ValueError, match="is what is read; write to another file"):
+            refuse_source(place, tmp_path / "a")
+    refuse_source(tmp_path / "b", tmp_path / "a")
+
+
 @pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
 def test_a_place_without_a_folder_is_refused(writer: Any, tmp_path: Path) -> None:
     with (
@@ -462,10 +486,23 @@ def test_an_existing_folder_is_kept_unless_overwriting_is_allowed(tmp_path: Path
 
 
 def test_a_folder_that_came_up_meanwhile_is_kept(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "out") as temporary:
+    with (
+        pytest.raises(FileExistsError, match=r"complete and could not take its place at .*out exists.* it is kept at"),
+        atomic_folder(tmp_path / "out") as temporary,
+    ):
         (temporary / "a").write_bytes(b"mine")
         old_folder(tmp_path)
-    assert listing(tmp_path) == OLD
+    assert listing(tmp_path) == {**OLD, temporary.name: None, f"{temporary.name}/a": b"mine"}
+
+
+def test_a_file_that_came_up_meanwhile_is_kept_beside_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NotADirectoryError, match=r"is kept at .*: rename it"),
+        atomic_folder(tmp_path / "out", overwrite=True) as temporary,
+    ):
+        (temporary / "a").write_bytes(b"mine")
+        (tmp_path / "out").write_bytes(b"theirs")
+    assert listing(tmp_path) == {"out": b"theirs", temporary.name: None, f"{temporary.name}/a": b"mine"}
 
 
 def test_the_old_folder_returns_when_the_new_one_cannot_take_its_place(
@@ -479,9 +516,96 @@ def test_the_old_folder_returns_when_the_new_one_cannot_take_its_place(
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", fails_once)
-    with pytest.raises(OSError, match="disk on fire"), atomic_folder(target, overwrite=True) as temporary:
+    with (
+        pytest.raises(OSError, match=r"could not take its place at .*: disk on fire; it is kept at .*, or delete it$"),
+        atomic_folder(target, overwrite=True) as temporary,
+    ):
         (temporary / "a").write_bytes(b"new")
+    assert listing(tmp_path) == {**OLD, temporary.name: None, f"{temporary.name}/a": b"new"}
+
+
+def test_both_folders_are_named_when_the_old_one_cannot_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = old_folder(tmp_path), os.rename
+
+    def fails(a: Any, b: Any) -> None:
+        if Path(b) == target:
+            raise OSError("busy")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with (
+        pytest.raises(OSError, match=r"is kept at .*; the old folder is at (.*), and could not be moved back \(busy\)"),
+        atomic_folder(target, overwrite=True) as temporary,
+    ):
+        (temporary / "a").write_bytes(b"new")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a", "old"]
+
+
+@pytest.mark.parametrize("step", ["old", "new"])
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interrupt_between_the_last_steps_leaves_one_whole_folder(
+    step: str, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = old_folder(tmp_path), os.rename
+
+    def stops(a: Any, b: Any) -> None:
+        hit = Path(a) == target if step == "old" else (Path(a) / "new").exists()
+        if not hit or done:
+            rename(a, b)
+        if hit:
+            raise Stopped
+
+    monkeypatch.setattr(os, "rename", stops)
+    with pytest.raises(Stopped), atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "new").write_bytes(b"new")
+    after = {path.name for path in target.iterdir()}
+    assert after == ({"new"} if (step, done) == ("new", True) else {"old"})
+    assert not temporary.exists()
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old_folder(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    for overwrite in (False, True):
+        with (
+            pytest.raises(ValueError, match="out is a mount point, which no folder can replace; write to a folder in"),
+            atomic_folder(target, overwrite=overwrite),
+        ):
+            pytest.fail("the work was begun")
     assert listing(tmp_path) == OLD
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_cannot_sync_folders_will_do(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def no_folders(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, "no folders")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_bytes(b"new")
+    with atomic_file(tmp_path / "b"):
+        pass
+    assert listing(tmp_path) == {"out": None, "out/a": b"new", "b": b""}
+
+
+@pytest.mark.parametrize(("number", "folder"), [(errno.EIO, True), (errno.EINVAL, False)])
+def test_other_failures_to_sync_are_errors(
+    number: int, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == folder:
+            raise OSError(number, "broken disk")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="broken disk"), atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_bytes(b"new")
+    assert listing(tmp_path) == {}
 
 
 def test_an_old_folder_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +655,23 @@ def test_the_source_is_never_replaced(target: str, message: str, tmp_path: Path)
     assert (tmp_path / "a" / "b" / "c").is_dir()
 
 
+@pytest.mark.parametrize("protected", ["out", "out/data.csv", "out/models/m", "link/data.csv"])
+def test_each_of_several_sources_is_protected(protected: str, tmp_path: Path) -> None:
+    (tmp_path / "out" / "models" / "m").mkdir(parents=True)
+    (tmp_path / "out" / "data.csv").write_bytes(b"rows")
+    (tmp_path / "beside.csv").write_bytes(b"rows")
+    (tmp_path / "link").symlink_to("out")
+    sources = [tmp_path / "beside.csv", str(tmp_path / protected), "the-name-of-a/model-elsewhere"]
+    with (
+        pytest.raises(ValueError, match=rf"out holds what is read \(.*{protected}\); write to another folder"),
+        atomic_folder(tmp_path / "out", overwrite=True, source=sources),
+    ):
+        pytest.fail("the work was begun")
+    with atomic_folder(tmp_path / "new", source=sources):
+        pass
+    assert (tmp_path / "out" / "data.csv").read_bytes() == b"rows"
+
+
 @pytest.mark.parametrize("target", [".", "..", "/", "~", "home/.."])
 def test_the_working_directory_and_the_home_folder_are_never_replaced(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -544,3 +685,48 @@ def test_the_working_directory_and_the_home_folder_are_never_replaced(
         atomic_folder(place, overwrite=True),
     ):
         pytest.fail("the work was begun")
+
+
+# ---------------------------------------------------------------- the other files of a folder
+
+
+def test_other_files_are_copied_without_leftovers_and_version_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "more").mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+    kept = {"config.json": b"{}", "more/.hidden": b"kept", ".gitattributes": b"lfs", "a.tmp": b"kept", ".tmp": b"kept"}
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "objects" / "blob").write_bytes(b"large")
+    (folder / "more" / ".git").write_bytes(b"gitdir: elsewhere")
+    # What a process that was killed leaves behind: its temporary files and folders stay.
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *_: None)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(Stopped), atomic_file(folder / "model.safetensors", overwrite=True):
+        raise Stopped
+    with pytest.raises(Stopped), atomic_folder(folder / "more" / "checkpoint") as temporary:
+        (temporary / "half").write_bytes(b"half")
+        raise Stopped
+    with open_checkpoint(folder) as checkpoint:
+        others = checkpoint.others()
+    assert others == sorted(map(Path, kept))
+    copy_files(others, folder, tmp_path / "copy")
+    assert {name: content for name, content in listing(tmp_path / "copy").items() if content is not None} == kept
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuses(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError("closed")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(PermissionError, match="closed"):
+        checkpoint.others()

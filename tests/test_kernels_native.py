@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -339,6 +339,27 @@ def test_compiler_that_fails_is_told_of_and_the_eager_backend_does_it(
     with pytest.raises(RuntimeError, match="this compiler is broken"):
         backend_for(CPU, "native")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.parametrize(("chosen", "other"), [("eager", native), ("native", eager)])
+def test_optimizer_uses_the_backend_that_it_was_told_to_use(
+    chosen: Literal["eager", "native"], other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each backend has moved the mask when its advance_mask was called, and the other one was not asked to."""
+    called = []
+    wanted = {"eager": eager, "native": native}[chosen]
+    moves = wanted.advance_mask
+    monkeypatch.setattr(wanted, "advance_mask", lambda *args: called.append(chosen) or moves(*args))
+    monkeypatch.setattr(other, "advance_mask", lambda *args: pytest.fail(f"asked for {chosen}"))
+    net = make_net()
+    optimizer = ADMMNxM(torch.optim.SGD(net.parameters(), lr=1e-3), net, total_steps=20, backend=chosen)
+    for _ in range(20):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert called
+    assert optimizer.finalize().ok
 
 
 # ---------------------------------------------------------------- building

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import Pattern, SparsityViolation, project
-from admm_nxm.export.onnx import export_onnx, verify_onnx
+from admm_nxm.export.onnx import _as_exported, export_onnx, verify_onnx
 from admm_nxm.selection import Selection, select_weights
 from tests.helpers import make_net, weights_of
 
@@ -201,6 +202,172 @@ def test_external_data_lies_beside_the_file_and_is_read(exported: tuple[Path, An
         verify_onnx(tmp_path / "model.onnx")
 
 
+def test_data_that_no_file_needs_any_more_is_deleted(tmp_path: Path) -> None:
+    net = make_net()
+    pruned(net)
+    path, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    data.write_bytes(b"of another file")
+    export_onnx(net, torch.randn(2, 8), path, check=False)
+    export_onnx(net, torch.randn(2, 8), path, check=False, overwrite=True)
+    assert data.read_bytes() == b"of another file"
+    data.unlink()
+    export_onnx(net, torch.randn(2, 8), path, check=False, overwrite=True, external_data=True)
+    assert data.is_file()
+    export_onnx(net, torch.randn(2, 8), path, check=False, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+    assert verify_onnx(path).ok
+
+
+class Returning(nn.Module):
+    """Returns what it is told to make of its input and its hidden state."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.blocks = make_net().blocks
+        self.scale = nn.Parameter(torch.ones(8))
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x, self.blocks[1](self.blocks[0](x)) * self.scale)
+
+
+@pytest.mark.parametrize(
+    ("make", "outputs"),
+    [
+        (lambda x, h: {"x": h}, ("x_output",)),
+        (lambda x, h: {"x": x, "h": h}, ("x_output", "h")),
+        (lambda x, h: {"y": x, "h": h}, ("y", "h")),
+        (lambda x, h: {"a": h, "b": h}, ("a", "b")),
+        (lambda x, h: {"linear": h, "b": h}, ("linear", "b")),  # as the exporter calls a value inside
+        (lambda x, h: (h, [h, h + 1]), ("output.0", "output.1.0", "output.1.1")),
+        (lambda x, h: {"a.0": h, "a": [h + 1]}, ("a.0", "a.0_output")),
+        (lambda x, h: {"scale": h, "b": h}, ("scale_output", "b")),
+        (lambda x, h: {"x": h, "x_output": h + 1, "a": [x]}, ("x_output", "x_output_output", "a.0")),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_outputs_have_names_of_their_own(
+    make: Callable[[Tensor, Tensor], Any], outputs: tuple[str, ...], check: bool, tmp_path: Path
+) -> None:
+    import onnx
+    import onnxruntime
+
+    model = Returning(make)
+    pruned(model)
+    x = torch.randn(3, 8)
+    report = export_onnx(model, x, tmp_path / "model.onnx", check=check)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert report.outputs == tuple(entry.name for entry in graph.output) == outputs
+    assert list(report.inputs) == [entry.name for entry in graph.input] == ["x"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    want = torch.utils._pytree.tree_leaves(model(x))
+    for got, expected in zip(session.run(list(outputs), {"x": x.numpy()}), want, strict=True):
+        assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
+
+
+def test_a_graph_with_other_ends_than_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("admm_nxm.export.onnx._name_ends", lambda *_: None)
+    model = Returning(lambda x, h: {"a": h, "b": h})
+    pruned(model)
+    with pytest.raises(RuntimeError, match=r"from x to b, .*; the model is one from x to a, b\. .*its \.clone\(\)"):
+        export_onnx(model, torch.randn(2, 8), tmp_path / "model.onnx", check=False)
+    assert not list(tmp_path.iterdir())
+
+
+class Holding(nn.Module):
+    """Has all its parameters in an attribute that is called as in DistributedDataParallel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x)
+
+
+@pytest.mark.parametrize("wrap", ["compile", "module"])
+def test_names_of_wrappers_are_no_part_of_a_weights_name(wrap: str, tmp_path: Path) -> None:
+    net: Any = make_net()
+    if wrap == "compile":
+        net.blocks[0] = torch.compile(net.blocks[0], backend="eager")
+    else:
+        net = Holding(net)
+    selection = pruned(net)
+    path = tmp_path / "model.onnx"
+    names = [w.name for w in selection]
+    report = export_onnx(net, torch.randn(2, 8), path)
+    assert [w.name for w in report.sparsity] == names
+    assert [w.name for w in verify_onnx(path)] == names
+    assert [w.name for w in verify_onnx(path, selection)] == names
+    by_rules = verify_onnx(path, {r"blocks\.\d\.(up|down)\.weight": "2:4"})
+    assert [w.name for w in by_rules] == [name.removeprefix("module.") for name in names]
+    assert by_rules.ok
+    assert [w.name for w in verify_onnx(path, "2:4")] == [w.name for w in by_rules]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_files_of_other_makers_may_have_names_of_wrappers(prefix: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "model.onnx", [node("MatMul", "x", prefix + NAME)], [constant(prefix + NAME, SPARSE)])
+    for rules in (None, {NAME: "2:4"}):
+        (weight,) = verify_onnx(path, rules)
+        assert (weight.name, weight.groups, weight.bad_groups) == (NAME, 12, 0)
+
+
+def clip() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**sizes, **special, "vocab_size": VOCABULARY, "max_position_embeddings": 16},
+            vision_config={**sizes, "image_size": 8, "patch_size": 4},
+            projection_dim=8,
+        )
+    )
+
+
+class Wrapped(nn.Module):
+    """A model of transformers inside of a plain module, the text part first."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.text, self.inner = inner.text_model, inner
+
+
+@needs_transformers
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"},
+        {"": "eager", "text_config": "eager", "vision_config": "sdpa"},
+        {"": "eager", "text_config": "sdpa", "vision_config": "sdpa"},
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_attention_of_each_config_is_switched_and_restored(
+    settings: dict[str, str], wrapped: bool, fails: bool
+) -> None:
+    inner = clip()
+    inner.config._attn_implementation = settings
+    model = Wrapped(inner) if wrapped else inner
+    configs = {"": inner.config, **{key: getattr(inner.config, key) for key in ("text_config", "vision_config")}}
+
+    def attention() -> dict[str, str]:
+        return {key: config._attn_implementation for key, config in configs.items()}
+
+    assert attention() == settings
+    with ExitStack() as stack:
+        if fails:
+            stack.enter_context(pytest.raises(RuntimeError, match="on the way"))
+        with _as_exported(model):
+            assert set(attention().values()) == {"eager"}
+            if fails:
+                raise RuntimeError("on the way")
+    assert attention() == settings
+
+
 def test_a_dense_model_is_refused_before_the_export(tmp_path: Path) -> None:
     net = make_net()
     with pytest.raises(SparsityViolation, match=r"blocks\.0\.up\.weight: .* Call optimizer\.finalize\(\)"):
@@ -361,6 +528,7 @@ def through(*kinds: Any, stored: Tensor) -> tuple[list[Any], list[Any]]:
     return [*nodes, node("MatMul", "x", value)], constants
 
 
+BLOCKS = {"block_size": 3}
 PATHS: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
     "matmul": lambda: ([node("MatMul", "x", NAME)], [constant(NAME, SPARSE)]),
     "left": lambda: ([node("MatMul", NAME, "x")], [constant(NAME, SPARSE.T.contiguous())]),
@@ -382,6 +550,14 @@ PATHS: dict[str, Callable[[], tuple[list[Any], list[Any]]]] = {
     "quantised by column": lambda: through(
         ("DequantizeLinear", [torch.ones(6), torch.arange(6, dtype=torch.int8)], {"axis": 1}),
         stored=(SPARSE + torch.arange(6)).to(torch.int8),
+    ),
+    "quantised by blocks of rows": lambda: through(
+        ("DequantizeLinear", [torch.ones(3, 6), torch.arange(18, dtype=torch.int8).view(3, 6)], BLOCKS | {"axis": 0}),
+        stored=(SPARSE + torch.arange(18).view(3, 6).repeat_interleave(3, 0)[:8]).to(torch.int8),
+    ),
+    "quantised by blocks of columns": lambda: through(
+        ("DequantizeLinear", [torch.ones(8, 2), torch.arange(16, dtype=torch.int8).view(8, 2)], BLOCKS | {"axis": -1}),
+        stored=(SPARSE + torch.arange(16).view(8, 2).repeat_interleave(3, 1)).to(torch.int8),
     ),
     "constant node": lambda: (
         [node("Constant", out=NAME, value=constant("", SPARSE)), node("MatMul", "x", NAME)],
@@ -557,6 +733,37 @@ def test_shapes_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
     nodes, constants = through(("Reshape", [torch.tensor([5, 7])], {}), stored=SPARSE)
     with pytest.raises(ValueError, match="does not fit"):
         verify_onnx(save(tmp_path / "model.onnx", nodes, constants))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block_size": 3}, {"block_size": 2, "axis": 0}, {"block_size": 2, "axis": 5}, {"block_size": 1 << 60}],
+)
+@pytest.mark.parametrize("shape", [(5,), (5, 7)])
+def test_zero_points_that_do_not_fit_are_an_error(
+    options: dict[str, int], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    extra = [torch.ones(shape), torch.ones(shape, dtype=torch.int8)]
+    nodes, constants = through(("DequantizeLinear", extra, options), stored=SPARSE.to(torch.int8))
+    with pytest.raises(ValueError, match=r"the zero point 'extra\.0\.1' does not fit its weight"):
+        verify_onnx(save(tmp_path / "model.onnx", nodes, constants))
+
+
+@pytest.mark.parametrize("linked", ["both", "model.onnx", "model.onnx.data"])
+def test_links_apart_are_named_with_the_remedy(linked: str, exported: tuple[Path, Any], tmp_path: Path) -> None:
+    """As the cache of the Hugging Face Hub has them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        content = exported[0].with_name(name).read_bytes()
+        if linked in ("both", name):
+            (blobs / f"blob-{name}").write_bytes(content)
+            (snapshot / name).symlink_to(blobs / f"blob-{name}")
+        else:
+            (snapshot / name).write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"is a symbolic link to .*blob-model\.onnx.*local_dir="):
+        verify_onnx(snapshot / "model.onnx")
 
 
 def test_nodes_in_a_circle_are_no_weights(tmp_path: Path) -> None:

@@ -541,7 +541,8 @@ def test_weight_that_gets_its_first_gradient_late(penalty: str) -> None:
             optimizer.zero_grad()
             if step < first:
                 assert late not in optimizer.state
-        assert "admm_consensus" in optimizer.state[late]
+        kinds = {optimizer.state[w]["admm_consensus"].dtype for w in (late, net.blocks[0].up.weight)}
+        assert len(kinds) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             assert optimizer.finalize().ok
@@ -973,6 +974,39 @@ def test_step_that_is_to_be_captured_is_refused_until_the_mask_is_frozen(monkeyp
         capturing.setattr("admm_nxm.optimizer.is_capturing", lambda device: True)
         train(net, optimizer, 2, start=18)
     assert optimizer.finalize().ok
+
+
+@every_form
+def test_error_in_the_first_step_costs_no_weight_whose_state_was_announced_to_a_loader(penalty: str) -> None:
+    net = make_net()
+    # Adagrad has a state before the first step, and with it a saved state dict announces ours.
+    optimizer = admm(net, TORCH_OPTIMIZERS["Adagrad-single"], rho=0.5, update_every=2, penalty=penalty)
+    assert "admm_consensus" in optimizer.state_dict()["state"][0]
+    before = weights_of(net)
+    loss_of(net, next(batches(1))).backward()
+
+    def out_of_memory() -> None:
+        raise RuntimeError("out of memory")
+
+    optimizer.inner.step = out_of_memory  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    for name, w in weights_of(net).items():
+        torch.testing.assert_close(w, before[name])
+
+
+@every_form
+def test_checkpoint_of_a_run_in_which_a_weight_stood_still_is_taken_up(penalty: str) -> None:
+    net = make_net()
+    optimizer = admm(net, TORCH_OPTIMIZERS["SGD-single"], total_steps=20, penalty=penalty)
+    for x in batches(3):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        net.blocks[0].up.weight.grad = None
+        optimizer.step()
+    other = admm(make_net(), TORCH_OPTIMIZERS["SGD-single"], total_steps=20, penalty=penalty)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["admm_step"] == 3
 
 
 def test_step_hooks_stay_behind_when_the_optimizer_is_pickled() -> None:

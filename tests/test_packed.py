@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from admm_nxm import ADMMNxM, Pattern, SelectedWeight, Selection, SparsityViolation, project, verify
 from admm_nxm._files import open_checkpoint
 from admm_nxm.export.packed import load_packed, load_packed_model, pack, unpack
+from admm_nxm.export.prune import prune
+from admm_nxm.packing import Layout
 from admm_nxm.selection import select_weights
 from tests.helpers import assert_same_weights, make_net, same_bits, train
 from tests.test_files import listing
@@ -187,10 +189,51 @@ def test_a_sharded_folder_keeps_its_shards(tmp_path: Path) -> None:
         assert set(checkpoint.tensors) == set(index["weight_map"])
 
 
+def sharded_by_hand(folder: Path, shards: dict[str, dict[str, Tensor]]) -> Path:
+    folder.mkdir()
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return folder
+
+
+def test_the_index_is_written_in_steps_that_grow_with_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 60
+    tensors = {f"layers.{k}.fc.weight": sparse(4, 4) for k in range(count)}
+    folder = sharded_by_hand(tmp_path / "a", {"model-1.safetensors": tensors})
+    parts, asked = Layout.parts, 0
+
+    def counted(layout: Layout) -> Any:
+        nonlocal asked
+        asked += 1
+        assert parts.fget is not None
+        return parts.fget(layout)
+
+    monkeypatch.setattr(Layout, "parts", property(counted))
+    pack(folder, tmp_path / "p")
+    unpack(tmp_path / "p", tmp_path / "b")
+    assert asked <= 20 * count  # a few for each weight, and not one for each pair of weights
+    assert json.loads((tmp_path / "b" / INDEX).read_text()) == json.loads((folder / INDEX).read_text())
+    assert same(load_file(tmp_path / "b" / "model-1.safetensors"), tensors)
+
+
+def test_a_name_that_is_taken_in_another_shard_is_refused(tmp_path: Path) -> None:
+    shards = {
+        "model-1.safetensors": {NAME: sparse(4, 8)},
+        "model-2.safetensors": {f"{NAME}.packed_values": torch.ones(1)},
+    }
+    with pytest.raises(ValueError, match=rf"two tensors would be called '{NAME}\.packed_values', in model-2"):
+        pack(sharded_by_hand(tmp_path / "a", shards), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_transformers_does_not_take_a_packed_folder_for_an_empty_model(tmp_path: Path) -> None:
     model, auto, _ = transformers_model("llama")
     pack(folder_of(model, tmp_path / "a", None), tmp_path / "p")
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+    with pytest.raises(OSError, match=r"no file named .*model\.safetensors"):
         auto.from_pretrained(tmp_path / "p")
 
 
@@ -199,6 +242,102 @@ def test_generation_settings_come_along(tmp_path: Path) -> None:
     model.generation_config.max_new_tokens = 7
     pack(folder_of(model, tmp_path / "a", None), tmp_path / "p")
     assert load_packed_model(tmp_path / "p", auto).generation_config.max_new_tokens == 7
+
+
+def packed_classifier(tmp_path: Path) -> tuple[Path, Path, Any]:
+    """A small classifier in a folder, the same packed, and its Auto class."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
+    )
+    folder = folder_of(pruned(transformers.BertForSequenceClassification(config)), tmp_path / "a", None)
+    pack(folder, tmp_path / "p")
+    return folder, tmp_path / "p", transformers.AutoModelForSequenceClassification
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2},
+        {"num_labels": 5, "ignore_mismatched_sizes": True},
+        {"attn_implementation": "eager", "output_hidden_states": True},
+        {"dtype": torch.bfloat16},
+        {"dtype": "float16"},
+        {"torch_dtype": torch.float64},
+        {"dtype": "auto"},
+        {"trust_remote_code": False},
+        {"trust_remote_code": True, "num_labels": 3},
+    ],
+    ids=str,
+)
+def test_options_do_as_in_from_pretrained(options: dict[str, Any], automatic: bool, tmp_path: Path) -> None:
+    folder, packed, auto = packed_classifier(tmp_path)
+    model_class = auto if automatic else type(auto.from_pretrained(folder))
+    if not {"dtype", "torch_dtype"} & options.keys():
+        expected = model_class.from_pretrained(folder, dtype="auto", **options)
+    else:
+        expected = model_class.from_pretrained(folder, **options)
+    loaded = load_packed_model(packed, model_class, **options)
+    assert type(loaded) is type(expected)
+    assert loaded.dtype == expected.dtype
+    assert loaded.config._name_or_path == loaded.name_or_path == loaded.bert.name_or_path == str(packed)
+    configs = [{**model.config.to_diff_dict(), "_name_or_path": None} for model in (loaded, expected)]
+    assert configs[0] == configs[1]
+    assert loaded.config._attn_implementation == expected.config._attn_implementation
+    weights, wanted = loaded.state_dict(), expected.state_dict()
+    if options.get("num_labels") == 5:  # the head is new, and random
+        assert weights["classifier.weight"].shape == wanted["classifier.weight"].shape == (5, 16)
+        del weights["classifier.weight"], wanted["classifier.weight"]
+    assert same(dict(weights), dict(wanted))
+
+
+def test_a_config_and_loading_information_do_as_in_from_pretrained(tmp_path: Path) -> None:
+    folder, packed, auto = packed_classifier(tmp_path)
+    config = auto.from_pretrained(folder).config
+    config.hidden_dropout_prob = 0.4
+    for model_class in (auto, type(auto.from_pretrained(folder))):
+        model, told = load_packed_model(packed, model_class, config=config, output_loading_info=True)
+        _, wanted = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+        assert model.config.hidden_dropout_prob == 0.4
+        assert model.config._name_or_path == str(packed)
+        assert told == wanted
+        assert not told["missing_keys"]
+    assert config._name_or_path == str(folder)
+
+
+def test_code_of_the_folders_own_is_run_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder, packed, _ = packed_classifier(tmp_path)
+    (packed / "own_code.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
+        "class OwnModel(BertForSequenceClassification):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    fields = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    fields["model_type"] = "own"
+    fields["auto_map"] = {
+        "AutoConfig": "own_code.OwnConfig",
+        "AutoModelForSequenceClassification": "own_code.OwnModel",
+    }
+    (packed / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    auto = transformers.AutoModelForSequenceClassification
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_packed_model(packed, auto, trust_remote_code=False)
+    model = load_packed_model(packed, auto, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert_same_weights(model, transformers.BertForSequenceClassification.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("name", ["state_dict", "subfolder", "variant", "gguf_file"])
+def test_weights_of_another_place_are_refused(name: str, tmp_path: Path) -> None:
+    _, packed, auto = packed_classifier(tmp_path)
+    with pytest.raises(TypeError, match=rf"{name}='x' says where the weights are, and they are those of .*p; drop it"):
+        load_packed_model(packed, auto, **{name: "x"})
 
 
 def test_a_model_of_sixteen_bits_keeps_them(tmp_path: Path) -> None:
@@ -257,6 +396,48 @@ def test_a_tied_weight_is_stored_once_and_found_by_each_name(as_state_dict: bool
     assert {weight.name for weight in verify(tmp_path / "net")} == {w.name for w in report}
     unpack(tmp_path / "net", tmp_path / "dense")
     assert same(load_file(tmp_path / "dense"), dict(net.state_dict()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_state_dict_hook_may_give_other_tensors_of_the_same_names(tied: bool, tmp_path: Path) -> None:
+    net = pruned(make_net())
+    if tied:
+        net.blocks[1].up = net.blocks[0].up
+
+    def clones(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in state_dict:
+            state_dict[name] = state_dict[name].detach().clone()
+
+    net._register_state_dict_hook(clones)
+    report = pack(net, tmp_path / "p")
+    assert sorted(w.name for w in report) == [f"blocks.{k}.{part}.weight" for k in (0, 1) for part in ("down", "up")]
+    assert same(load_packed(tmp_path / "p"), dict(net.state_dict()))
+
+
+def test_a_state_dict_hook_that_renames_is_named_as_the_cause(tmp_path: Path) -> None:
+    net = pruned(make_net())
+
+    def renames(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in list(state_dict):
+            state_dict[f"x.{name}"] = state_dict.pop(name).clone()
+
+    net._register_state_dict_hook(renames)
+    with pytest.raises(ValueError, match=r"is not in the module's state dict under this name .*pack the state dict"):
+        pack(net, tmp_path / "p")
+    assert listing(tmp_path) == {}
+
+
+def test_views_that_are_conjugate_or_negated_keep_their_values(tmp_path: Path) -> None:
+    z = torch.complex(sparse(4, 8), sparse(4, 8))
+    tensors = {"layers.0.fc.weight": z.conj().imag, "layers.1.fc.weight": z.imag, "conj": z.conj(), "plain": z}
+    assert tensors["layers.0.fc.weight"].is_neg()
+    assert tensors["conj"].is_conj()
+    report = pack(tensors, tmp_path / "p")
+    assert [w.name for w in report] == ["layers.0.fc.weight", "layers.1.fc.weight"]
+    expected = {name: t.resolve_conj().resolve_neg() for name, t in tensors.items()}
+    loaded = load_packed(tmp_path / "p")
+    assert {name: t.tolist() for name, t in loaded.items()} == {name: t.tolist() for name, t in expected.items()}
+    assert same_bits(loaded["layers.0.fc.weight"], expected["layers.0.fc.weight"])
 
 
 @pytest.mark.parametrize(
@@ -384,8 +565,16 @@ def test_what_exists_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> No
     pack(dense, packed, overwrite=True)
     unpack(packed, dense, overwrite=True)
     assert listing(tmp_path) == before
-    unpack(packed, packed, overwrite=True)  # in place
-    assert packed.read_bytes() == dense.read_bytes()
+
+
+def test_a_file_is_never_written_in_its_own_place(tmp_path: Path) -> None:
+    packed, dense = packed_and_dense(tmp_path)
+    before = listing(tmp_path)
+    for function, place in ((pack, dense), (unpack, packed), (prune, dense)):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=rf"{place.name} is what is read; write to another file"):
+                function(place, place, overwrite=overwrite)
+    assert listing(tmp_path) == before
 
 
 def test_a_folder_is_overwritten_as_a_whole_and_never_the_source(tmp_path: Path) -> None:
@@ -468,6 +657,95 @@ def test_without_transformers_the_remedy_is_named(tmp_path: Path, monkeypatch: p
         load_packed_model(tmp_path, object)
 
 
+# ---------------------------------------------------------------- pruning
+
+
+@pytest.mark.parametrize("form", ["layers.{}._orig_mod.fc.{}", "module.layers.{}.fc.{}", "_orig_mod.layers.{}.fc.{}"])
+@pytest.mark.parametrize("rules", [None, {r"layers\..*weight": "2:4"}])
+def test_weights_of_a_wrapped_model_are_pruned(form: str, rules: Any, tmp_path: Path) -> None:
+    tensors = {form.format(k, part): torch.randn(8, 8) for k in (0, 1) for part in ("weight", "bias2d")}
+    save_file(tensors, tmp_path / "a")
+    report = prune(tmp_path / "a", tmp_path / "b", select=rules)
+    assert report.ok
+    assert [w.name for w in report] == ["layers.0.fc.weight", "layers.1.fc.weight"]
+    expected = {name: project(t, "2:4") if name.endswith("weight") else t for name, t in tensors.items()}
+    assert same(load_file(tmp_path / "b"), expected)
+
+
+def test_a_selection_is_pruned_under_each_name_of_a_tied_weight(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(8, 8) for name in ("a.weight", "b.weight", "c.weight", "d.weight")}
+    save_file(tensors, tmp_path / "a")
+    weights = (
+        SelectedWeight("a.weight", (8, 8), Pattern(1, 4), 0, ("gone.weight", "b.weight")),
+        SelectedWeight("c.weight", (8, 8), Pattern(2, 8), 1),
+    )
+    report = prune(tmp_path / "a", tmp_path / "b", select=Selection(weights, ()))
+    assert [(w.name, str(w.pattern), w.dim, w.ok) for w in report] == [
+        ("a.weight", "1:4", 0, True),
+        ("c.weight", "2:8", 1, True),
+    ]
+    expected = {name: project(tensors[name], "1:4", 0) for name in ("a.weight", "b.weight")}
+    expected |= {"c.weight": project(tensors["c.weight"], "2:8"), "d.weight": tensors["d.weight"]}
+    assert same(load_file(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "message"),
+    [
+        (torch.ones(4, 8, dtype=torch.int8), (4, 8), r"cannot be pruned to 2:4: cannot project torch\.int8"),
+        (torch.ones(4, 8), (8, 4), r"the selection names weight 'w' of shape \(8, 4\)"),
+        (torch.ones(4, 6), (4, 6), r"weight 'w' of shape \(4, 6\) cannot be pruned to 2:4: width 6"),
+    ],
+)
+def test_a_selection_that_does_not_fit_is_refused_with_the_weight(
+    value: Tensor, shape: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    save_file({"w": value}, tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        prune(tmp_path / "a", tmp_path / "b", select=Selection((SelectedWeight("w", shape, Pattern(2, 4), 1),), ()))
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_second_name_of_a_tied_weight_must_fit_as_well(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4, 8), "b": torch.ones(8, 8)}, tmp_path / "a")
+    selection = Selection((SelectedWeight("a", (4, 8), Pattern(2, 4), 1, ("b",)),), ())
+    with pytest.raises(ValueError, match=r"weight 'b' of shape \(8, 8\) cannot be pruned to 2:4: the selection gives"):
+        prune(tmp_path / "a", tmp_path / "b", select=selection)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.bfloat16])
+def test_weights_of_few_bits_are_pruned(dtype: torch.dtype, tmp_path: Path) -> None:
+    w = torch.randn(8, 16).to(dtype)
+    save_file({NAME: w}, tmp_path / "a")
+    assert prune(tmp_path / "a", tmp_path / "b").sparsity >= 0.5
+    pruned_weight = load_file(tmp_path / "b")[NAME]
+    assert pruned_weight.dtype == dtype
+    assert same_bits(pruned_weight.to(torch.float32), project(w.to(torch.float32), "2:4"))
+
+
+def test_errors_of_pruning_advise_what_it_has(tmp_path: Path) -> None:
+    save_file({NAME: torch.ones(4, 6)}, tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"cannot be pruned to 2:4: .*choose another pattern, or leave it dense by a select rule$"
+    ):
+        prune(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("function", [pack, unpack, prune])
+def test_a_folder_is_copied_without_version_control(function: Any, tmp_path: Path) -> None:
+    (tmp_path / "a" / ".git").mkdir(parents=True)
+    (tmp_path / "a" / ".git" / "HEAD").write_bytes(b"ref")
+    (tmp_path / "a" / ".model.0123456789ab.tmp.safetensors").write_bytes(b"half")
+    (tmp_path / "a" / "config.json").write_bytes(b"{}")
+    if function is unpack:
+        pack({NAME: sparse(4, 8)}, tmp_path / "a" / "model.packed.safetensors")
+    else:
+        save_file({NAME: sparse(4, 8)}, tmp_path / "a" / "model.safetensors")
+    function(tmp_path / "a", tmp_path / "b")
+    model = "model.packed.safetensors" if function is pack else "model.safetensors"
+    assert sorted(listing(tmp_path / "b")) == ["config.json", model]
+
+
 # ---------------------------------------------------------------- memory
 
 MEASURE = """
@@ -508,3 +786,26 @@ def test_a_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     )
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
     assert int(done.stdout) < 12 * largest  # 40 of them are in the file
+
+
+def test_packed_weights_do_not_take_the_name_of_ordinary_ones_in_a_model_folder(tmp_path: Path) -> None:
+    """A loader would find model.safetensors there, none of the packed weights in it, and start from random ones."""
+    (tmp_path / "config.json").write_text("{}")
+    weights = {NAME: sparse(8, 16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    for source in (weights, tmp_path / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"name it other\.packed\.safetensors"):
+            pack(source, tmp_path / "other.safetensors")
+    assert sorted(listing(tmp_path)) == ["config.json", "model.safetensors"]
+    pack(weights, tmp_path / "other.packed.safetensors")
+    assert same(load_packed(tmp_path / "other.packed.safetensors"), weights)
+
+
+def test_a_folder_does_not_take_the_name_of_a_file(tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    source.mkdir()
+    save_file({NAME: sparse(8, 16)}, source / "model.safetensors")
+    for write in (pack, prune):
+        with pytest.raises(ValueError, match=r"out\.safetensors is to be a folder"):
+            write(source, tmp_path / "out.safetensors", "2:4")
+    assert sorted(listing(tmp_path)) == ["dense", "dense/model.safetensors"]

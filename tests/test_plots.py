@@ -124,6 +124,13 @@ def test_several_runs_differ_in_colour_and_dashes():
     assert {*runs, "freeze of the mask"} <= set(legend(figure))
 
 
+def test_names_that_begin_with_an_underscore_are_in_the_legend():
+    runs = {"_first": log_history(), "second": log_history()}
+    assert {" _first", " _first, evaluation", "second"} <= set(legend(plot_history(runs)))
+    net = make_net()
+    assert legend(plot_weights(net, net, labels=("_a", "b"))) == [" _a", "b"]
+
+
 def test_live_run_saved_run_and_checkpoint_give_the_same_picture(tmp_path):
     optimizer = admm(make_net(), total_steps=3)
     recorder = Recorder(optimizer, log_history())
@@ -403,6 +410,23 @@ def test_modules_state_dicts_and_files_give_the_same_picture(tmp_path):
     assert len(written) == 1
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("blocks.0.", "blocks.0._orig_mod."),
+    ],
+)
+def test_files_with_the_names_of_wrappers_are_read(tmp_path, rename):
+    net = make_net()
+    save_file({rename(k): v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
+    file = tmp_path / "m.safetensors"
+    written = {save_figure(plot_weights(side, net), tmp_path / "w.svg").read_bytes() for side in (net, file)}
+    assert len(written) == 1
+    assert set(panels(plot_weights(file, file, by="weight"))) == set(panels(plot_weights(net, net, by="weight")))
+
+
 def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     net = make_net()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
@@ -503,6 +527,7 @@ def bad_weights():
         (net, net, {"select": ["absent"]}, ValueError, "select names weight 'absent', and before has no such"),
         (net, net, {"select": []}, ValueError, "select names no weight"),
         (net, net, {"select": 3}, TypeError, "select=3 must be a regular expression, names, or a Selection"),
+        (torch.ones(8).int(), torch.ones(8).int(), {}, ValueError, "nothing to count: before is torch.int32"),
         (net, net, {"by": "layer"}, ValueError, "by='layer' must be one of 'all', 'kind', 'weight'"),
         (net, net, {"bins": 1}, ValueError, "bins=1 must be a whole number from 2"),
         (net, net, {"bins": 2.5}, ValueError, "bins=2.5 must be a whole number"),

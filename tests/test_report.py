@@ -303,6 +303,52 @@ def test_a_forward_pass_is_counted_as_it_ran() -> None:
     assert next(w.flops for w in report.dense if w.name == "head.weight") == 2 * 2 * 8 * 4
 
 
+class Learned(nn.Module):
+    """A layer that is given a parameter of its model: as it is, a part of it, or many times over."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+        self.query = nn.Parameter(torch.randn(1, 100, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = {
+            "whole": lambda: self.query,
+            "part": lambda: self.query[:, : x.shape[1]],
+            "many": lambda: self.query.expand(x.shape[0], -1, -1),
+            "input": lambda: x[:, :4],
+        }[self.kind]()
+        return self.layers[0](query)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("whole", 100), ("part", 5), ("many", 200), ("input", 8)])
+def test_a_parameter_as_a_layers_input_leaves_the_layers_weight_its_flops(kind: str, rows: int) -> None:
+    model = Learned(kind)
+    model.layers[0][0].bias.requires_grad_(False)
+    report = sparsity_report(model, example=torch.randn(2, 5, 8, requires_grad=True))
+    assert flops(report) == {"layers.0.0.weight": rows * 2 * 8 * 8}
+    assert report.covered.flop_share == 1.0
+
+
+def test_requires_grad_is_restored_with_its_hooks_and_after_errors_too() -> None:
+    model = Learned("part")
+    model.layers[0][0].bias.requires_grad_(False)
+    weight, fired = model.layers[0][0].weight, []
+    weight.register_hook(lambda grad: fired.append("gradient"))
+    weight.register_post_accumulate_grad_hook(lambda _: fired.append("accumulated"))
+    sparsity_report(model, example=torch.randn(2, 5, 8))
+    with pytest.raises(ValueError, match="the forward pass on example= failed"):
+        sparsity_report(model, example={"y": torch.randn(2, 5, 8)})
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {
+        "query": True,
+        "layers.0.0.weight": True,
+        "layers.0.0.bias": False,
+    }
+    model(torch.randn(2, 5, 8)).sum().backward()
+    assert fired == ["gradient", "accumulated"]
+
+
 class Attention(nn.Module):
     """One weight for query, key and value, read by one module and cut up by another."""
 

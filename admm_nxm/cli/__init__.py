@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if left out.
 
     Returns:
-        The exit status: 0, 1 if a pattern is violated, 2 on bad input, 70 on a defect of the program, 130 after Ctrl-C,
-        141 if nobody reads the output any more.
+        The exit status: 0, 1 if a pattern is violated, 2 on bad input, 70 on a defect of the program, 129 after SIGHUP,
+        130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
     try:
         from .app import run
@@ -29,4 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f'the command line needs {package}; run: pip install "admm-nxm[cli]"'
         print(f"admm-nxm: error: {remedy}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the imports take a second or two
+        print("admm-nxm: error: interrupted", file=sys.stderr)
+        return 130
     return run(sys.argv[1:] if argv is None else argv)

@@ -43,6 +43,9 @@ def find_device(name: str) -> torch.device:
     Args:
         name: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` for a GPU if there is one.
 
+    Returns:
+        The device; a GPU with its index, which torch.cuda.set_device insists on.
+
     Raises:
         InputError: there is no such device.
     """
@@ -50,6 +53,8 @@ def find_device(name: str) -> torch.device:
     # What a device raises that is not there differs from backend to backend.
     with blaming(f"--device {name}", RuntimeError, AssertionError, NotImplementedError, remedy="; try --device cpu"):
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=device).item()
     return device
 

@@ -33,20 +33,32 @@ def note(text: str) -> None:
 
 
 def show(result: Result, stream: TextIO, *, as_json: bool) -> None:
-    """Print a result: as one JSON object, or as text, in which a terminal gets the verdicts in colour."""
+    """Print a result: as one JSON object, or as text, in which a terminal gets the verdicts in colour.
+
+    Characters that the stream cannot encode, as in names under ``LC_ALL=C``, are printed as escapes.
+    """
     if as_json:
         print(json.dumps(plain(result.payload), indent=2, allow_nan=False), file=stream)
     elif stream.isatty():
         from rich.console import Console
         from rich.text import Text
 
-        text = Text(result.text)
+        text = Text(_encodable(result.text, stream))
         text.highlight_regex(r"\bok\b", "bold green")
         text.highlight_regex(r"\b(VIOLATED|FAILED)\b[^\n]*", "bold red")
         Console(file=stream).print(text, soft_wrap=True)
     else:
-        print(result.text, file=stream)
+        print(_encodable(result.text, stream), file=stream)
     stream.flush()
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = stream.encoding or "utf-8"
+    try:
+        text.encode(encoding, stream.errors or "strict")
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ Row = tuple[str, ...]
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl")
 TEST_SHARE = 0.25
+_LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by itself it stops at 128 KiB
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,21 @@ def read_file(path: Path, columns: Columns | None = None, option: str = "--data"
     with blaming(name, OSError, UnicodeDecodeError, remedy=remedy), path.open(encoding="utf-8-sig", newline="") as file:
         lines = list(file)
     records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind)
-    return [
-        row_of(record, f"{name}, line {line}: record {number}", columns)
-        for number, (line, record) in enumerate(records, 1)
-    ]
+    with _long_fields():
+        return [
+            row_of(record, f"{name}, line {line}: record {number}", columns)
+            for number, (line, record) in enumerate(records, 1)
+        ]
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module read texts of any length; its limit is one for the whole process."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_records(lines: list[str], name: str) -> Iterator[tuple[int, Any]]:
@@ -129,7 +142,7 @@ def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
     columns = columns or Columns()
     found = record if isinstance(record, dict) else {}
     wanted = (*columns.texts, columns.label)
-    missing = [column for column in wanted if found.get(column) is None or not str(found[column]).strip()]
+    missing = [column for column in wanted if _is_missing(found.get(column))]
     if missing:
         named = ", ".join(map(str, found)) or "none"
         needed = ", ".join(wanted[:-1])
@@ -142,6 +155,10 @@ def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
             kind = "a list" if isinstance(found[column], list) else "an object"
             raise InputError(f"{where} has {kind} as {column}; a text or a number is needed")
     return tuple(str(found[column]) for column in wanted)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or not str(value).strip() or (isinstance(value, float) and math.isnan(value))
 
 
 def count_labels(rows: Sequence[Row]) -> str:

@@ -115,17 +115,26 @@ def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.de
     if fresh:
         note(f"note    {len(fresh)} weights start at random, as the checkpoint does not have them: {min(fresh)}, ...")
     texts = _encode(settings, rows, tests, labels, model, tokenizer)
-    steps = settings.steps or max(_SHORTEST, math.ceil(_PASSES * len(texts.train) / settings.batch_size))
+    _try_out(settings, model, tokenizer, texts)
+    usual = max(_SHORTEST, math.ceil(_PASSES * len(texts.train) / settings.batch_size))
+    steps = settings.steps or usual
     selection = _select(settings, model)
     note(f"budget  {steps} steps of {settings.batch_size} texts, lr {settings.lr:g}, seed {settings.seed}, on {device}")
     before = {weight.name: model.get_parameter(weight.name).detach().clone() for weight in selection}
     with tempfile.TemporaryDirectory() as scratch:
         args = _arguments(settings, steps, device, scratch)
         trainer, notes = _fine_tune(args, config, model, tokenizer, texts)
+        if steps < usual:
+            few = f"{steps} steps are few: by default it would be {usual}. The pattern holds all the same, but the rest"
+            notes.insert(0, f"{few} of the weights has had little time to make up for what is gone")
+        for text in notes:
+            note(f"note    {text}")
         accuracy = _accuracy(trainer, texts, labels)
     facts = {
         "settings": {
             **asdict(settings),
+            # Names only: the record goes where the model goes, and how somebody's disk is laid out need not.
+            **{key: _name(getattr(settings, key)) for key in ("model", "data", "eval_data", "output")},
             "pattern": str(settings.pattern),
             "steps": steps,
             "max_length": texts.max_length,
@@ -150,9 +159,26 @@ def _check(settings: Settings) -> tuple[ADMMConfig, torch.device]:
 
     if not 1 <= len(settings.text_columns) <= 2:
         raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
+    _refuse_to_lose(settings)
     with blaming("--penalty", ValueError):
         config = ADMMConfig(str(settings.pattern), penalty=settings.penalty, select=settings.select)
     return config, find_device(settings.device)
+
+
+def _refuse_to_lose(settings: Settings) -> None:
+    """Refuse an output folder that holds what is read: it is replaced as a whole."""
+    if not settings.output.is_dir():
+        return
+    for option, given in (("--data", settings.data), ("--eval-data", settings.eval_data), ("--model", settings.model)):
+        if given is None or not Path(given).exists():
+            continue
+        # A link may lie there, or lead there; the folder may go by another name.
+        ways = [Path(os.path.abspath(given)), Path(os.path.realpath(given))]
+        if any(place.samefile(settings.output) for way in ways for place in (way, *way.parents)):
+            raise InputError(
+                f"--output {settings.output} holds what is read ({option} {given}), and a folder is replaced with all "
+                "it holds; write to another folder"
+            )
 
 
 def _read(settings: Settings) -> tuple[list[Row], list[Row] | None]:
@@ -193,6 +219,23 @@ def _encode(
         for i, row in enumerate(everything)
     ]
     return _Texts([inputs[i] for i in found.train], [inputs[i] for i in found.test], max_length)
+
+
+@torch.no_grad()
+def _try_out(settings: Settings, model: Any, tokenizer: Any, texts: _Texts) -> None:
+    """Pass two texts through the model: what it lacks shows now, and not after the first minutes."""
+    batch = DataCollatorWithPadding(tokenizer)(texts.train[:2])
+    remedy = "; give a model that transformers can fine-tune as a text classifier"
+    with blaming(f"--model {settings.model} fails on the first texts", Exception, remedy=remedy), quiet():
+        model.eval()
+        model(**batch)
+
+
+def _name(place: str | Path | None) -> str | None:
+    """Return the last part of a path; a name of the hub as it is."""
+    if place is None or (isinstance(place, str) and not Path(place).exists()):
+        return place if place is None else str(place)
+    return Path(place).resolve().name
 
 
 def _select(settings: Settings, model: Any) -> Selection:
@@ -295,8 +338,6 @@ def _fine_tune(
         remedy = "; give a smaller --batch-size or --max-length"
         with blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
             trainer.train()
-    for text in notes:
-        note(f"note    {text}")
     return trainer, notes
 
 

@@ -16,6 +16,7 @@ import typer
 
 from ._console import Result, show
 from ._errors import InputError, reason_of
+from ._signals import Ended, ending
 from .pack import pack, unpack
 from .prune import prune
 from .report import report
@@ -31,6 +32,7 @@ _USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__
 _SPELLED = {  # what messages of the package call otherwise than the command line does
     "overwrite=True": "--overwrite",
     ', or all such weights with ineligible="skip"': "",
+    " or pass a state dict": "",
     "select={r'.*\\.weight': '2:4'}": r"--select '.*\.weight=2:4'",
 }
 
@@ -40,8 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help, also where it is piped
     pretty_exceptions_enable=False,
     help="Prune Transformers to N:M sparsity, and check, measure and pack the result.",
-    epilog="Exit status: 0 fine, 1 the pattern is violated, 2 bad input, 70 a defect of the program, 130 interrupted. "
-    "Any command takes --traceback.",
+    epilog="Exit status: 0 fine, 1 the pattern is violated, 2 bad input, 70 a defect of the program, 130 interrupted, "
+    "129 and 143 ended by SIGHUP and SIGTERM. Any command takes --traceback.",
 )
 for command in (train, verify, report, prune, pack, unpack):
     app.command()(command)
@@ -82,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
     out = sys.stdout
     try:
         # Whatever libraries print must not get between the reader and the one object.
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with ending(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result = _invoke(args)
         if result is not None:
             show(result, out, as_json=as_json)
@@ -92,6 +94,8 @@ def run(arguments: Sequence[str]) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         message, status = "interrupted", INTERRUPTED
+    except Ended as end:
+        message, status = f"ended by {end.signal.name}", end.status
     except _USAGE_ERROR as error:
         path = getattr(getattr(error, "ctx", None), "command_path", NAME)
         message, status = f"{reason_of_usage(error)}; see {path} --help", BAD_INPUT
@@ -112,6 +116,9 @@ def run(arguments: Sequence[str]) -> int:
             print(json.dumps({"error": message, "status": status}), file=out, flush=True)
     except BrokenPipeError:
         return _close(out)
+    except OSError:  # the terminal is gone, as after SIGHUP; the status is all that can be told
+        _close(sys.stderr)
+        _close(out)
     return status
 
 

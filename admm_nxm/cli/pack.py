@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from ..sparsity import SparsityViolation
 from ._console import Result
 from ._options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
@@ -29,7 +31,7 @@ def pack(
     try:
         report = pack_files(path, output, parsed, select=rules, overwrite=overwrite)
     except SparsityViolation as violation:
-        text = f"VIOLATED: {violation}\nnothing is written; `admm-nxm verify {path}` counts every weight"
+        text = f"VIOLATED: {violation}\nnothing is written; `verify` with the same rules counts every weight"
         return Result({**payload, "ok": False, "violation": str(violation)}, text, 1)
     return Result(
         {
@@ -52,7 +54,7 @@ def pack(
             ],
             "skipped": [{"name": weight.name, "reason": weight.reason} for weight in report.skipped],
         },
-        f"{report}\nsaved to {output}; `admm-nxm unpack {output} -o ...` gives it back bit for bit",
+        f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit",
     )
 
 

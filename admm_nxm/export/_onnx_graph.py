@@ -300,6 +300,13 @@ class _Reader:
             length = int(entries["length"]) if "length" in entries else None
         except (KeyError, ValueError) as error:
             raise _damaged(self.path, f"where weight {name!r} is kept cannot be read: {error!r}") from error
+        link = next((link for link in (self.path, folder / entries["location"]) if link.is_symlink()), None)
+        if link is not None and (not file.is_file() or not file.is_relative_to(folder)):
+            raise FileNotFoundError(
+                f"{self.path} keeps weight {name!r} in {entries['location']!r}, and {link} is a symbolic link to "
+                f"{link.resolve()}: links are not followed from one to the other. Put both files themselves into one "
+                "folder (cp -L; from the Hugging Face Hub: download with local_dir=)"
+            )
         if not file.is_relative_to(folder) or offset < 0 or (length is not None and length < 0):
             raise _damaged(
                 self.path, f"weight {name!r} is kept at {entries['location']!r}, outside of the file's folder"
@@ -353,11 +360,21 @@ class _Reader:
         if name not in scope.constants:
             raise _damaged(self.path, f"the zero point {name!r} is no constant")
         zero_point = self._array(scope.constants[name], name).astype(self.numpy.int64)
-        axis = _attribute(node, "axis")
-        if zero_point.ndim == 1 and zero_point.size > 1:
-            sizes = [1] * array.ndim
-            sizes[1 if axis is None else axis.i] = -1
-            zero_point = zero_point.reshape(sizes)
+        axis, block = _attribute(node, "axis"), _attribute(node, "block_size")
+        at = 1 if axis is None else axis.i
+        try:
+            if block is not None and block.i:
+                blocks, width = zero_point.shape[at], array.shape[at]
+                if blocks != -(-width // block.i):  # before anything of that size is made
+                    raise ValueError(f"{blocks} blocks of {block.i} are not {width} entries")
+                zero_point = zero_point.repeat(min(block.i, width), at).take(range(width), at)  # the last may be short
+            elif zero_point.ndim == 1 and zero_point.size > 1:
+                sizes = [1] * array.ndim
+                sizes[at] = -1
+                zero_point = zero_point.reshape(sizes)
+            zero_point = self.numpy.broadcast_to(zero_point, array.shape)
+        except (ValueError, IndexError) as error:
+            raise _damaged(self.path, f"the zero point {name!r} does not fit its weight: {error}") from error
         return array.astype(self.numpy.int64) - zero_point
 
     def _integers(self, node: Any, at: int, scope: _Scope) -> list[int]:

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 
 from .._files import atomic_file
+from .._grouping import starred
 from .._version import __version__
 from ..optimizer import ADMMNxM
+from ..report import ModelReport
 from ..selection import SelectedWeight, select_weights
 from ..sparsity import SparsityReport, WeightReport
+from ..tensor_cores import hardware_pattern, implies
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -34,8 +37,10 @@ _PAPER = (
 )
 _MEANING = (
     "Of every group of consecutive weights along the input dimension only some are not zero. The zeros are stored as "
-    "such: the model loads and runs like a dense one, and kernels for sparse tensor cores can skip them."
+    "such: the model loads and runs like a dense one, and no faster by itself."
 )
+_SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
+_HARDWARE = hardware_pattern(torch.bfloat16)
 _FORMS = {
     "lazy": "the model is evaluated at the weights' proximal point, and pruned ones may come back until the freeze",
     "proximal": "the weights themselves are moved toward the pattern by a proximal step",
@@ -57,7 +62,8 @@ def model_card(
     Args:
         report: the count of the weights that ship, as :func:`admm_nxm.verify`, ``optimizer.finalize()`` and
             :func:`admm_nxm.report.sparsity_report` return it.
-        optimizer: the optimizer of the run; its schedule, penalty, residual and selection are told.
+        optimizer: the optimizer of the run; its schedule, penalty, residual and selection are told. Without it, and
+            without a :class:`~admm_nxm.report.ModelReport`, the command to count again names each weight.
         history: Trainer's ``state.log_history``, or what a recorder of a live run holds: one mapping a record. It gives
             the residual and the mask churn where there is no optimizer to ask.
         residual: primal residual at the freeze, as a share of the weights' norm; overrides the other two.
@@ -100,7 +106,7 @@ def model_card(
         [
             "## Sparsity",
             "",
-            _MEANING,
+            _MEANING + (_SKIPPED_BY_HARDWARE if all(implies(w.pattern, _HARDWARE) for w in weights) else ""),
             "",
             *table,
             "",
@@ -108,7 +114,7 @@ def model_card(
             "",
             "```bash",
             'pip install "admm-nxm[cli]"',
-            _command(weights, optimizer),
+            _command(weights, _others(report, optimizer)),
             "```",
             "",
             "<details><summary>Pruned weights</summary>",
@@ -273,23 +279,31 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
 # ---------------------------------------------------------------------- the weights
 
 
-def _command(weights: Sequence[WeightReport], optimizer: ADMMNxM | None) -> str:
+def _others(report: object, optimizer: ADMMNxM | None) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of the model's other parameters, by name; None if nothing at hand tells them."""
+    if optimizer is not None:
+        selection = optimizer.selection
+        return {w.name: w.shape for w in selection} | {s.name: s.shape for s in selection.skipped}
+    return {w.name: w.shape for w in report.dense} if isinstance(report, ModelReport) else None
+
+
+def _command(weights: Sequence[WeightReport], others: Mapping[str, tuple[int, ...]] | None) -> str:
     """The command that counts just these weights."""
     spellings = {str(weight.pattern) for weight in weights}
-    if len(spellings) == 1 and _are_default(weights, optimizer):
+    # --pattern counts what the default rules choose among all parameters, so that these have to be known.
+    if others is not None and len(spellings) == 1 and _are_default(weights, others):
         return f"admm-nxm verify PATH --pattern {spellings.pop()}"
     lines = [f"  --select '{expression}={spelling}'" for expression, spelling in _rules(weights)]
     return " \\\n".join(["admm-nxm verify PATH", *lines])
 
 
-def _are_default(weights: Sequence[WeightReport], optimizer: ADMMNxM | None) -> bool:
+def _are_default(weights: Sequence[WeightReport], others: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the default rules choose the same weights by name."""
-    shapes = {weight.name: weight.shape for weight in weights}
-    if optimizer is not None:
-        shapes |= {skipped.name: skipped.shape for skipped in optimizer.selection.skipped}
+    shapes = {**others, **{weight.name: weight.shape for weight in weights}}
     try:
         chosen, _ = select_weights(
             {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+            weights[0].pattern,
             ineligible="skip",
             trainable=False,
         )
@@ -307,7 +321,7 @@ def _rules(weights: Sequence[WeightReport]) -> list[tuple[str, str]]:
     families: dict[tuple[str, str], list[list[str]]] = {}
     for weight in weights:
         parts = weight.name.split(".")
-        families.setdefault((_starred(weight.name), str(weight.pattern)), []).append(parts)
+        families.setdefault((starred(weight.name), str(weight.pattern)), []).append(parts)
     rules = []
     for (_, spelling), members in families.items():
         columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*members, strict=True)]
@@ -322,17 +336,13 @@ def _rules(weights: Sequence[WeightReport]) -> list[tuple[str, str]]:
 def _table_of(weights: Sequence[WeightReport]) -> list[str]:
     rows: dict[tuple[str, tuple[int, ...], str], int] = {}
     for weight in weights:
-        key = (_starred(weight.name), weight.shape, str(weight.pattern))
+        key = (starred(weight.name), weight.shape, str(weight.pattern))
         rows[key] = rows.get(key, 0) + 1
     lines = ["| weight | shape | pattern | how many |", "|---|---|---|---:|"]
     return lines + [
         f"| `{name}` | {' × '.join(map(str, shape))} | {spelling} | {count} |"
         for (name, shape, spelling), count in rows.items()
     ]
-
-
-def _starred(name: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 # ---------------------------------------------------------------------- the metadata
@@ -342,13 +352,15 @@ def _merge_metadata(path: Path, text: str, wanted: Mapping[str, Any]) -> tuple[s
     """Return the front matter with what is missing added, and the rest of the text."""
     try:
         hub = importlib.import_module("huggingface_hub")
+        dump = importlib.import_module("huggingface_hub.utils").yaml_dump
     except ImportError as error:
         raise ImportError(f'huggingface_hub is needed for model cards: pip install "admm-nxm[hf]" ({error})') from error
     found = _FRONT_MATTER.match(text)
     body = text[found.end() :] if found else text
     try:
         # RepoCard, not ModelCard: it leaves results of evaluations and all else as they are.
-        data = hub.RepoCard(found.group().lstrip("\ufeff").lstrip()).data.to_dict() if found else {}
+        # Its attributes, not to_dict(): that leaves out entries that are null.
+        data = dict(vars(hub.RepoCard(found.group().lstrip("\ufeff").lstrip()).data)) if found else {}
     except Exception as error:  # YAML has error types of its own
         raise ValueError(f"the metadata of {path} cannot be read; mend it: {error}") from error
     merged = dict(data)
@@ -361,4 +373,4 @@ def _merge_metadata(path: Path, text: str, wanted: Mapping[str, Any]) -> tuple[s
             merged[key] = value
     if found and merged == data:
         return found.group(), body  # as the user wrote it, comments and all
-    return f"---\n{hub.CardData(**merged).to_yaml()}\n---\n", body
+    return f"---\n{dump(merged, sort_keys=False).strip()}\n---\n", body

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -26,8 +27,17 @@ from torch import Tensor, nn
 
 from .._files import atomic_file, refuse_existing
 from ..pattern import Pattern
-from ..selection import Select, SelectedWeight, Selection, SkippedWeight, select_weights, unwrap_model
-from ..sparsity import SparsityReport, SparsityViolation, check_weights, verify
+from ..selection import (
+    Select,
+    SelectedWeight,
+    Selection,
+    SkippedWeight,
+    clean_name,
+    named_tensors,
+    select_weights,
+    unwrap_model,
+)
+from ..sparsity import SparsityReport, SparsityViolation, check_weights, cover, verify
 from ._onnx_graph import METADATA_KEY, GraphWeight, OnnxGraph, read_graph, require
 
 __all__ = ["OnnxReport", "export_onnx", "verify_onnx"]
@@ -140,37 +150,39 @@ def verify_onnx(path: str | os.PathLike[str], pattern: Rules = None) -> Sparsity
     return _count(Path(path), read_graph(Path(path)), pattern)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A weight to count: its name in the report, the constants of that name in the file, and its pattern."""
+
+    name: str
+    constants: list[GraphWeight]
+    pattern: Pattern
+
+
 def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
+    # Names may stand for several constants (a weight used twice and copied by the exporter): count each.
     named: dict[str, list[GraphWeight]] = {}
     for weight in graph.weights:
-        named.setdefault(weight.name, []).append(weight)
-    if pattern is None and graph.recorded:
-        pattern = {re.escape(name): spelling for name, spelling in graph.recorded.items()}
-        missing = [name for name in graph.recorded if name not in named]
-        if missing:
-            raise ValueError(
-                f"{path} notes {', '.join(missing)} as pruned, and no matrix product in it reads a constant of that "
-                "name: a tool has rewritten the file since. Name the weights by rules, or export it again"
-            )
+        named.setdefault(clean_name(weight.name), []).append(weight)
     if isinstance(pattern, Selection):
         wanted, skipped = _of_selection(path, named, pattern)
+    elif pattern is None and graph.recorded:
+        wanted, skipped = _of_record(path, named, graph.recorded), []
     else:
         wanted, skipped = _of_rules(path, named, pattern)
-    # Names may stand for several constants (a weight used twice and copied by the exporter): count each.
     keyed: dict[str, tuple[str, GraphWeight]] = {}
     selected = []
-    for name, rule in wanted:
-        for weight in named[name]:
+    for entry in wanted:
+        for weight in entry.constants:
             if weight.problem is not None:
-                skipped.append(SkippedWeight(name, weight.shape, weight.problem, wanted=True))
-            elif weight.shape[weight.dim] % rule.group:
-                skipped.append(
-                    SkippedWeight(name, weight.shape, f"its width is no multiple of {rule.group}", wanted=True)
-                )
+                skipped.append(SkippedWeight(entry.name, weight.shape, weight.problem, wanted=True))
+            elif weight.shape[weight.dim] % entry.pattern.group:
+                reason = f"its width is no multiple of {entry.pattern.group}"
+                skipped.append(SkippedWeight(entry.name, weight.shape, reason, wanted=True))
             else:
                 key = str(len(keyed))
-                keyed[key] = (name, weight)
-                selected.append(SelectedWeight(key, weight.shape, rule, weight.dim))
+                keyed[key] = (entry.name, weight)
+                selected.append(SelectedWeight(key, weight.shape, entry.pattern, weight.dim))
     if not selected:
         raise ValueError(
             f"{path} holds no weight to count ({'; '.join(sorted({s.reason for s in skipped})) or 'no rule fits'}); "
@@ -180,9 +192,20 @@ def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
     return SparsityReport(tuple(replace(w, name=keyed[w.name][0]) for w in counted), tuple(skipped))
 
 
+def _of_record(path: Path, named: Mapping[str, list[GraphWeight]], recorded: Mapping[str, str]) -> list[_Wanted]:
+    missing = [name for name in recorded if clean_name(name) not in named]
+    if missing:
+        raise ValueError(
+            f"{path} notes {', '.join(missing)} as pruned, and no matrix product in it reads a constant of that "
+            "name: a tool has rewritten the file since. Name the weights by rules, or export it again"
+        )
+    names = {clean_name(name): spelling for name, spelling in recorded.items()}
+    return [_Wanted(name, named[name], Pattern.parse(spelling)) for name, spelling in names.items()]
+
+
 def _of_selection(
     path: Path, named: Mapping[str, list[GraphWeight]], selection: Selection
-) -> tuple[list[tuple[str, Pattern]], list[SkippedWeight]]:
+) -> tuple[list[_Wanted], list[SkippedWeight]]:
     wanted = []
     for weight in selection:
         name = next((name for name in (weight.name, *weight.aliases) if name in named), None)
@@ -192,7 +215,7 @@ def _of_selection(
                 f"the selection names weight {weight.name!r} of shape {weight.shape}; {path} has "
                 + ("no matrix product that reads it" if name is None else f"shape {shapes[0]}, transposed or not")
             )
-        wanted.append((name, weight.pattern))
+        wanted.append(_Wanted(name, named[name], weight.pattern))
     if not wanted:
         raise ValueError("the selection names no weight: there is nothing to verify")
     return wanted, [skipped for skipped in selection.skipped if skipped.wanted]
@@ -200,7 +223,7 @@ def _of_selection(
 
 def _of_rules(
     path: Path, named: Mapping[str, list[GraphWeight]], pattern: Pattern | str | Select | None
-) -> tuple[list[tuple[str, Pattern]], list[SkippedWeight]]:
+) -> tuple[list[_Wanted], list[SkippedWeight]]:
     tensors, dims = {}, {}
     for name, (weight, *_) in named.items():
         # One without a shape has a problem that is told when it is selected; until then it passes for a matrix.
@@ -208,18 +231,19 @@ def _of_rules(
         while len(shape) > 2 and shape[0] == 1 and dim > 0:
             shape, dim = shape[1:], dim - 1  # a matrix, for all that it was unsqueezed on the way
         tensors[name] = torch.empty(shape, device="meta")
-        dims[re.escape(name)] = dim
+        dims[id(tensors[name])] = dim
     if not tensors:
         raise ValueError(f"{path} has no MatMul, Gemm or Conv that reads a constant: there is nothing to verify")
     plain = pattern is None or isinstance(pattern, (str, Pattern))
     spelling = pattern if isinstance(pattern, (str, Pattern)) else "2:4"
     select = None if plain else pattern
     try:
-        selection, _ = select_weights(
+        selection, chosen = select_weights(
             tensors,
             spelling,
             select,  # type: ignore[arg-type]
-            dims=dims,
+            # By the names that rules are held against: they lack what DistributedDataParallel puts before all.
+            dims={re.escape(name): dims[id(t)] for name, t in named_tensors(tensors).items()},
             ineligible="skip",
             trainable=False,
         )
@@ -238,7 +262,8 @@ def _of_rules(
             for name, weights in named.items()
             if weights[0].anonymous
         ]
-    return [(weight.name, weight.pattern) for weight in selection], skipped
+    constants = {id(tensors[name]): weights for name, weights in named.items()}
+    return [_Wanted(w.name, constants[id(chosen[w.name])], w.pattern) for w in selection], skipped
 
 
 # ---------------------------------------------------------------------- export
@@ -265,7 +290,9 @@ def export_onnx(
     ``admm_nxm``), where :func:`verify_onnx` finds them.
 
     The model is exported in evaluation mode; one of transformers without its cache and with eager attention, which is
-    plain matrix products. All of that is as it was when the call returns.
+    plain matrix products. All of that is as it was when the call returns. An output has the name of its place among
+    what the model returns (``logits``, ``hidden_states.0``), with ``_output`` after it if an input or a parameter has
+    that name.
 
     Args:
         model: the module; ``optimizer.finalize()`` has been called.
@@ -277,7 +304,7 @@ def export_onnx(
             axis 0 of every input ``batch``, and axis 1 of integer and boolean matrices (ids, masks) ``sequence``,
             or ``decoder_sequence`` where the input's name begins with ``decoder_``. False fixes all sizes.
         opset: version of the operator set; None leaves it to torch.
-        overwrite: whether to replace a file that is there.
+        overwrite: whether to replace a file that is there. Its ``<name>.data`` is replaced or deleted with it.
         external_data: whether to put the weights into a second file, ``<name>.data``; None does so above 2 GB, which a
             single file cannot hold.
         check: whether to compare outputs. Without, onnxruntime is not needed.
@@ -302,7 +329,7 @@ def export_onnx(
         raise RuntimeError(f"export_onnx needs torch 2.6 or newer; this is {torch.__version__}")
     refuse_existing(path, overwrite)
     model = unwrap_model(model)
-    selection = _select(model, pattern)
+    selection, _ = cover(model, pattern)
     _refuse_dense(model, selection)
     limit = _limit(model, tolerance)
     inputs = _inputs_of(model, example)
@@ -313,10 +340,12 @@ def export_onnx(
     by_name = isinstance(example, Mapping)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     outside = size > 0.9 * _LIMIT if external_data is None else external_data
+    data = path.with_name(f"{path.name}.data")
+    stale = not outside and _reads(path, data.name)
 
     with ExitStack() as stack:
         target = stack.enter_context(atomic_file(path, overwrite=overwrite))
-        data = path.with_name(f"{path.name}.data")  # stands before the file that needs it: the stack unwinds backwards
+        # Stands before the file that needs it: the stack unwinds backwards.
         target_of_data = stack.enter_context(atomic_file(data, overwrite=overwrite)) if outside else None
         # The file has the name of its data in it, so that both are drafted under their own names.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
@@ -326,7 +355,9 @@ def export_onnx(
             outputs = tuple((expected or [_run_torch(model, inputs, by_name)])[0])
             program = _export(model, inputs, axes, outputs, by_name=by_name, opset=opset)
         kept = _note_names(program, model, selection)
+        _name_ends(program, tuple(inputs), outputs)
         program.save(str(draft), external_data=outside)
+        _check_ends(draft, tuple(inputs), outputs)
         graph = read_graph(draft)
         report = _count(path, graph, kept)
         if not report.ok:
@@ -337,6 +368,8 @@ def export_onnx(
         os.replace(draft, target)
         if target_of_data is not None:
             os.replace(folder / data.name, target_of_data)
+    if stale:
+        data.unlink(missing_ok=True)
     return OnnxReport(
         path=path,
         opset=graph.opset,
@@ -349,20 +382,6 @@ def export_onnx(
         compared=tuple({name: tuple(t.shape) for name, t in case.items()} for case in cases),
         sparsity=report,
     )
-
-
-def _select(model: nn.Module, pattern: Rules) -> Selection:
-    if isinstance(pattern, Selection):
-        return pattern
-    plain = pattern is None or isinstance(pattern, (str, Pattern))
-    selection, _ = select_weights(
-        model,
-        pattern if isinstance(pattern, (str, Pattern)) else "2:4",
-        None if plain else pattern,  # type: ignore[arg-type]
-        ineligible="skip",
-        trainable=False,
-    )
-    return selection
 
 
 def _refuse_dense(model: nn.Module, selection: Selection) -> None:
@@ -477,25 +496,46 @@ def _other_sizes(inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, s
 def _as_exported(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no cache among the outputs, and attention as plain matrix products, for as long as it takes."""
     training = {module: module.training for module in model.modules()}
-    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    switch = getattr(model, "set_attn_implementation", None)
+    configs = _configs_of(model)
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    attention = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
     try:
         model.eval()
         for config in caching:
             config.use_cache = False
-        if switch is not None and attention not in (None, "eager"):
-            switch("eager")
+        for config, was in attention:
+            if was is not None:
+                config._attn_implementation = "eager"
         with torch.no_grad():
             yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        for module, mode in training.items():
+            module.training = mode
         for config in caching:
             config.use_cache = True
-        if switch is not None and attention not in (None, "eager"):
-            switch(attention)
+        for config, was in attention:
+            config._attn_implementation = was
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """Return the configs of all modules and their parts, each once and after all that it is a part of.
+
+    A config hands its attention down to its parts, so that theirs have to be restored after it.
+    """
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        found.pop(id(config), None)
+        found[id(config)] = config
+        for key in getattr(config, "sub_configs", ()):
+            if (part := getattr(config, key, None)) is not None:
+                visit(part)
+
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in found:
+            visit(config)
+    return list(found.values())
 
 
 @contextmanager
@@ -514,8 +554,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _run_torch(model: nn.Module, inputs: Mapping[str, Tensor], by_name: bool) -> dict[str, Tensor]:
-    """Return the model's outputs by name, in the order in which they are exported."""
-    outputs = dict(_flatten(model(**inputs) if by_name else model(*inputs.values()), ""))
+    """Return the model's outputs by name, in the order of the export; inputs and parameters have other names."""
+    taken = {*inputs, *dict(model.named_parameters()), *dict(model.named_buffers())}
+    outputs: dict[str, Tensor] = {}
+    for name, t in _flatten(model(**inputs) if by_name else model(*inputs.values()), ""):
+        spellings = itertools.chain([name, f"{name}_output"], (f"{name}_output_{i}" for i in itertools.count(2)))
+        outputs[next(s for s in spellings if s not in taken and s not in outputs)] = t
     if not outputs:
         raise ValueError(f"{type(model).__name__} returns no tensor; there is nothing to export")
     return outputs
@@ -570,6 +614,37 @@ def _export(
         ) from error
 
 
+def _name_ends(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give the inputs and outputs of a graph their names.
+
+    The exporter has named them already, but a value that it returns twice, or an input that is an output as well, has
+    the last of its names, and the copy that stands for the other has one that is made up.
+    """
+    graph = program.model.graph
+    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {*inputs, *outputs}
+    for value in (value for node in graph for value in node.outputs):
+        if id(value) not in ends and value.name in taken:
+            value.name = next(s for i in itertools.count(1) if (s := f"{value.name}_inner_{i}") not in taken)
+            taken.add(value.name)
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=False):
+            if value.name != name:
+                value.name = name
+
+
+def _check_ends(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Hold the names of the inputs and outputs in a file against those that it should have."""
+    graph = require("onnx").load(str(path), load_external_data=False).graph
+    found = [entry.name for entry in graph.input], [entry.name for entry in graph.output]
+    if found != (list(inputs), list(outputs)):
+        raise RuntimeError(
+            f"torch.onnx wrote a graph from {', '.join(found[0])} to {', '.join(found[1])}; the model is one from "
+            f"{', '.join(inputs)} to {', '.join(outputs)}. Let it use each input and return each tensor once, a "
+            "further time as its .clone()"
+        )
+
+
 def _note_names(program: Any, model: nn.Module, selection: Selection) -> Selection:
     """Optimize the graph, and note in it which torch weight each of its constants is.
 
@@ -578,14 +653,15 @@ def _note_names(program: Any, model: nn.Module, selection: Selection) -> Selecti
     Returns:
         The selection without the weights that the graph has no use for.
     """
-    used = {name for name, value in program.model.graph.initializers.items() if value.uses()}
+    used = {clean_name(name) for name, value in program.model.graph.initializers.items() if value.uses()}
     with _quiet():
         program.optimize()
     torch_names: dict[object, list[str]] = {}
     for name, tensor in model.named_parameters():
         if tensor.ndim >= 2:
             bits = tensor.detach().cpu().contiguous()
-            torch_names.setdefault(_digest(tuple(bits.shape), bits.view(torch.uint8).numpy()), []).append(name)
+            key = _digest(tuple(bits.shape), bits.view(torch.uint8).numpy())
+            torch_names.setdefault(key, []).append(clean_name(name))
     alike: dict[object, list[str]] = {}
     for name, value in program.model.graph.initializers.items():
         array = value.const_value.numpy()
@@ -670,6 +746,19 @@ def _compare(
             )
         worst_absolute, worst_relative = max(worst_absolute, absolute), max(worst_relative, relative)
     return worst_absolute, worst_relative
+
+
+def _reads(path: Path, location: str) -> bool:
+    """Whether the ONNX file at ``path``, if there is one, has weights in the second file of that name."""
+    if not path.is_file():
+        return False
+    try:
+        graph = require("onnx").load(str(path), load_external_data=False).graph
+    except Exception:  # no ONNX file, so that nothing tells whose the other one is; protobuf has errors of its own
+        return False
+    return any(
+        entry.key == "location" and entry.value == location for t in graph.initializer for entry in t.external_data
+    )
 
 
 def _sizes(path: Path) -> dict[str, tuple[int | str, ...]]:

@@ -6,9 +6,11 @@ a loader that does not know them finds no weights and says so, where it would ot
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,23 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
-from .._files import PACKED_SUFFIX, SUFFIX, Checkpoint, atomic_file, atomic_folder, open_checkpoint, read_index
+from .._files import (
+    PACKED_SUFFIX,
+    SUFFIX,
+    Checkpoint,
+    atomic_file,
+    atomic_folder,
+    copy_files,
+    open_checkpoint,
+    read_index,
+    refuse_source,
+)
 from .._safetensors import CODE_OF, StreamWriter, bytes_of, plan
 from .._sharding import is_sharded
 from .._table import format_table
 from ..packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
 from ..pattern import Pattern
-from ..selection import Select, SelectedWeight, Selection, SkippedWeight, unwrap_model
+from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
 from ..sparsity import SparsityViolation, cover, stand_ins
 
 __all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
@@ -149,7 +161,8 @@ def pack(
         FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
         SparsityViolation: a weight violates its pattern; all that do are named, and nothing is written.
         TypeError: the source is of no known kind, or a state dict holds what is no tensor.
-        ValueError: the source is damaged, packed already or holds no weight to pack, or a weight cannot be packed.
+        ValueError: the source is damaged, packed already or holds no weight to pack; a weight cannot be packed; or the
+            output is the source.
     """
     rules = pattern if select is None else select
     if isinstance(source, (nn.Module, Mapping)):
@@ -165,7 +178,7 @@ def pack(
         names = {id(t): name for name, t in tensors.items()}
         weights = {names[id(params[weight.name])]: weight for weight in selection}
         if checkpoint.path.is_dir():
-            others = _others(checkpoint)
+            others = checkpoint.others()
             for name in _TAKEN_INSTEAD:
                 if Path(name) in others:
                     raise ValueError(
@@ -176,6 +189,8 @@ def pack(
                 layouts = _layouts(weights, checkpoint.get)
                 _write_folder(checkpoint, others, folder, _packed_name, layouts)
         else:
+            refuse_source(output, source)
+            _refuse_ordinary_name(Path(output))
             with atomic_file(output, overwrite=overwrite) as file:
                 layouts = _layouts(weights, checkpoint.get)
                 _write_packed(checkpoint, checkpoint.files[0], file, layouts)
@@ -194,15 +209,17 @@ def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
     Raises:
         FileExistsError: something is at ``output``.
         FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
-        ValueError: the source is damaged, or holds no packed weight; nothing is written then.
+        ValueError: the source is damaged, or holds no packed weight, or the output is the source; nothing is written
+            then.
     """
     with open_checkpoint(source, purpose="unpack") as checkpoint:
         _refuse_index(checkpoint)
         _needs_packed(checkpoint)
         if checkpoint.path.is_dir():
             with atomic_folder(output, overwrite=overwrite, source=source) as folder:
-                _write_folder(checkpoint, _others(checkpoint), folder, _dense_name, None)
+                _write_folder(checkpoint, checkpoint.others(), folder, _dense_name, None)
         else:
+            refuse_source(output, source)
             with atomic_file(output, overwrite=overwrite) as file:
                 _write_dense(checkpoint, checkpoint.files[0], file)
 
@@ -232,34 +249,80 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
     Args:
         path: a packed folder with the model's config.
         model_class: a class of transformers such as ``AutoModelForSequenceClassification`` or ``LlamaForCausalLM``.
-        options: passed to its ``from_pretrained``.
+        options: as for its ``from_pretrained``: entries of the config to override, ``config``, ``dtype`` (the one of
+            the folder, ``"auto"``, by default), ``trust_remote_code``, ``output_loading_info``, ``device_map``, …
 
     Returns:
-        The model, as ``from_pretrained`` would return it for the folder before packing.
+        The model, as ``from_pretrained`` would return it for the folder before packing; with
+        ``output_loading_info=True`` the model and that information.
 
     Raises:
         FileNotFoundError: nothing there, or no config.
         ValueError: it is damaged, or holds no packed weight.
+        TypeError: an option says where the weights are, and they are in the packed folder.
         ImportError: transformers is not installed.
     """
     try:
-        from transformers import AutoConfig, GenerationConfig
+        from transformers import GenerationConfig
     except ImportError as error:
         raise ImportError('transformers is needed for this; run: pip install "admm-nxm[hf]"') from error
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model folder (it has no config.json); use load_packed for its tensors")
+    for name in _ELSEWHERE & options.keys():
+        raise TypeError(f"{name}={options[name]!r} says where the weights are, and they are those of {folder}; drop it")
     state_dict = load_packed(folder)
-    config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
-    if hasattr(model_class, "from_config"):
+    model_class, config, options = _resolve(folder, model_class, options)
+    loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for module in model.modules():
+        named: Any
+        for named in (module, getattr(module, "config", None)):
+            if getattr(named, "name_or_path", "") in (None, "None"):  # from_pretrained noted what it was given, None
+                named.name_or_path = os.fspath(path)
+    generates = model.can_generate() and options.get("generation_config") is None
+    if generates and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
+
+
+_ELSEWHERE = {"state_dict", "subfolder", "variant", "gguf_file"}
+
+
+def _resolve(folder: Path, model_class: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the class of the model, its config, and the options that are not for the config.
+
+    As the Auto classes and the model classes do it before they look for weights.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    options = dict(options)
+    # These are for the model, also where the config takes an entry of the name.
+    kept: dict[str, Any] = {
+        name: options[name] for name in ("trust_remote_code", "quantization_config") if name in options
+    }
+    dtype = options.pop("torch_dtype", None) if options.get("dtype") is None else options["dtype"]
+    options.pop("torch_dtype", None)
+    options.pop("dtype", None)
+    options.pop("quantization_config", None)
+    trust = {"trust_remote_code": options.pop("trust_remote_code", None)}
+    automatic = hasattr(model_class, "from_config")
+    config = options.pop("config", None)
+    if isinstance(config, PretrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        place = folder if config is None else config
+        loader, extra = (AutoConfig, trust) if automatic else (model_class.config_class, {})
+        config, options = loader.from_pretrained(place, return_unused_kwargs=True, **extra, **options)
+    config.name_or_path = str(folder)  # where code of the model's own lies
+    if automatic:
         # The Auto classes load from a name only; which class they would choose shows on an empty model.
         with torch.device("meta"):
-            model_class = type(model_class.from_config(config))
-    options = {"dtype": "auto", **options}
-    model = model_class.from_pretrained(None, config=config, state_dict=state_dict, **options)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+            empty = model_class.from_config(copy.deepcopy(config), **trust)
+        if not isinstance(config, type(empty.config)):
+            config = config.get_text_config()  # they take a part of a model so
+        model_class = type(empty)
+    return model_class, config, {**options, **kept, "dtype": "auto" if dtype is None else dtype}
 
 
 def _pack_tensors(
@@ -275,24 +338,46 @@ def _pack_tensors(
     aliases: dict[str, str] = {}
     for name, t in named.items():
         # The entries of a state dict are new objects, also where two names stand for one tensor.
-        one = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if t.numel() else name
+        one = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()) if t.numel() else name
         if first.setdefault(one, name) != name:
             aliases[name] = first[one]
     tensors = {name: t for name, t in named.items() if name not in aliases}
     one_object_each = {name: named[aliases.get(name, name)] for name in named}
     selection, params = cover(source if isinstance(source, nn.Module) else one_object_each, rules)
-    names = {id(t): aliases.get(name, name) for name, t in named.items()}
-    weights = {names[id(params[weight.name])]: weight for weight in selection}
+    weights = {aliases.get(name, name): weight for name, weight in _places(selection, params, named)}
 
     def item(name: str, t: Tensor) -> _Item:
         size = t.numel() * t.element_size()
         return _Item(name, CODE_OF[t.dtype], tuple(t.shape), size, lambda writer: writer.put(name, bytes_of(t)))
 
     items = [item(name, t) for name, t in tensors.items()]
+    _refuse_ordinary_name(output)
     with atomic_file(output, overwrite=overwrite) as file:
         layouts = _layouts(weights, tensors.__getitem__)
         _write(file, items, {"format": "pt"}, layouts, aliases, tensors.__getitem__)
     return _report(layouts, selection, sum(i.nbytes for i in items))
+
+
+def _places(
+    selection: Selection, params: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> Iterator[tuple[str, SelectedWeight]]:
+    """Yield where each weight stands in a state dict: as the same object, or by its name if a hook made another one."""
+    names = {id(t): name for name, t in named.items()}
+    by_name: dict[str, Tensor] | None = None
+    for weight in selection:
+        if id(params[weight.name]) in names:
+            yield names[id(params[weight.name])], weight
+            continue
+        by_name = named_tensors(named) if by_name is None else by_name
+        found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]
+        if not found or any(tuple(t.shape) != weight.shape for t in found):
+            raise ValueError(
+                f"weight {weight.name!r} of shape {weight.shape} is not in the module's state dict under this name and "
+                "with this shape, as a state dict hook changes it; pack the state dict that is to be stored, with "
+                "select rules for its names"
+            )
+        for t in found:
+            yield names[id(t)], weight
 
 
 def _check_storable(name: str, t: object) -> None:
@@ -420,13 +505,11 @@ def _write_folder(
     """Write a checkpoint's folder anew: packed by the layouts, or as it was before if there are none."""
     targets = {file: Path(rename(str(file.relative_to(checkpoint.path)))) for file in checkpoint.files}
     index = checkpoint.index
-    taken = [*others, *targets.values(), *([] if index is None else [Path(rename(index.name))])]
-    twice = sorted({str(place) for place in taken if taken.count(place) > 1})
+    taken = Counter([*others, *targets.values(), *([] if index is None else [Path(rename(index.name))])])
+    twice = sorted(str(place) for place, count in taken.items() if count > 1)
     if twice:
         raise ValueError(f"{checkpoint.path} holds both {twice[0]} and a file that would be called so; move one away")
-    for other in others:
-        (folder / other).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(checkpoint.path / other, folder / other)
+    copy_files(others, checkpoint.path, folder)
     for file, target in targets.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         if layouts is None:
@@ -435,44 +518,32 @@ def _write_folder(
             _write_packed(checkpoint, file, folder / target, layouts)
     if index is not None:
         fields = read_index(index)
-        fields["weight_map"] = {
-            name: rename(file)
-            for tensor, file in fields["weight_map"].items()
-            for name in _names_after(checkpoint, index.parent / file, tensor, layouts)
-        }
+        names_after = _names_after(checkpoint, layouts)
+        weight_map: dict[str, str] = {}
+        for tensor, file_name in fields["weight_map"].items():
+            for name in names_after.get((index.parent / file_name, tensor), (tensor,)):
+                if weight_map.setdefault(name, rename(file_name)) != rename(file_name):
+                    raise ValueError(f"two tensors would be called {name!r}, in {file_name} and another; rename one")
+        fields["weight_map"] = weight_map
         text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
         (folder / rename(index.name)).write_text(text, encoding="utf-8")
 
 
 def _names_after(
-    checkpoint: Checkpoint, file: Path, tensor: str, layouts: Mapping[str, Layout] | None
-) -> tuple[str, ...]:
-    """Return the names under which the new index has what the old one has under a name."""
+    checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None
+) -> dict[tuple[Path, str], tuple[str, ...]]:
+    """Return file and name of a tensor -> the names that the new index has for it, where they are others."""
     if layouts is not None:
-        return tuple(tensor + ending for ending in layouts[tensor].parts) if tensor in layouts else (tensor,)
-    packed = checkpoint.packed.get(file, Packed())
-    for name, layout in packed.weights.items():
-        if any(tensor == name + ending for ending in layout.parts):
-            return (name,)
-    return (tensor,)
-
-
-def _others(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files of a checkpoint's folder that hold none of its weights, relative to it."""
-    root = checkpoint.path
-    own = {*checkpoint.files, checkpoint.index}
-    found = []
-    for inner, folders, files in os.walk(root):
-        for name in folders:
-            if Path(inner, name).is_symlink():
-                raise ValueError(f"{Path(inner, name)} is a link to a folder, and is not followed; move it away")
-        for name in files:
-            file = Path(inner, name)
-            if not file.is_file():
-                raise ValueError(f"{file} is a dangling link or no file, and cannot be copied; move it away")
-            if file not in own:
-                found.append(file.relative_to(root))
-    return sorted(found)
+        return {
+            (checkpoint.tensors[name].file, name): tuple(name + ending for ending in layout.parts)
+            for name, layout in layouts.items()
+        }
+    return {
+        (file, name + ending): (name,)
+        for file, packed in checkpoint.packed.items()
+        for name, layout in packed.weights.items()
+        for ending in layout.parts
+    }
 
 
 def _packed_name(name: str) -> str:
@@ -481,6 +552,15 @@ def _packed_name(name: str) -> str:
 
 def _dense_name(name: str) -> str:
     return SUFFIX.join(name.rsplit(PACKED_SUFFIX, 1))
+
+
+def _refuse_ordinary_name(output: Path) -> None:
+    """Refuse a name under which a loader of the model folder would take packed weights for ordinary ones."""
+    if (output.parent / "config.json").is_file() and not output.name.endswith(PACKED_SUFFIX):
+        raise ValueError(
+            f"{output} stands in a model folder, where a loader would look for ordinary weights in it and start from "
+            f"random ones; name it {output.stem}{PACKED_SUFFIX}, or write it to another folder"
+        )
 
 
 def _refuse_index(checkpoint: Checkpoint) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .._files import Checkpoint, atomic_file, atomic_folder, open_checkpoint
+from .._files import Checkpoint, atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_source
 from .._safetensors import StreamWriter, bytes_of
 from ..pattern import Pattern
-from ..projection import project
-from ..selection import Select, SelectedWeight, select_weights
-from ..sparsity import SparsityReport, stand_ins, verify
-from .packed import _others
+from ..projection import INTEGER_OF_SIZE, keep_mask
+from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
+from ..sparsity import SparsityReport, cover, stand_ins, verify
 
 __all__ = ["prune"]
 
@@ -23,9 +22,9 @@ __all__ = ["prune"]
 def prune(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    pattern: Pattern | str,
+    pattern: Pattern | str = "2:4",
     *,
-    select: Select | None = None,
+    select: Select | Selection | None = None,
     overwrite: bool = False,
 ) -> SparsityReport:
     """Project the weights of a saved model onto their pattern, once and without any fine-tuning.
@@ -37,8 +36,8 @@ def prune(
         source: a model folder, a folder with a sharded checkpoint, or a .safetensors file; not packed.
         output: the folder for a folder, the file for a file.
         pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default.
-        select: regular expression -> pattern or None, as for ``ADMMNxM``; it names the weights with their patterns, in
-            place of ``pattern``.
+        select: rules as for ``ADMMNxM``, or a :class:`admm_nxm.Selection` such as ``optimizer.selection``; they name
+            the weights with their patterns, in place of ``pattern``.
         overwrite: whether to replace what is at ``output``.
 
     Returns:
@@ -47,8 +46,8 @@ def prune(
     Raises:
         FileExistsError: something is at ``output``.
         FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
-        ValueError: the source is damaged, packed or holds no weight to prune; or a weight cannot be pruned or has NaN
-            or infinite entries. Nothing is written then.
+        ValueError: the source is damaged, packed or holds no weight to prune; a weight cannot be pruned or has NaN or
+            infinite entries; or the output is the source. Nothing is written then.
 
     >>> import tempfile
     >>> from safetensors.torch import save_file
@@ -60,27 +59,44 @@ def prune(
     with open_checkpoint(source, purpose="prune") as checkpoint, ExitStack() as stack:
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed; unpack it first")
-        selection, _ = select_weights(stand_ins(checkpoint), pattern, select, trainable=False)
-        chosen = {name: weight for weight in selection for name in (weight.name, *weight.aliases)}
+        chosen = _choose(checkpoint, pattern, select)
         if checkpoint.path.is_dir():
             root = stack.enter_context(atomic_folder(output, overwrite=overwrite, source=source))
-            others = _others(checkpoint)
-            if checkpoint.index is not None:
-                others.append(checkpoint.index.relative_to(checkpoint.path))
-            for other in others:
-                (root / other).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(checkpoint.path / other, root / other)
+            index = [] if checkpoint.index is None else [checkpoint.index.relative_to(checkpoint.path)]
+            copy_files([*checkpoint.others(), *index], checkpoint.path, root)
             targets = {file: root / file.relative_to(checkpoint.path) for file in checkpoint.files}
         elif checkpoint.index is not None:
             raise ValueError(f"{source} is an index alone; give the folder {checkpoint.path.parent}")
         else:
-            if Path(output).resolve() == Path(source).resolve():
-                raise ValueError(f"{output} is what is read; write to another file")
+            refuse_source(output, source)
             targets = {checkpoint.files[0]: stack.enter_context(atomic_file(output, overwrite=overwrite))}
         for file, target in targets.items():
             _write(checkpoint, file, target, chosen)
-    rules = pattern if select is None else select
-    return verify(output, rules)
+    return verify(output, pattern if select is None else select)
+
+
+def _choose(
+    checkpoint: Checkpoint, pattern: Pattern | str, select: Select | Selection | None
+) -> dict[str, SelectedWeight]:
+    """Return the weights to prune by the names that the files give them, which may be those of a wrapped model."""
+    tensors = stand_ins(checkpoint)
+    try:
+        if isinstance(select, Selection):
+            selection, _ = cover(tensors, select)
+        else:
+            selection, _ = select_weights(tensors, pattern, select, trainable=False)
+    except ValueError as error:
+        # What is advised to callers of ADMMNxM is no option here.
+        raise ValueError(str(error).replace(', or all such weights with ineligible="skip"', "")) from None
+    by_name = named_tensors(tensors)
+    stored = {id(t): name for name, t in tensors.items()}
+    # Tied weights may be stored under each name; a model is loaded from any of them.
+    return {
+        stored[id(by_name[name])]: weight
+        for weight in selection
+        for name in (weight.name, *weight.aliases)
+        if name in by_name
+    }
 
 
 def _write(checkpoint: Checkpoint, file: Path, target: Path, chosen: dict[str, SelectedWeight]) -> None:
@@ -94,9 +110,29 @@ def _write(checkpoint: Checkpoint, file: Path, target: Path, chosen: dict[str, S
                 writer.copy(stored.name, file, header.data + stored.start)
                 continue
             tensor = checkpoint.get(stored.name)
-            if not bool(tensor.to(torch.float32 if tensor.element_size() == 1 else tensor.dtype).isfinite().all()):
+            if not bool((tensor.to(torch.float32) if tensor.element_size() == 1 else tensor).isfinite().all()):
                 raise ValueError(
                     f"{file}: weight {stored.name!r} has NaN or infinite entries, which cannot be ranked; "
                     "leave it dense by a select rule, or save a sound model"
                 )
-            writer.put(stored.name, bytes_of(project(tensor, weight.pattern, weight.dim)))
+            try:
+                sparse = _project(tensor, weight)
+            except (TypeError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"{file}: weight {stored.name!r} of shape {stored.shape} cannot be pruned to {weight.pattern}: "
+                    f"{error}"
+                ) from error
+            writer.put(stored.name, bytes_of(sparse))
+
+
+def _project(t: Tensor, weight: SelectedWeight) -> Tensor:
+    """Return the bits of a projected weight, as integers: not every torch can choose among 8-bit floats."""
+    if t.dtype in _NO_ZERO:
+        raise ValueError(f"{t.dtype} has no zero; leave it dense by a select rule")
+    if tuple(t.shape) != weight.shape:
+        raise ValueError(f"the selection gives it the shape {weight.shape}")
+    # All bits 0 are +0.0 in each of the others.
+    return t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(~keep_mask(t, weight.pattern, weight.dim), 0)
+
+
+_NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}

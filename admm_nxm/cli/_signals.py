@@ -1,0 +1,65 @@
+"""Requests to end, which clean up as Ctrl-C does: nothing half written is left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["Ended", "ending"]
+
+_NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+class Ended(BaseException):
+    """Somebody asked the process to end; no Exception, so that nothing takes it for a failure to be handled.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"ended by {self.signal.name}")
+
+    @property
+    def status(self) -> int:
+        """The exit status by which a shell names the signal."""
+        return 128 + self.signal
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Raise :class:`Ended` in the block where a signal would end the process without any clean-up.
+
+    A signal that is ignored, as under nohup, or that has a handler stays as it is, and so do all outside the main
+    thread, which alone can have handlers.
+
+    Raises:
+        Ended: whatever else the block ended with, such as the error of writing to a terminal that is gone.
+    """
+    first: list[Ended] = []
+
+    def raise_once(number: int, _: FrameType | None) -> None:
+        if not first:  # a terminal that closes sends more than one, and the clean-up must not be cut short
+            first.append(Ended(number))
+            raise first[0]
+
+    ours: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in _NAMES:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                ours[number] = signal.signal(number, raise_once)
+    try:
+        yield
+    except Exception as error:
+        if first:
+            raise first[0] from error
+        raise
+    finally:
+        for number, usual in ours.items():
+            signal.signal(number, usual)
