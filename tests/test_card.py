@@ -69,6 +69,11 @@ def test_a_run_is_told_from_its_optimizer(run: tuple[ADMMNxM, SparsityReport, to
     assert rows["verification"] == "**ok**: 128 groups counted, 0 violate the pattern"
 
 
+@pytest.mark.parametrize(("pattern", "skipped"), [("2:4", True), ("1:4", True), ("2:8", True), ("4:8", False)])
+def test_only_what_hardware_can_skip_is_said_to_be_skipped(pattern: str, skipped: bool) -> None:
+    assert ("sparse tensor cores can skip" in model_card(report(a="2:4", b=pattern))) is skipped
+
+
 def test_the_command_for_the_default_choice_is_short(run: tuple[ADMMNxM, SparsityReport, torch.nn.Module]) -> None:
     optimizer, counted, _ = run
     assert command_of(model_card(counted, optimizer=optimizer)) == "admm-nxm verify PATH --pattern 2:4"

@@ -147,7 +147,10 @@ def test_json_records_and_model_agree(arguments, capsys):
     assert told["verify"]["weights"][3]["zeros"] == report.weights[3].zeros
 
     training = json.loads(Path("out/training.json").read_text())
-    assert training == {key: told[key] for key in training}
+    # The record that goes with the model has the names of folders, and not where they were.
+    settings = {**told["settings"], "model": Path(told["settings"]["model"]).name}
+    assert Path(told["settings"]["model"]).is_absolute()
+    assert training == {**{key: told[key] for key in training}, "settings": settings}
     rows = [json.loads(line) for line in Path("out/history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert all({"loss", "admm/primal_residual", "admm/rho", "admm/phase"} <= row.keys() for row in rows)
@@ -300,6 +303,20 @@ def test_a_decoder(arguments, model_folder, here, capsys):
     assert call(capsys, "verify", "out")[0] == 0
     gpt2(here / "never", model_folder)
     fails_at_once(capsys, argv(arguments, model="never", output="x"), ["--model never: its tokenizer can not pad"])
+
+
+def test_a_model_that_cannot_read_the_texts_is_told_before_the_training(arguments, here, capsys):
+    tiny_bert(here / "small", vocab_size=6)  # its tokenizer knows 17 words
+    fails_at_once(
+        capsys,
+        argv(arguments, model="small", output="x"),
+        ["--model small fails on the first texts: index out of range", "give a model that transformers can fine-tune"],
+    )
+
+
+def test_a_label_that_is_not_a_number_is_missing(arguments, here, capsys):
+    (here / "nan.jsonl").write_text('{"text": "fig", "label": 1.0}\n{"text": "tin", "label": NaN}\n')
+    fails_at_once(capsys, argv(arguments, data="nan.jsonl", output="x"), ["record 2 has no label"])
 
 
 def test_positions_behind_the_padding_are_counted_out():

@@ -133,8 +133,6 @@ def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.de
     facts = {
         "settings": {
             **asdict(settings),
-            # Names only: the record goes where the model goes, and how somebody's disk is laid out need not.
-            **{key: _name(getattr(settings, key)) for key in ("model", "data", "eval_data", "output")},
             "pattern": str(settings.pattern),
             "steps": steps,
             "max_length": texts.max_length,
@@ -229,13 +227,6 @@ def _try_out(settings: Settings, model: Any, tokenizer: Any, texts: _Texts) -> N
     with blaming(f"--model {settings.model} fails on the first texts", Exception, remedy=remedy), quiet():
         model.eval()
         model(**batch)
-
-
-def _name(place: str | Path | None) -> str | None:
-    """Return the last part of a path; a name of the hub as it is."""
-    if place is None or (isinstance(place, str) and not Path(place).exists()):
-        return place if place is None else str(place)
-    return Path(place).resolve().name
 
 
 def _select(settings: Settings, model: Any) -> Selection:
@@ -412,7 +403,7 @@ def _save(
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(plain(_to_publish(facts)), indent=2) + "\n", encoding="utf-8")
     rows = [row for row in trainer.state.log_history if "loss" in row]
     Recorder(admm, rows).save(folder / "history.jsonl")
     report = sparsity_report(model, admm.selection)
@@ -422,6 +413,16 @@ def _save(
     (folder / "README.md").write_text(_about(facts), encoding="utf-8")
     name = facts["settings"]["model"]
     write_model_card(folder, model_card(report, optimizer=admm), base_model=None if Path(name).is_dir() else name)
+
+
+def _to_publish(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts without the folders of this disk: the record goes where the model goes."""
+    settings = dict(facts["settings"])
+    for key in ("model", "data", "eval_data", "output"):
+        place = settings[key]
+        if place is not None and (key != "model" or Path(place).is_dir()):  # else the model is a name of the hub
+            settings[key] = Path(place).resolve().name
+    return {**facts, "settings": settings}
 
 
 def _about(facts: dict[str, Any]) -> str:
