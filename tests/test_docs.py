@@ -445,7 +445,13 @@ INTERNAL_NAMES = {
     "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of the kernels
     "admm_nxm.residuals": {"ratio"},  # of two sums of squares
     "admm_nxm.schedules": {"check_update", "make_plan"},  # what the optimizer asks
-    "admm_nxm.selection": {"TRAINABLE_DTYPES", "clean_name", "is_conv1d", "is_embedding", "named_tensors"},  # for reports
+    "admm_nxm.selection": {
+        "TRAINABLE_DTYPES",
+        "clean_name",
+        "is_conv1d",
+        "is_embedding",
+        "named_tensors",
+    },  # for reports
     "admm_nxm.sparsity": {"cover", "stand_ins"},  # what reports and packing ask
 }
 """Module -> names in its `__all__` that other modules of the package share and users have no use for."""
