@@ -1,0 +1,224 @@
+"""The w-step of the paper in the life of a run: the inner optimizer's own steps on the penalised loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import consensus as admm
+from .diagnosis import PaperEnding, diagnose_paper
+from .exact import check_finite
+from .projection import keep_mask
+from .residuals import Residuals, WeightResidual, ratio
+from .run import Run
+from .schedules import Plan, Update, check_update, next_rho
+from .sharding import reduce_sums
+from .weights import CONSENSUS, Weight
+
+__all__ = ["PenaltyStep"]
+
+
+class PenaltyStep:
+    """Adds ``rho (w - v)`` to the gradient, moves z and u when they are due, and projects at the end.
+
+    Args:
+        plan: the schedules.
+
+    Source: NxMTransformer (arXiv 2110.15766), algorithm 1.
+    """
+
+    name = "optimizer"
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._moving: list[tuple[Weight, Tensor]] = []
+
+    @property
+    def prune_at(self) -> int:
+        """The step after which the mask freezes."""
+        return self.plan.prune_at
+
+    def phase(self, run: Run) -> str:
+        """Return the name of the phase."""
+        return "frozen" if run.progress.frozen else "admm"
+
+    def begin(self, run: Run) -> None:
+        """Start a run."""
+        if self.plan.prune_at == 0 and not run.progress.frozen:
+            self._freeze(run)
+        if run.progress.step == 0 and not run.progress.frozen:
+            run.progress.rho = next_rho(self.plan, 0, 0.0, False)
+
+    def before(self, run: Run) -> None:
+        """Add the penalty to the gradients."""
+        if run.progress.frozen:
+            return
+        first = run.progress.step == 0
+        self._moving = []
+        for weight in run.weights:
+            if weight.gradient is not None:
+                v = None if first else weight.stored(run.inner, CONSENSUS)
+                self._moving.append((weight, _initial(weight) if v is None else v))
+        rho = run.progress.rho
+        if rho == 0:
+            return
+        for maximize in (False, True):
+            alike = [(weight, v) for weight, v in self._moving if weight.maximize == maximize]
+            admm.add_penalty(
+                [weight.gradient for weight, _ in alike if weight.gradient is not None],
+                [weight.w for weight, _ in alike],
+                [v for _, v in alike],
+                -rho if maximize else rho,
+            )
+
+    def after(self, run: Run) -> None:
+        """Put v beside the state that the inner optimizer has created by now."""
+        for weight, v in self._moving:
+            if weight.stored(run.inner, CONSENSUS) is not v:
+                weight.store(run.inner, CONSENSUS, v)
+
+    def advance(self, run: Run) -> None:
+        """Do the z- and u-steps that are due, and freeze at the end."""
+        progress, moving = run.progress, self._moving
+        self._moving = []
+        if progress.frozen:
+            return
+        update = self.plan.updates(progress.step)
+        check_update(update, progress.step)
+        if update is not Update.NONE:
+            self._move(run, moving, update is Update.AUXILIARY_AND_DUAL)
+        if progress.step >= self.plan.prune_at:
+            self._freeze(run)
+
+    def finish(self, run: Run) -> str | None:
+        """Project if the run has not; return what there is to say about the projection, once."""
+        if not run.progress.frozen:
+            check_finite(run, list(run.weights))
+            self._freeze(run)
+        return self.verdict(run, everywhere=True)
+
+    def verdict(self, run: Run, *, everywhere: bool) -> str | None:
+        """Return what there is to say about the freeze, over all ranks or over this one's parts alone."""
+        if run.freeze_sums is None and run.announced:
+            return None
+        run.announced = run.freeze_sums is not None or run.progress.residual >= 0
+        ending = self._ending(run, everywhere=everywhere)
+        return None if ending is None else diagnose_paper(ending)
+
+    def auxiliary(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Return z and its mask."""
+        if run.progress.frozen:
+            mask = weight.mask(run.inner)
+            return torch.where(mask, weight.w, torch.zeros_like(weight.w)), mask
+        v = self._consensus(run, weight)
+        pattern, dim = weight.spec.pattern, weight.spec.dim
+        return admm.auxiliary(v, pattern, dim), keep_mask(v, pattern, dim)
+
+    def target(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Return P(w + u) and its mask."""
+        if run.progress.frozen:
+            return self.auxiliary(run, weight)
+        return admm.projected(weight.w, self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+
+    def dual(self, run: Run, weight: Weight) -> Tensor:
+        """Return u."""
+        if run.progress.frozen:
+            return torch.zeros_like(weight.w)
+        return admm.dual(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+
+    def _consensus(self, run: Run, weight: Weight) -> Tensor:
+        v = weight.stored(run.inner, CONSENSUS)
+        # A weight that never had a gradient has not moved since the start.
+        return _initial(weight) if v is None else v
+
+    def _move(self, run: Run, moving: list[tuple[Weight, Tensor]], with_dual: bool) -> None:
+        # Only weights that had their w-step: for one that stands still, u would grow by w at each update.
+        progress = run.progress
+        in_use = bool(progress.dual_in_use) or with_dual
+        old = progress.rho
+        new = next_rho(self.plan, progress.step, old, in_use)
+        # The unscaled dual rho * u stays what it is when rho rises (Boyd et al. 2011, section 3.4.1).
+        scale = old / new if old > 0 and new > 0 else 1.0
+        moved = set()
+        for weight, v in moving:
+            moved.add(weight.name)
+            run.movement[weight.name] = admm.advance(
+                weight.w, v, weight.spec.pattern, weight.spec.dim, with_dual=with_dual, dual_scale=scale
+            )
+        for weight in run.weights if in_use and scale != 1.0 else ():
+            still = weight.stored(run.inner, CONSENSUS)
+            if weight.name not in moved and still is not None:
+                admm.rescale(still, weight.spec.pattern, weight.spec.dim, scale)
+        progress.rho, progress.dual_in_use = new, int(in_use)
+
+    def _freeze(self, run: Run) -> None:
+        """W = P(w + u); from now on the mask is in force."""
+        sums = []
+        for weight in run.weights:
+            z, mask = self.target(run, weight)
+            moved = run.movement.get(weight.name)
+            churn = mask.new_zeros(2, dtype=torch.float32) if moved is None else moved[2:].to(mask.device)
+            sums.append(torch.cat([admm.primal_sums(weight.w, z), churn]).to(run.weights.each[0].w.device))
+            weight.replace_value(run.inner, z, mask)
+        run.freeze_sums = torch.stack(sums)
+        run.movement.clear()
+        run.progress.frozen_at = run.progress.step
+
+    def _ending(self, run: Run, *, everywhere: bool) -> PaperEnding | None:
+        """Turn the sums of the freeze into numbers."""
+        progress = run.progress
+        far_share, worst_name = 1.0, run.weights.each[0].name
+        if run.freeze_sums is not None and self.plan.prune_at > 0:
+            sums = run.freeze_sums
+            if everywhere:
+                sums = reduce_sums(list(sums), [weight.param for weight in run.weights])
+                run.freeze_sums = None
+            each = [ratio(difference, norm) for difference, norm, *_ in sums.tolist()]
+            worst = max(range(len(each)), key=each.__getitem__)
+            difference, norm, gained, kept = sums.sum(0).tolist()
+            progress.residual, progress.worst_residual = ratio(difference, norm), each[worst]
+            progress.churn = gained / kept if kept else 0.0
+            far_share = sum(residual > 0.1 for residual in each) / len(each)
+            worst_name = run.weights.each[worst].name
+        if progress.residual < 0:
+            return None
+        return PaperEnding(
+            progress.residual,
+            progress.worst_residual,
+            worst_name,
+            far_share,
+            progress.churn,
+            bool(progress.dual_in_use),
+            progress.rho,
+            progress.frozen_at,
+            self.plan.prune_at,
+            type(run.inner).__name__,
+        )
+
+
+def residuals_of(run: Run, step: PenaltyStep) -> Residuals:
+    """Measure how far a run of the paper's form is from its pattern."""
+    weights = list(run.weights)
+    unmeasured = torch.full((4,), float("nan"))
+    rows = []
+    for weight in weights:
+        z, _ = step.auxiliary(run, weight)
+        movement = unmeasured.new_zeros(4) if run.progress.frozen else run.movement.get(weight.name, unmeasured)
+        rows.append(torch.cat([admm.primal_sums(weight.w, z), movement.to(z.device)]).to(weights[0].w.device))
+    table = reduce_sums(rows, [weight.param for weight in weights])
+
+    def figures(row: list[float]) -> tuple[float, float, float]:
+        gap, norm, moved, norm_then, gained, kept = row
+        return ratio(gap, norm), ratio(moved, norm_then), gained / kept if kept else 0.0
+
+    per_weight = {
+        weight.name: WeightResidual(*figures(row)) for weight, row in zip(weights, table.tolist(), strict=True)
+    }
+    unmeasured_rows = table[:, 2:].isnan().all(1)
+    if not unmeasured_rows.all():
+        table[unmeasured_rows, 2:] = 0.0  # a weight that never had a gradient: its z stands still
+    return Residuals(*figures(table.sum(0).tolist()), per_weight)
+
+
+def _initial(weight: Weight) -> Tensor:
+    return admm.initial(weight.w, weight.spec.pattern, weight.spec.dim)

@@ -1,0 +1,87 @@
+"""What a run consists of: one object, changed in place and never replaced.
+
+Frameworks make proxies of an optimizer that share its attributes as they were at one moment (Lightning, Fabric). What
+changes during a run therefore lies in an object that all of them hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .progress import Progress
+from .selection import Selection
+from .statistics import Statistics
+from .weights import MASK, Weight, Weights
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """The state of a run that is not in the inner optimizer.
+
+    Args:
+        inner: the inner optimizer.
+        selection: what is pruned, and what is not and why.
+        weights: the prunable weights.
+        progress: the counters.
+        statistics: A and G of the window under calibration; None outside of it.
+        model_errors: name -> model error of each solved weight.
+        movement: paper's form: name -> the figures of the last z-step.
+        freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
+        announced: whether a warning about the freeze was given.
+        lent: whether the model holds projected weights at the moment.
+    """
+
+    inner: Optimizer
+    selection: Selection
+    weights: Weights
+    progress: Progress
+    statistics: Statistics | None = None
+    model_errors: dict[str, float] = field(default_factory=dict)
+    movement: dict[str, Tensor] = field(default_factory=dict)
+    freeze_sums: Tensor | None = None
+    announced: bool = False
+    lent: bool = False
+
+    def is_pruned(self, weight: Weight) -> bool:
+        """Return whether a weight's mask is in force."""
+        progress = self.progress
+        return progress.frozen or (progress.windows_solved > 0 and weight.window < progress.windows_solved)
+
+    def pruned(self) -> list[Weight]:
+        """Return the weights whose masks are in force."""
+        if not self.progress.frozen and not self.progress.windows_solved:
+            return []
+        return [weight for weight in self.weights if self.is_pruned(weight)]
+
+    def stop_gathering(self) -> None:
+        """Take the hooks off, and drop the statistics."""
+        if self.statistics is not None:
+            self.statistics.detach()
+            self.statistics = None
+
+    def store_masks(self, masks: dict[str, Tensor]) -> None:
+        """Put masks beside the inner optimizer's own state, after the step in which that was created.
+
+        A weight that is not pruned gets a mask that keeps all: loaders that fill a state dict in place must find the
+        key in every phase.
+
+        Args:
+            masks: name -> mask, of the pruned weights.
+        """
+        for weight in self.weights:
+            if weight.gradient is not None and weight.stored(self.inner, MASK) is None:
+                mask = masks.get(weight.name)
+                weight.store(self.inner, MASK, torch.ones_like(weight.w, dtype=torch.bool) if mask is None else mask)
+        if self.progress.step == 0:
+            # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
+            # has none of its own.
+            for group in self.inner.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.inner.state.setdefault(p, {})
