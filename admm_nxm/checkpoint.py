@@ -7,6 +7,7 @@ under way, and the model errors. torch.distributed.checkpoint drops that part, a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -17,26 +18,115 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .consensus import is_mask_of
+from .progress import counters_of
+from .run import Run
 from .selection import SelectedWeight
 from .sharding import local
 from .weights import CONSENSUS, MASK, Weight
 
-__all__ = ["EXTRA", "Parts", "check_entry", "check_names", "positions", "split"]
+__all__ = ["Loaded", "check", "join"]
 
-EXTRA = "admm"
+_EXTRA = "admm"
 """Key of what is neither state of a parameter nor a counter: ``names``, ``statistics`` and ``model_errors``."""
 
 
-@dataclass
-class Parts:
-    """A state dict taken apart.
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that fits.
 
     Args:
         inner: the state dict for the inner optimizer.
-        own: position of a parameter -> what ADMMNxM stored for it.
-        stepped: positions of parameters that the inner optimizer had stepped.
-        extra: what lay under :data:`EXTRA`; empty if nothing did.
+        counters: the counters of the run.
+        own: name of a weight -> what ADMMNxM stored for it.
+        statistics: of the window that was under calibration; None if there are none.
+        model_errors: name -> model error; empty if the checkpoint does not carry them.
     """
+
+    inner: dict[str, Any]
+    counters: Mapping[str, int | float]
+    own: Mapping[str, Mapping[str, Tensor]]
+    statistics: Mapping[str, Any] | None
+    model_errors: Mapping[str, float]
+
+
+def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict of a run.
+
+    Args:
+        run: the run.
+        state_dict: the inner optimizer's own; not changed.
+
+    Returns:
+        That one, with the state of each weight where the inner optimizer does not report it itself, and with the part
+        under ``"admm"``.
+    """
+    order = _positions(run.inner)
+    state = dict(state_dict["state"])
+    for weight in run.weights:
+        own = {key: t for key, t in run.inner.state.get(weight.param, {}).items() if key in (MASK, CONSENSUS)}
+        key = order[id(weight.param)]
+        if own and not own.keys() <= state.get(key, {}).keys():
+            state[key] = {**state.get(key, {}), **own}
+    extra: dict[str, Any] = {
+        "names": {weight.name: order[id(weight.param)] for weight in run.weights},
+        "model_errors": dict(run.model_errors),
+    }
+    if run.statistics is not None:
+        extra["statistics"] = run.statistics.state_dict()
+    return {**state_dict, "state": state, _EXTRA: extra}
+
+
+def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
+    """Take a checkpoint apart, and see that it fits.
+
+    Args:
+        run: the run that is to go on from it; not changed.
+        state_dict: as :func:`join` returns it, or the inner optimizer's own; not changed.
+        paper: whether this is the paper's form.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        ValueError: it is no state dict, it is damaged, or it fits another model, selection, pattern or order.
+    """
+    parts = _split(state_dict)
+    counters = counters_of(state_dict)
+    order = _positions(run.inner)
+    _check_names(parts.extra, order, run.weights)
+    number = selection_number(run, paper=paper)
+    own = {}
+    for weight in run.weights:
+        position = order[id(weight.param)]
+        entry = own[weight.name] = parts.own.pop(position, {})
+        stepped = counters["admm_step"] > 0 and position in parts.stepped
+        _check_entry(weight.spec, entry, stepped=stepped, pruned=counters["admm_frozen_at"] >= 0, paper=paper)
+    if parts.own:
+        raise ValueError(
+            f"the checkpoint has ADMM state for {len(parts.own)} parameters that are not selected here (positions "
+            f"{sorted(parts.own)} in the optimizer); build ADMMNxM with the selection that the checkpoint was made with"
+        )
+    if counters["admm_step"] > 0 and counters["admm_selection"] not in (0, number):
+        raise ValueError(
+            "the checkpoint was made with another selection, pattern, grouped dimension or w_step, under which its ADMM "
+            "state means something else; build ADMMNxM as it was built then"
+        )
+    statistics, errors = parts.extra.get("statistics"), parts.extra.get("model_errors", {})
+    return Loaded(
+        parts.inner, {**counters, "admm_selection": number}, own, statistics, {str(k): float(e) for k, e in errors.items()}
+    )
+
+
+def selection_number(run: Run, *, paper: bool) -> int:
+    """Return a number that tells one selection and w-step from another: names, shapes, patterns, dimensions."""
+    facts = sorted((w.name, w.spec.shape, str(w.spec.pattern), w.spec.dim) for w in run.weights)
+    return zlib.crc32(repr((paper, facts)).encode())
+
+
+@dataclass
+class _Parts:
+    """A state dict taken apart: what the inner optimizer loads, position of a parameter -> what ADMMNxM stored for it,
+    positions of parameters that the inner optimizer had stepped, and what lay under :data:`_EXTRA`."""
 
     inner: dict[str, Any]
     own: dict[int, dict[str, Tensor]]
@@ -44,24 +134,14 @@ class Parts:
     extra: Mapping[str, Any]
 
 
-def positions(inner: Optimizer) -> dict[int, int]:
+def _positions(inner: Optimizer) -> dict[int, int]:
     """Return id of a parameter -> its position over all groups, its key in a state dict."""
     params = chain.from_iterable(group["params"] for group in inner.param_groups)
     return {id(p): position for position, p in enumerate(params)}
 
 
-def split(state_dict: dict[str, Any]) -> Parts:
-    """Take a state dict apart without changing it.
-
-    Args:
-        state_dict: as :meth:`admm_nxm.ADMMNxM.state_dict` returns it, or the inner optimizer's own.
-
-    Returns:
-        Its parts.
-
-    Raises:
-        ValueError: it is no state dict of an optimizer.
-    """
+def _split(state_dict: dict[str, Any]) -> _Parts:
+    """Take a state dict apart without changing it."""
     _check_structure(state_dict)
     order = {key: position for position, key in enumerate(chain(*(g["params"] for g in state_dict["param_groups"])))}
     inner_state: dict[Any, Any] = {}
@@ -81,10 +161,10 @@ def split(state_dict: dict[str, Any]) -> Parts:
         if rest and float(rest.get("step", 1)) > 0:
             stepped.add(order[key])
     inner = {**state_dict, "state": inner_state}
-    extra = inner.pop(EXTRA, {})
+    extra = inner.pop(_EXTRA, {})
     if not isinstance(extra, Mapping):
-        raise ValueError(f"the checkpoint's {EXTRA!r} is {type(extra).__name__}: the checkpoint is damaged")
-    return Parts(inner, own, stepped, extra)
+        raise ValueError(f"the checkpoint's {_EXTRA!r} is {type(extra).__name__}: the checkpoint is damaged")
+    return _Parts(inner, own, stepped, extra)
 
 
 def _is_number(value: object) -> bool:
@@ -125,17 +205,8 @@ def _check_structure(state_dict: object) -> None:
         raise ValueError(f"this is no whole state dict of an optimizer: {problem}; save the checkpoint again")
 
 
-def check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: Iterable[Weight]) -> None:
-    """Refuse a checkpoint whose parameters stand in another order.
-
-    Args:
-        extra: of :class:`Parts`.
-        order: id of a parameter -> its position here.
-        weights: the prunable weights.
-
-    Raises:
-        ValueError: a position holds another weight there.
-    """
+def _check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: Iterable[Weight]) -> None:
+    """Refuse a checkpoint whose parameters stand in another order."""
     names = extra.get("names")
     if names is None:
         return
@@ -151,19 +222,9 @@ def check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: Ite
             )
 
 
-def check_entry(weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool) -> None:
-    """Refuse a checkpoint whose entry for a weight does not fit the optimizer.
-
-    Args:
-        weight: the prunable weight.
-        entry: what the checkpoint holds for it.
-        stepped: whether the inner optimizer had stepped it in an ADMM run.
-        pruned: whether its mask was in force.
-        paper: whether the paper's form is to load it, which needs v.
-
-    Raises:
-        ValueError: an entry is missing, has another shape or kind, is not finite, or contradicts the counters.
-    """
+def _check_entry(weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool) -> None:
+    """Refuse a checkpoint whose entry for a weight is missing, has another shape or kind, is not finite, or contradicts
+    the counters."""
     for key, t in entry.items():
         _check_tensor(weight, key, t)
     needed = (MASK, CONSENSUS) if paper else (MASK,)

@@ -62,8 +62,8 @@ class PaperEnding:
     Args:
         residual: the primal residual at the projection, as a share of the weights' norm.
         worst: that of the worst weight.
-        worst_name: the worst weight's name.
-        far_share: share of the weights that are far by themselves.
+        worst_name: the worst weight's name; None if a checkpoint was loaded since, which does not tell.
+        far_share: share of the weights that are far by themselves; 0 if it is not known.
         churn: share of the kept places that the last z-step replaced.
         dual_in_use: whether u moved.
         rho: the penalty in force.
@@ -74,7 +74,7 @@ class PaperEnding:
 
     residual: float
     worst: float
-    worst_name: str
+    worst_name: str | None
     far_share: float
     churn: float
     dual_in_use: bool
@@ -119,8 +119,9 @@ def diagnose_paper(ending: PaperEnding) -> str | None:
             "Adam and its kin, and by learning rate * rho * distance under SGD"
         )
         remedy = "use a larger rho, a longer run or a larger learning rate, or the exact w-step, ADMMNxM(...)"
+    which = f"{ending.worst_name!r}, by" if ending.worst_name else "one weight, by"
     return (
         f"the run has not reached its pattern: projecting the weights changed them by {ending.residual:.1%} of their norm "
-        f"(tolerance {RESIDUAL_TOLERANCE:.1%}), most of all {ending.worst_name!r}, by {ending.worst:.1%}, so accuracy "
+        f"(tolerance {RESIDUAL_TOLERANCE:.1%}), most of all {which} {ending.worst:.1%}, so accuracy "
         f"measured before does not hold. Likely cause: {cause}. Remedy: {remedy}"
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
-from .run import Run
+from .consensus import primal_sums
+from .residuals import Residuals, measure
+from .run import Moving, Run
 from .schedules import Timeline
 from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
 from .solver import Factor, Solved, factorise, solve
 from .statistics import Moments, Statistics
-from .weights import Weight
+from .weights import MASK, Weight
 
 __all__ = ["ExactStep"]
 
@@ -29,7 +33,7 @@ class ExactStep:
         timeline: when.
     """
 
-    name = "exact"
+    name: Literal["exact"] = "exact"
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
@@ -39,26 +43,44 @@ class ExactStep:
         """The step after which the last solve stands."""
         return self.timeline.prune_at
 
+    @property
+    def windows(self) -> int:
+        """How many windows of weights are solved one after the other."""
+        return self.timeline.windows
+
     def phase(self, run: Run) -> str:
         """Return the name of the phase."""
         if run.progress.frozen:
             return "frozen"
         return "dense" if run.statistics is None else "calibration"
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
-        if self.timeline.windows == 0 and not run.progress.frozen:
+        progress = run.progress
+        progress.windows = self.windows
+        if self.windows == 0 and not progress.frozen:
             self._prune_by_magnitude(run, list(run.weights))
-            run.progress.frozen_at = run.progress.step
+            progress.frozen_at = progress.step
+        if progress.calibrated and statistics is None:
+            warnings.warn(
+                f"the checkpoint was made inside a calibration, after {progress.calibrated} of its steps, and does not "
+                "carry the statistics (torch.distributed.checkpoint leaves them out): the calibration of this window "
+                "begins again, and the solve comes that much later",
+                stacklevel=3,
+            )
+            progress.calibrated = 0
         self._gather_if_due(run)
+        if run.statistics is not None and statistics is not None:
+            run.statistics.load_state_dict(statistics)
 
-    def before(self, run: Run) -> None:
-        """Do what comes before the inner optimizer's step: nothing."""
+    def before(self, run: Run) -> Moving:  # noqa: ARG002
+        """Do nothing: until the solve, a step is the inner optimizer's own."""
+        return []
 
-    def after(self, run: Run) -> None:
-        """Do what comes after it: nothing."""
+    def after(self, run: Run, moving: Moving) -> None:
+        """Do nothing."""
 
-    def advance(self, run: Run) -> None:
+    def advance(self, run: Run, moving: Moving) -> None:  # noqa: ARG002 - all weights are calibrated alike
         """Count a calibration step, and solve when a window is full."""
         progress = run.progress
         if progress.frozen:
@@ -97,19 +119,61 @@ class ExactStep:
         progress.frozen_at = progress.step
         return diagnose(ending)
 
-    def auxiliary(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
-        """Return z, the point of the NxM set that the weight stands for, and its mask."""
+    def verdict(self, run: Run) -> str | None:  # noqa: ARG002
+        """Return None: a run that has not come to its solve is dense, and nobody takes it for more."""
+        return None
+
+    def announce(self, run: Run) -> None:
+        """Put a mask where the inner optimizer has state before its first step."""
+        for weight in run.weights:
+            if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
+                weight.store(run.inner, MASK, run.mask(weight))
+
+    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
+        """Refuse a checkpoint whose windows are cut otherwise, or which is not pruned where this run begins pruned."""
+        if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
+            return
+        under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
+        if under_way and counters["admm_windows"] != self.windows:
+            raise ValueError(
+                f"the checkpoint was made inside a calibration with {counters['admm_windows']} windows, and here are "
+                f"{self.windows}; build ADMMNxM with the statistics_memory of the checkpoint's run"
+            )
+        if self.windows == 0:
+            raise ValueError(
+                f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
+                "begins with pruned weights; give the prune_at of the checkpoint's run"
+            )
+
+    def mask(self, run: Run, weight: Weight) -> Tensor:
+        """Return the mask in force."""
+        return run.mask(weight)
+
+    def auxiliary(self, run: Run, weight: Weight) -> Tensor:
+        """Return z: the pruned weight, or before the solve its projection."""
+        return self._projected(run, weight)[0]
+
+    def target(self, run: Run, weight: Weight) -> Tensor:
+        """Return the same: without statistics, pruning is by magnitude."""
+        return self._projected(run, weight)[0]
+
+    def dual(self, run: Run, weight: Weight) -> Tensor:  # noqa: ARG002
+        """Return zeros: u lives within the solve."""
+        return torch.zeros_like(weight.w)
+
+    def residuals(self, run: Run) -> Residuals:
+        """Measure how far w is from its projection."""
+        weights = list(run.weights)
+        device = weights[0].w.device
+        sums = [primal_sums(weight.w, self.auxiliary(run, weight)).to(device) for weight in weights]
+        table = reduce_sums(sums, [weight.param for weight in weights]).tolist()
+        unknown = [0.0 if run.progress.frozen else float("nan")] * 4
+        return measure({weight.name: [*row, *unknown] for weight, row in zip(weights, table, strict=True)})
+
+    def _projected(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
         w = weight.w
         mask = weight.mask(run.inner) if run.is_pruned(weight) else keep_mask(w, weight.spec.pattern, weight.spec.dim)
         return torch.where(mask, w, torch.zeros_like(w)), mask
-
-    def target(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
-        """Return what pruning the weight now would leave without statistics, and its mask."""
-        return self.auxiliary(run, weight)
-
-    def dual(self, run: Run, weight: Weight) -> Tensor:
-        """Return u, which is over once the layer problem is solved."""
-        return torch.zeros_like(weight.w)
 
     def _gather_if_due(self, run: Run) -> None:
         progress = run.progress
@@ -150,7 +214,7 @@ class ExactStep:
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
         check_finite(run, weights)
         for weight in weights:
-            z, mask = self.auxiliary(run, weight)
+            z, mask = self._projected(run, weight)
             weight.replace_value(run.inner, z, mask)
 
     def _set(self, run: Run, weights: Sequence[Weight], solved: Sequence[Solved]) -> None:

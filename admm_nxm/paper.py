@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
@@ -9,11 +12,11 @@ from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
 from .exact import check_finite
 from .projection import keep_mask
-from .residuals import Residuals, WeightResidual, ratio
-from .run import Run
+from .residuals import Residuals, measure, ratio
+from .run import Moving, Run
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import reduce_sums
-from .weights import CONSENSUS, Weight
+from .weights import CONSENSUS, MASK, Weight
 
 __all__ = ["PenaltyStep"]
 
@@ -27,11 +30,11 @@ class PenaltyStep:
     Source: NxMTransformer (arXiv 2110.15766), algorithm 1.
     """
 
-    name = "optimizer"
+    name: Literal["optimizer"] = "optimizer"
+    windows = 0
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._moving: list[tuple[Weight, Tensor]] = []
 
     @property
     def prune_at(self) -> int:
@@ -42,45 +45,43 @@ class PenaltyStep:
         """Return the name of the phase."""
         return "frozen" if run.progress.frozen else "admm"
 
-    def begin(self, run: Run) -> None:
-        """Start a run."""
+    def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - it gathers none
+        """Start a run, or go on with one that was loaded."""
         if self.plan.prune_at == 0 and not run.progress.frozen:
             self._freeze(run)
         if run.progress.step == 0 and not run.progress.frozen:
             run.progress.rho = next_rho(self.plan, 0, 0.0, False)
 
-    def before(self, run: Run) -> None:
-        """Add the penalty to the gradients."""
+    def before(self, run: Run) -> Moving:
+        """Add the penalty to the gradients; return the weights that have one, each with its v."""
         if run.progress.frozen:
-            return
-        first = run.progress.step == 0
-        self._moving = []
+            return []
+        first = run.progress.step == 0  # weights may have been loaded since a trial step made v
+        moving: Moving = []
         for weight in run.weights:
             if weight.gradient is not None:
                 v = None if first else weight.stored(run.inner, CONSENSUS)
-                self._moving.append((weight, _initial(weight) if v is None else v))
+                moving.append((weight, _initial(weight) if v is None else v))
         rho = run.progress.rho
-        if rho == 0:
-            return
-        for maximize in (False, True):
-            alike = [(weight, v) for weight, v in self._moving if weight.maximize == maximize]
+        for maximize in (False, True) if rho > 0 else ():
+            alike = [(weight, v) for weight, v in moving if weight.maximize == maximize]
             admm.add_penalty(
                 [weight.gradient for weight, _ in alike if weight.gradient is not None],
                 [weight.w for weight, _ in alike],
                 [v for _, v in alike],
                 -rho if maximize else rho,
             )
+        return moving
 
-    def after(self, run: Run) -> None:
+    def after(self, run: Run, moving: Moving) -> None:
         """Put v beside the state that the inner optimizer has created by now."""
-        for weight, v in self._moving:
+        for weight, v in moving:
             if weight.stored(run.inner, CONSENSUS) is not v:
                 weight.store(run.inner, CONSENSUS, v)
 
-    def advance(self, run: Run) -> None:
+    def advance(self, run: Run, moving: Moving) -> None:
         """Do the z- and u-steps that are due, and freeze at the end."""
-        progress, moving = run.progress, self._moving
-        self._moving = []
+        progress = run.progress
         if progress.frozen:
             return
         update = self.plan.updates(progress.step)
@@ -93,31 +94,55 @@ class PenaltyStep:
     def finish(self, run: Run) -> str | None:
         """Project if the run has not; return what there is to say about the projection, once."""
         if not run.progress.frozen:
-            check_finite(run, list(run.weights))
             self._freeze(run)
-        return self.verdict(run, everywhere=True)
+        return self._verdict(run, everywhere=True)
 
-    def verdict(self, run: Run, *, everywhere: bool) -> str | None:
-        """Return what there is to say about the freeze, over all ranks or over this one's parts alone."""
-        if run.freeze_sums is None and run.announced:
+    def verdict(self, run: Run) -> str | None:
+        """Return, once, what there is to say about the freeze on this rank."""
+        return None if run.announced else self._verdict(run, everywhere=False)
+
+    def _verdict(self, run: Run, *, everywhere: bool) -> str | None:
+        if run.announced and run.freeze_sums is None:
             return None
-        run.announced = run.freeze_sums is not None or run.progress.residual >= 0
         ending = self._ending(run, everywhere=everywhere)
+        run.announced = ending is not None
         return None if ending is None else diagnose_paper(ending)
 
-    def auxiliary(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
-        """Return z and its mask."""
-        if run.progress.frozen:
-            mask = weight.mask(run.inner)
-            return torch.where(mask, weight.w, torch.zeros_like(weight.w)), mask
-        v = self._consensus(run, weight)
-        pattern, dim = weight.spec.pattern, weight.spec.dim
-        return admm.auxiliary(v, pattern, dim), keep_mask(v, pattern, dim)
+    def announce(self, run: Run) -> None:
+        """Put a mask and v where the inner optimizer has state before its first step."""
+        for weight in run.weights:
+            if run.inner.state.get(weight.param):
+                for key, part in ((MASK, run.mask(weight)), (CONSENSUS, self._consensus(run, weight))):
+                    if weight.stored(run.inner, key) is None:
+                        weight.store(run.inner, key, part)
 
-    def target(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
-        """Return P(w + u) and its mask."""
+    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
+        """Refuse a checkpoint whose rho would fall."""
+        step, rho = int(counters["admm_step"]), counters["admm_rho"]
+        if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
+            raise ValueError(
+                f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
+                f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule of "
+                "the checkpoint's run"
+            )
+
+    def mask(self, run: Run, weight: Weight) -> Tensor:
+        """Return the mask of z."""
         if run.progress.frozen:
-            return self.auxiliary(run, weight)
+            return weight.mask(run.inner)
+        return keep_mask(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+
+    def auxiliary(self, run: Run, weight: Weight) -> Tensor:
+        """Return z."""
+        if run.progress.frozen:
+            return torch.where(weight.mask(run.inner), weight.w, torch.zeros_like(weight.w))
+        return admm.auxiliary(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+
+    def target(self, run: Run, weight: Weight) -> Tensor:
+        """Return P(w + u)."""
+        return self.auxiliary(run, weight) if run.progress.frozen else self._target(run, weight)[0]
+
+    def _target(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
         return admm.projected(weight.w, self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
 
     def dual(self, run: Run, weight: Weight) -> Tensor:
@@ -131,7 +156,7 @@ class PenaltyStep:
         # A weight that never had a gradient has not moved since the start.
         return _initial(weight) if v is None else v
 
-    def _move(self, run: Run, moving: list[tuple[Weight, Tensor]], with_dual: bool) -> None:
+    def _move(self, run: Run, moving: Moving, with_dual: bool) -> None:
         # Only weights that had their w-step: for one that stands still, u would grow by w at each update.
         progress = run.progress
         in_use = bool(progress.dual_in_use) or with_dual
@@ -153,9 +178,10 @@ class PenaltyStep:
 
     def _freeze(self, run: Run) -> None:
         """W = P(w + u); from now on the mask is in force."""
+        check_finite(run, list(run.weights))
         sums = []
         for weight in run.weights:
-            z, mask = self.target(run, weight)
+            z, mask = self._target(run, weight)
             moved = run.movement.get(weight.name)
             churn = mask.new_zeros(2, dtype=torch.float32) if moved is None else moved[2:].to(mask.device)
             sums.append(torch.cat([admm.primal_sums(weight.w, z), churn]).to(run.weights.each[0].w.device))
@@ -164,10 +190,22 @@ class PenaltyStep:
         run.movement.clear()
         run.progress.frozen_at = run.progress.step
 
+    def residuals(self, run: Run) -> Residuals:
+        """Measure how far w is from z."""
+        weights = list(run.weights)
+        unknown = torch.full((4,), float("nan"))
+        rows = []
+        for weight in weights:
+            movement = torch.zeros(4) if run.progress.frozen else run.movement.get(weight.name, unknown)
+            sums = admm.primal_sums(weight.w, self.auxiliary(run, weight))
+            rows.append(torch.cat([sums, movement.to(sums.device)]).to(weights[0].w.device))
+        table = reduce_sums(rows, [weight.param for weight in weights]).tolist()
+        return measure({weight.name: row for weight, row in zip(weights, table, strict=True)})
+
     def _ending(self, run: Run, *, everywhere: bool) -> PaperEnding | None:
         """Turn the sums of the freeze into numbers."""
         progress = run.progress
-        far_share, worst_name = 1.0, run.weights.each[0].name
+        far_share, worst_name = 0.0, None  # a checkpoint does not tell
         if run.freeze_sums is not None and self.plan.prune_at > 0:
             sums = run.freeze_sums
             if everywhere:
@@ -194,30 +232,6 @@ class PenaltyStep:
             self.plan.prune_at,
             type(run.inner).__name__,
         )
-
-
-def residuals_of(run: Run, step: PenaltyStep) -> Residuals:
-    """Measure how far a run of the paper's form is from its pattern."""
-    weights = list(run.weights)
-    unmeasured = torch.full((4,), float("nan"))
-    rows = []
-    for weight in weights:
-        z, _ = step.auxiliary(run, weight)
-        movement = unmeasured.new_zeros(4) if run.progress.frozen else run.movement.get(weight.name, unmeasured)
-        rows.append(torch.cat([admm.primal_sums(weight.w, z), movement.to(z.device)]).to(weights[0].w.device))
-    table = reduce_sums(rows, [weight.param for weight in weights])
-
-    def figures(row: list[float]) -> tuple[float, float, float]:
-        gap, norm, moved, norm_then, gained, kept = row
-        return ratio(gap, norm), ratio(moved, norm_then), gained / kept if kept else 0.0
-
-    per_weight = {
-        weight.name: WeightResidual(*figures(row)) for weight, row in zip(weights, table.tolist(), strict=True)
-    }
-    unmeasured_rows = table[:, 2:].isnan().all(1)
-    if not unmeasured_rows.all():
-        table[unmeasured_rows, 2:] = 0.0  # a weight that never had a gradient: its z stands still
-    return Residuals(*figures(table.sum(0).tolist()), per_weight)
 
 
 def _initial(weight: Weight) -> Tensor:

@@ -54,6 +54,8 @@ class Progress:
     """Finished optimizer steps."""
     windows_solved = _Counter(0)
     """Exact w-step: windows whose weights are pruned."""
+    windows = _Counter(0)
+    """Exact w-step: how many windows there are."""
     calibrated = _Counter(0)
     """Exact w-step: calibration steps of the present window."""
     frozen_at = _Counter(-1)

@@ -12,8 +12,8 @@ from typing import Literal, Union
 import torch
 from torch import Tensor, nn
 
-from ._table import format_table
 from .pattern import Pattern
+from .table import format_table
 
 __all__ = [
     "TRAINABLE_DTYPES",

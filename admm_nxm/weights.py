@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from .selection import SelectedWeight, Selection, clean_name, is_conv1d
 from .sharding import check_sharding, local, wrap_like
 from .statistics import bytes_needed, can_be_observed
 
-__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "default_statistics_memory", "windows_of"]
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "default_statistics_memory", "keep_to_masks", "windows_of"]
 
 MASK = "admm_mask"
 """Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
@@ -141,12 +140,6 @@ class Weights:
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.each)}")
 
-    @property
-    def selection_number(self) -> int:
-        """A number that tells one selection from another: which weights, with which pattern, along which dimension."""
-        facts = sorted((w.name, w.spec.shape, str(w.spec.pattern), w.spec.dim) for w in self.each)
-        return zlib.crc32(repr(facts).encode())
-
     def _locate(self) -> None:
         """Find each weight's parameter in the model by its name, and remember the way there."""
         assert self.model is not None
@@ -234,10 +227,6 @@ class Weights:
     def of_window(self, window: int) -> list[Weight]:
         """Return the weights that one window's solve prunes: those that need no statistics come first."""
         return [w for w in self.each if w.window == window or (window == 0 and w.window < 0)]
-
-    def masks(self, inner: Optimizer, weights: Iterable[Weight]) -> dict[str, Tensor]:
-        """Return name -> this rank's part of the mask."""
-        return {weight.name: weight.mask(inner) for weight in weights}
 
     def note_unobserved(self, selection: Selection) -> Selection:
         """Return the selection with a note on each weight that is solved without statistics."""

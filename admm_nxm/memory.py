@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._sharding import local
+from .sharding import local
 
 __all__ = ["address"]
 
