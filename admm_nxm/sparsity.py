@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ._files import Checkpoint, open_checkpoint
-from ._sharding import is_sharded, local, reduce_sums
+from ._memory import plain
+from ._sharding import is_sharded, reduce_sums
 from ._table import format_table
 from .pattern import Pattern
 from .projection import by_group
@@ -176,7 +177,7 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     for weight in selection:
         t = get(weight.name).detach()
         _check_countable(weight, t)
-        counts.append(_count(local(t), weight.pattern, weight.dim))
+        counts.append(_count(plain(t), weight.pattern, weight.dim))
         # Only a sharded weight is needed again, to add up its parts; weights read from a file must not pile up.
         likes.append(t if is_sharded(t) else counts[-1])
     device = counts[0].device
