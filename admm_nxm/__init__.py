@@ -15,6 +15,7 @@ True
 """
 
 from ._version import __version__
+from .io.verify import verify
 from .optimizer import ADMMNxM, ConvergenceWarning, Residuals, WeightResidual
 from .pattern import Pattern
 from .projection import keep_mask, project
@@ -22,7 +23,7 @@ from .report import ModelReport, sparsity_report
 from .saliency import Curvature, Saliency
 from .schedules import Constant, Every, Ramp, Rise, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
-from .sparsity import SparsityReport, SparsityViolation, WeightReport, verify
+from .sparsity import SparsityReport, SparsityViolation, WeightReport
 
 __all__ = [
     "ADMMNxM",

@@ -17,11 +17,10 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import consensus as admm
-from ._checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, counters_of, fingerprint, split
-from ._inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
-from ._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
+from .checkpoint import CONSENSUS, COUNTERS, PRIMAL, check_entry, check_kind, counters_of, fingerprint, split
 from .factors import Factor
 from .forms import FORMS, Form, form_of, is_lean
+from .inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
 from .kernels import Backend, BackendName, backend_for, check_backend
 from .masks import PACKED, is_mask, stored_as, unpack
 from .pattern import Pattern
@@ -30,6 +29,7 @@ from .residuals import Residuals, WeightResidual, ratio
 from .saliency import Curvature, Saliency
 from .schedules import Every, Penalty, Plan, Schedule, Update, UpdateSchedule, check_update, make_plan, next_rho
 from .selection import TRAINABLE_DTYPES, Ineligible, Select, SelectedWeight, Selection, select_weights
+from .sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from .sparsity import SparsityReport, check_weights
 
 __all__ = ["ADMMNxM", "ConvergenceWarning", "Residuals", "WeightResidual"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._checks import at_least
+from .checks import at_least
 from .factors import Factor, Root
 
 __all__ = ["Curvature", "Saliency"]

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from ._checks import at_least, is_count
+from .checks import at_least, is_count
 
 __all__ = [
     "Constant",

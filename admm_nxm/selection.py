@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ._grouping import such_as
-from ._memory import is_plain, takes_zeros
-from ._table import format_table
+from .grouping import such_as
+from .memory import is_plain, takes_zeros
 from .pattern import Pattern
+from .table import format_table
 
 __all__ = [
     "TRAINABLE_DTYPES",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from admm_nxm.history import Recorder, load_history
+from admm_nxm.report.history import Recorder, load_history
 from tests.helpers import admm, batches, every_form, loss_of, make_net, restless, same_bits, weights_of
 
 KEYS = ["admm/primal_residual", "admm/dual_residual", "admm/mask_churn", "admm/rho"]

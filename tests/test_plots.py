@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from admm_nxm import Pattern, project, verify
-from admm_nxm import _histogram as histogram
-from admm_nxm.history import Recorder
-from admm_nxm.plots import plot_history, plot_sparsity, plot_weights, save_figure
-from admm_nxm.report import sparsity_report
+from admm_nxm.report import histogram, sparsity_report
+from admm_nxm.report.history import Recorder
+from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
 from admm_nxm.selection import SkippedWeight, select_weights
 from admm_nxm.sparsity import SparsityReport, WeightReport
 from tests.helpers import admm, make_net
@@ -607,7 +606,7 @@ def test_an_unfinished_picture_leaves_what_was_there(tmp_path, monkeypatch):
 GLOBAL = """
 import sys
 import admm_nxm
-from admm_nxm.plots import plot_history, save_figure
+from admm_nxm.report.plots import plot_history, save_figure
 assert "matplotlib" not in sys.modules
 import matplotlib
 before = matplotlib.rcParams.copy()  # reading its backend would look for a display

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from admm_nxm import SelectedWeight, Selection, SparsityViolation, project, verify
 from admm_nxm.report import ModelReport, sparsity_report
+from admm_nxm.report.tensor_cores import obstacles
 from admm_nxm.selection import select_weights
-from admm_nxm.tensor_cores import obstacles
 from tests.helpers import Net, make_net
 
 BF16 = torch.bfloat16
@@ -125,7 +125,7 @@ def test_positions_and_counters_in_a_state_dict_are_no_parameters() -> None:
 
 
 def test_packed_files_are_read_as_the_weights_that_they_hold(tmp_path: Path) -> None:
-    from admm_nxm.export.packed import pack
+    from admm_nxm.io.packed import pack
 
     model = pruned(make_net()).to(BF16)
     plain = as_file(model, tmp_path)

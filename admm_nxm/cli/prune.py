@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._console import Result
-from ._options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
+from .console import Result
+from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
 from .verify import as_dict
 
 __all__ = ["prune"]
@@ -23,7 +23,7 @@ def prune(
 
     Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
     """
-    from ..export.prune import prune as project_files
+    from ..io.prune import prune as project_files
 
     parsed, rules = rules_of(pattern, select)
     report = project_files(path, output, parsed, select=rules, overwrite=overwrite)

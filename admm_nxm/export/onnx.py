@@ -25,7 +25,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic_file, refuse_existing
+from ..io.files import atomic_file, refuse_existing
+from ..io.verify import verify
 from ..pattern import Pattern
 from ..selection import (
     Select,
@@ -37,8 +38,8 @@ from ..selection import (
     select_weights,
     unwrap_model,
 )
-from ..sparsity import SparsityReport, SparsityViolation, check_weights, cover, verify
-from ._onnx_graph import METADATA_KEY, GraphWeight, OnnxGraph, read_graph, require
+from ..sparsity import SparsityReport, SparsityViolation, check_weights, cover
+from .onnx_graph import METADATA_KEY, GraphWeight, OnnxGraph, read_graph, require
 
 __all__ = ["OnnxReport", "export_onnx", "verify_onnx"]
 

@@ -23,13 +23,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .._checks import at_least, is_count
+from ..checks import at_least, is_count
 from ..export.card import model_card, write_model_card
 from ..forms import FORMS
+from ..io.verify import verify
 from ..kernels import check_backend
 from ..optimizer import ADMMNxM
 from ..pattern import Pattern
-from ..sparsity import SparsityReport, verify
+from ..sparsity import SparsityReport
 
 __all__ = ["ADMMConfig", "ADMMTrainer", "ADMMTrainerMixin"]
 

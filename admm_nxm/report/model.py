@@ -14,12 +14,12 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from ._files import open_checkpoint
-from ._grouping import grouped, joint_name, starred, such_as
-from ._memory import address
-from ._table import format_table
-from .pattern import Pattern
-from .selection import (
+from ..grouping import grouped, joint_name, starred, such_as
+from ..io.files import open_checkpoint, stand_ins
+from ..io.verify import Target
+from ..memory import address
+from ..pattern import Pattern
+from ..selection import (
     Select,
     Selection,
     SkippedWeight,
@@ -29,7 +29,8 @@ from .selection import (
     select_weights,
     unwrap_model,
 )
-from .sparsity import SparsityReport, Target, WeightReport, check_weights, cover, stand_ins
+from ..sparsity import SparsityReport, WeightReport, check_weights, cover
+from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
 __all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "sparsity_report"]
@@ -471,7 +472,7 @@ def _count_flops(named: _Named, example: object) -> _Costs:
     model = unwrap_model(named)
     if example is None:
         return _flops_of_layers(model)
-    from ._flops import count_forward, forward_note  # costs an import that reports without an example do without
+    from .flops import count_forward, forward_note  # costs an import that reports without an example do without
 
     total, by_id = count_forward(model, example)
     by_weight = {_identity(p): by_id[id(p)] for p in model.parameters() if id(p) in by_id}

@@ -18,8 +18,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ._safetensors import DTYPES, Header, Stored, brief, read_header, unique_keys
 from .packing import KEY, Layout, Packed, PackedTensor, unpack_tensor
+from .tensor_files import DTYPES, Header, Stored, brief, read_header, unique_keys
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -34,6 +34,7 @@ __all__ = [
     "read_index",
     "refuse_existing",
     "refuse_source",
+    "stand_ins",
 ]
 
 SUFFIX = ".safetensors"
@@ -327,6 +328,25 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
                 f"{index} gives {name!r} to {file}, which does not hold it; copy the files of one save together, or "
                 "save the model again"
             )
+
+
+def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return a tensor without data for each tensor of a checkpoint, one for all names of a tensor.
+
+    Args:
+        checkpoint: where to look; nothing is read.
+
+    Returns:
+        Name -> meta tensor of its shape and dtype.
+    """
+    found: dict[str, Tensor] = {}
+    for name, info in checkpoint.tensors.items():
+        if info.alias_of is None:
+            found[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    for name, info in checkpoint.tensors.items():
+        if info.alias_of is not None:
+            found[name] = found[info.alias_of]
+    return found
 
 
 # ---------------------------------------------------------------- writing

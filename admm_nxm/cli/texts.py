@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._errors import InputError, blaming
+from .errors import InputError, blaming
 
 __all__ = [
     "FILE_KINDS",

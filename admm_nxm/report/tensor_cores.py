@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from .pattern import Pattern
+from ..pattern import Pattern
 
 __all__ = ["BACKENDS", "Backend", "hardware_pattern", "implies", "obstacle", "obstacles", "shape_multiples"]
 

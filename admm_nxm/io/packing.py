@@ -45,10 +45,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import masks
-from ._safetensors import CODE_OF, DTYPES, is_shape, unique_keys
-from .pattern import Pattern
-from .projection import INTEGER_OF_SIZE
+from .. import masks
+from ..pattern import Pattern
+from ..projection import INTEGER_OF_SIZE
+from .tensor_files import CODE_OF, DTYPES, is_shape, unique_keys
 
 __all__ = [
     "KEY",

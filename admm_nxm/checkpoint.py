@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._sharding import local
 from .consensus import is_mask_of
 from .masks import PACKED, is_mask, packed_shape, unpack
 from .selection import SelectedWeight
+from .sharding import local
 
 __all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "check_kind", "counters_of", "fingerprint", "split"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._sharding import local
+from .sharding import local
 
 __all__ = ["address", "is_plain", "plain", "takes_zeros"]
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._memory import address
-from ._sharding import is_sharded
+from ..memory import address
+from ..sharding import is_sharded
 
 __all__ = ["count_forward", "forward_note"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ._files import atomic_file
-from .optimizer import ADMMNxM
+from ..io.files import atomic_file
+from ..optimizer import ADMMNxM
 
 __all__ = ["Recorder", "Row", "load_history"]
 
@@ -33,7 +33,7 @@ class Recorder:
     """Notes where a run stands, whenever the loop asks for it.
 
     Each row has the keys that :class:`admm_nxm.integrations.transformers.ADMMTrainer` logs, and two more: the phase,
-    and the step at which the mask froze. :func:`admm_nxm.plots.plot_history` draws either.
+    and the step at which the mask froze. :func:`admm_nxm.report.plots.plot_history` draws either.
 
     Args:
         optimizer: the ADMMNxM, or what Accelerate has made of it.

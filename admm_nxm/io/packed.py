@@ -1,6 +1,6 @@
 """Packed safetensors: a sparse model stored without its zeros, and restored bit for bit.
 
-What a packed file looks like is in :mod:`admm_nxm.packing`. In a folder packed files end in ``.packed.safetensors``:
+What a packed file looks like is in :mod:`admm_nxm.io.packing`. In a folder packed files end in ``.packed.safetensors``:
 a loader that does not know them finds no weights and says so, where it would otherwise start from random ones.
 """
 
@@ -19,7 +19,13 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
-from .._files import (
+from ..memory import address, is_plain, plain, takes_zeros
+from ..pattern import Pattern
+from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
+from ..sharding import is_sharded
+from ..sparsity import SparsityViolation, cover
+from ..table import format_table
+from .files import (
     PACKED_SUFFIX,
     SUFFIX,
     Checkpoint,
@@ -29,15 +35,10 @@ from .._files import (
     open_checkpoint,
     read_index,
     refuse_source,
+    stand_ins,
 )
-from .._memory import address, is_plain, plain, takes_zeros
-from .._safetensors import CODE_OF, StreamWriter, bytes_of, plan
-from .._sharding import is_sharded
-from .._table import format_table
-from ..packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
-from ..pattern import Pattern
-from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
-from ..sparsity import SparsityViolation, cover, stand_ins
+from .packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
+from .tensor_files import CODE_OF, StreamWriter, bytes_of, plan
 
 __all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._files import Checkpoint, atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_source
-from .._safetensors import StreamWriter, bytes_of
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
 from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
-from ..sparsity import SparsityReport, cover, stand_ins, verify
+from ..sparsity import SparsityReport, cover
+from .files import Checkpoint, atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_source, stand_ins
+from .tensor_files import StreamWriter, bytes_of
+from .verify import verify
 
 __all__ = ["prune"]
 

@@ -16,11 +16,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from ._files import atomic_file
-from ._histogram import Chosen, Counts, Weights, count_pairs
+from ..io.files import atomic_file
+from ..sparsity import SparsityReport
+from .histogram import Chosen, Counts, Weights, count_pairs
 from .history import Recorder, load_history
-from .report import ModelReport, ModelWeight
-from .sparsity import SparsityReport
+from .model import ModelReport, ModelWeight
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,8 +143,8 @@ def plot_history(history: History | Mapping[str, History], *, title: str | None 
 
     Args:
         history: ``trainer.state.log_history`` of an :class:`~admm_nxm.integrations.transformers.ADMMTrainer`; a
-            :class:`~admm_nxm.history.Recorder` or its rows; the path of a saved history; or a mapping from names to any
-            of these. A run that logged no phase is taken to be frozen from its first primal residual of zero.
+            :class:`~admm_nxm.report.history.Recorder` or its rows; the path of a saved history; or a mapping from names
+            to any of these. A run that logged no phase is taken to be frozen from its first primal residual of zero.
         title: above all; none by default.
 
     Returns:

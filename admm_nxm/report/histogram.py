@@ -13,10 +13,9 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ._files import open_checkpoint
-from ._sharding import is_sharded
-from .selection import Selection, named_tensors, select_weights
-from .sparsity import stand_ins
+from ..io.files import open_checkpoint, stand_ins
+from ..selection import Selection, named_tensors, select_weights
+from ..sharding import is_sharded
 
 __all__ = ["Chosen", "Counts", "Weights", "count_pairs"]
 
@@ -63,7 +62,7 @@ def count_pairs(
     Args:
         before: a module, a state dict, a tensor, or the path of a checkpoint.
         after: the same model later, of any of these kinds.
-        select: which weights, see :func:`admm_nxm.plots.plot_weights`.
+        select: which weights, see :func:`admm_nxm.report.plots.plot_weights`.
         label: name -> the picture that the weight belongs to.
         bins: how many bins each picture has, between -4 and 4 times the root mean square of its non-zero entries.
 
@@ -71,7 +70,7 @@ def count_pairs(
         Picture -> its counts, in the order of the weights.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.plots.plot_weights`.
+        FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
         names = _choose(old.like, select)

@@ -23,21 +23,24 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .. import ConvergenceWarning, Pattern, Selection, SparsityReport, __version__
-from .._files import atomic_folder
+from .._version import __version__
 from ..export.card import model_card, write_model_card
-from ..history import Recorder
 from ..integrations.transformers import ADMMConfig, ADMMTrainer
-from ..plots import plot_history, plot_sparsity, plot_weights, save_figure
+from ..io.files import atomic_folder
+from ..io.verify import verify
+from ..optimizer import ConvergenceWarning
+from ..pattern import Pattern
 from ..report import sparsity_report
-from ..selection import select_weights
-from ..sparsity import verify
-from ._classifier import find_device, length_limit, load_classifier, load_tokenizer, quiet
-from ._console import Result, note, plain
-from ._errors import InputError, blaming
-from ._options import Rules
-from ._progress import StepProgress
-from ._texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
+from ..report.history import Recorder
+from ..report.plots import plot_history, plot_sparsity, plot_weights, save_figure
+from ..selection import Selection, select_weights
+from ..sparsity import SparsityReport
+from .classifier import find_device, length_limit, load_classifier, load_tokenizer, quiet
+from .console import Result, note, plain
+from .errors import InputError, blaming
+from .options import Rules
+from .progress import StepProgress
+from .texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
 from .verify import as_dict
 
 __all__ = ["Settings", "train"]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..pattern import Pattern
-from ._errors import InputError, blaming
+from .errors import InputError, blaming
 
 __all__ = [
     "Json",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from ._errors import InputError, blaming
+from .errors import InputError, blaming
 
 _logging: Any = logging  # not all of it has annotations
 
