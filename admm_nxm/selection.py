@@ -529,29 +529,38 @@ def clean_name(name: str) -> str:
 
 
 def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
-    """Name prefixes of the repeated blocks: composite numbered members that have names within them in common.
+    """Name prefixes of the repeated blocks: composite numbered members of a list, as a ModuleList has them.
 
-    A lone member of a list with a name counts as well (a model of one layer). ``nn.Sequential(encoder, head)`` has
-    numbers without a name before them, and blocks of its own further in.
+    ``nn.Sequential(encoder, head)`` is no list of blocks, and has numbers as well: its members have no name within them
+    in common, and one of them has blocks of its own.
     """
     lists: dict[tuple[str, str], dict[str, set[str]]] = {}
     for name in names:
         parts = name.split(".")
         for depth, part in enumerate(parts[:-1]):
             if member := _MEMBER.fullmatch(part):
-                of_list = lists.setdefault((".".join(parts[:depth]), member["stem"] or ""), {})
-                of_list.setdefault(".".join(parts[: depth + 1]) + ".", set()).add(".".join(parts[depth + 1 :]))
+                members = lists.setdefault((".".join(parts[:depth]), member["stem"] or ""), {})
+                members.setdefault(".".join(parts[: depth + 1]) + ".", set()).add(".".join(parts[depth + 1 :]))
     prefixes: list[str] = []
-    for (above, stem), members in sorted(lists.items(), key=lambda entry: -entry[0][0].count(".")):
-        shared = Counter(name for inside in members.values() for name in inside if "." in name)
-        twins = Counter(frozenset(inside) for inside in members.values())
-        for prefix, inside in members.items():
-            if not any("." in name for name in inside):
+    for (above, stem), members in sorted(lists.items(), key=lambda entry: -len(entry[0][0].split("."))):
+        composite = {prefix: {n for n in inside if "." in n} for prefix, inside in members.items()}
+        uses = Counter(name for inside in composite.values() for name in inside)
+        twins = Counter(map(frozenset, composite.values()))
+        alike = {prefix for prefix, inside in composite.items() if any(uses[name] > 1 for name in inside)}
+        wrappers = {
+            prefix for prefix, inside in composite.items() if inside and any(p.startswith(prefix) for p in prefixes)
+        }
+        for prefix, inside in composite.items():
+            if not inside:
                 continue
-            alike = any(shared[name] > 1 for name in inside)
-            if not above and not stem and twins[frozenset(inside)] == 1:
-                alike = (alike or len(members) == 1) and not any(inner.startswith(prefix) for inner in prefixes)
-            if alike or (above and not stem and len(members) == 1):
+            if stem:
+                is_block = prefix in alike
+            elif above:
+                is_block = prefix in alike or len(members) == 1 or not wrappers - alike
+            else:
+                lone = prefix in alike or len(members) == 1
+                is_block = twins[frozenset(inside)] > 1 or (lone and prefix not in wrappers)
+            if is_block:
                 prefixes.append(prefix)
     return tuple(prefixes)
 
