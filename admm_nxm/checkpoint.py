@@ -108,12 +108,16 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
         )
     if counters["admm_step"] > 0 and counters["admm_selection"] not in (0, number):
         raise ValueError(
-            "the checkpoint was made with another selection, pattern, grouped dimension or w_step, under which its ADMM "
-            "state means something else; build ADMMNxM as it was built then"
+            "the checkpoint was made with another selection, pattern, grouped dimension or w_step, under which its "
+            "ADMM state means something else; build ADMMNxM as it was built then"
         )
     statistics, errors = parts.extra.get("statistics"), parts.extra.get("model_errors", {})
     return Loaded(
-        parts.inner, {**counters, "admm_selection": number}, own, statistics, {str(k): float(e) for k, e in errors.items()}
+        parts.inner,
+        {**counters, "admm_selection": number},
+        own,
+        statistics,
+        {str(k): float(e) for k, e in errors.items()},
     )
 
 
@@ -217,12 +221,14 @@ def _check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: It
         if names.get(name, position) != position:
             raise ValueError(
                 f"weight {name!r} is parameter {position} of the optimizer, and was parameter {names[name]} in the "
-                "checkpoint: the parameters stand in another order, and all state would go to the wrong ones. Build the "
-                "model and the inner optimizer with the parameters in the checkpoint's order"
+                "checkpoint: the parameters stand in another order, and all state would go to the wrong ones. Build "
+                "the model and the inner optimizer with the parameters in the checkpoint's order"
             )
 
 
-def _check_entry(weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool) -> None:
+def _check_entry(
+    weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool
+) -> None:
     """Refuse a checkpoint whose entry for a weight is missing, has another shape or kind, is not finite, or contradicts
     the counters."""
     for key, t in entry.items():
@@ -231,8 +237,8 @@ def _check_entry(weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped
     missing = [key for key in needed if key not in entry]
     if stepped and missing:
         raise ValueError(
-            f"the checkpoint has no {missing[0]} for weight {weight.name!r}, which it has stepped; build ADMMNxM with the "
-            "selection and the w_step that the checkpoint was made with"
+            f"the checkpoint has no {missing[0]} for weight {weight.name!r}, which it has stepped; build ADMMNxM with "
+            "the selection and the w_step that the checkpoint was made with"
         )
     if pruned and MASK in entry and not bool(is_mask_of(local(entry[MASK]) != 0, weight.pattern, weight.dim)):
         raise ValueError(
@@ -258,6 +264,6 @@ def _check_tensor(weight: SelectedWeight, key: str, t: object) -> None:
         )
     if t.is_floating_point() and not bool(torch.isfinite(local(t)).all()):
         raise ValueError(
-            f"the checkpoint's {key} for weight {weight.name!r} has NaN or infinite entries: the checkpoint is damaged, or "
-            "the run had diverged; resume from an earlier one"
+            f"the checkpoint's {key} for weight {weight.name!r} has NaN or infinite entries: the checkpoint is "
+            "damaged, or the run had diverged; resume from an earlier one"
         )

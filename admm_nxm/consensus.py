@@ -10,8 +10,6 @@ v has the dtype of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -45,9 +43,7 @@ def initial(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
     return torch.empty_like(weight).copy_(torch.where(keep_mask(weight, pattern, dim), weight, -0.0))
 
 
-def add_penalty(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], consensus: Sequence[Tensor], rho: float
-) -> None:
+def add_penalty(gradients: list[Tensor], weights: list[Tensor], consensus: list[Tensor], rho: float) -> None:
     """Add the gradient of ``rho / 2 * ||w - v||^2``: ``g += rho * (w - v)``.
 
     The difference is taken first, so that nothing is added where w = v and nothing cancels in 16-bit gradients.

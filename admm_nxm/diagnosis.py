@@ -45,13 +45,14 @@ def diagnose(ending: Ending) -> str | None:
         done.append(f"{ending.by_magnitude} weights were pruned by magnitude, without statistics")
     if ending.solved:
         done.append(
-            f"{ending.solved} weights were solved from {ending.calibrated} of {ending.calibration_steps} calibration steps"
+            f"{ending.solved} weights were solved from {ending.calibrated} of {ending.calibration_steps} calibration "
+            "steps"
         )
     return (
         f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
-        f"{ending.prune_at}: {' and '.join(done)}, and no step has trained what was kept. Accuracy measured before does "
-        "not hold. Remedy: train to the end, or give the true number of optimizer steps as total_steps, or an earlier "
-        "prune_at"
+        f"{ending.prune_at}: {' and '.join(done)}, and no step has trained what was kept. Accuracy measured before "
+        "does not hold. Remedy: train to the end, or give the true number of optimizer steps as total_steps, or an "
+        "earlier prune_at"
     )
 
 
@@ -92,10 +93,10 @@ def diagnose_paper(ending: PaperEnding) -> str | None:
     if not far:
         why = _WHY_RESTLESS if ending.dual_in_use else "the learning rate is high up to the freeze"
         return (
-            f"the mask had not settled: the last z-step before the freeze replaced {ending.churn:.0%} of the kept places "
-            f"(more than {RESTLESS:.0%}), so the frozen mask is the one that happened to be there. Likely cause: {why}. "
-            "Remedy: leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait, let the learning "
-            "rate decay before prune_at, or use the exact w-step, ADMMNxM(...)"
+            f"the mask had not settled: the last z-step before the freeze replaced {ending.churn:.0%} of the kept "
+            f"places (more than {RESTLESS:.0%}), so the frozen mask is the one that happened to be there. Likely "
+            f"cause: {why}. Remedy: leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait, "
+            "let the learning rate decay before prune_at, or use the exact w-step, ADMMNxM(...)"
         )
     if ending.rho == 0:
         cause = "no penalty was in force (rho = 0), so this is one-shot magnitude pruning"
@@ -115,13 +116,13 @@ def diagnose_paper(ending: PaperEnding) -> str | None:
     else:
         cause = (
             f"the penalty in the gradient (rho = {ending.rho:.3g}) has not brought the pruned weights to zero in "
-            f"{ending.step} steps of {ending.inner}; a step moves a weight by no more than about the learning rate under "
-            "Adam and its kin, and by learning rate * rho * distance under SGD"
+            f"{ending.step} steps of {ending.inner}; a step moves a weight by no more than about the learning rate "
+            "under Adam and its kin, and by learning rate * rho * distance under SGD"
         )
         remedy = "use a larger rho, a longer run or a larger learning rate, or the exact w-step, ADMMNxM(...)"
     which = f"{ending.worst_name!r}, by" if ending.worst_name else "one weight, by"
     return (
-        f"the run has not reached its pattern: projecting the weights changed them by {ending.residual:.1%} of their norm "
-        f"(tolerance {RESIDUAL_TOLERANCE:.1%}), most of all {which} {ending.worst:.1%}, so accuracy "
+        f"the run has not reached its pattern: projecting the weights changed them by {ending.residual:.1%} of their "
+        f"norm (tolerance {RESIDUAL_TOLERANCE:.1%}), most of all {which} {ending.worst:.1%}, so accuracy "
         f"measured before does not hold. Likely cause: {cause}. Remedy: {remedy}"
     )

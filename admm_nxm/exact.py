@@ -9,21 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
-from .consensus import primal_sums
 from .residuals import Residuals, measure
 from .run import Moving, Run
 from .schedules import Timeline
 from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
-from .solver import Factor, Solved, factorise, solve
+from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, solve
 from .statistics import Moments, Statistics
 from .weights import MASK, Weight
 
 __all__ = ["ExactStep"]
 
-# Shares of the mean diagonal that are added to A and G.
-_DAMPING = {"inputs": 0.01, "outputs": 0.1}
+_DAMPING = {"inputs": INPUT_DAMPING, "outputs": OUTPUT_DAMPING}
 
 
 class ExactStep:
@@ -184,16 +183,13 @@ class ExactStep:
         run.statistics.attach()
 
     def _check_hooks_fire(self, run: Run) -> None:
-        statistics = run.statistics
-        assert statistics is not None
-        expected = any(weight.modules for weight in run.weights.of_window(run.progress.windows_solved))
-        if expected and not statistics.moments:
+        assert run.statistics is not None
+        if not run.statistics.moments:
             raise ValueError(
                 f"calibration step {run.progress.calibrated} has gathered nothing: no selected module saw a training "
-                "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, or "
-                "a graph of it that was recorded earlier (torch.export, CUDA graphs, a compiled function that holds the "
-                "whole step). Give ADMMNxM the model that is trained, and record no graph around calibration, or use "
-                "ADMMNxM.paper(...)"
+                "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, "
+                "or a graph of it that was recorded earlier (torch.export, CUDA graphs). Give ADMMNxM the model that "
+                "is trained, and record no graph before prune_at, or use ADMMNxM.paper(...)"
             )
 
     def _close_window(self, run: Run) -> None:
@@ -239,8 +235,8 @@ class ExactStep:
                 remedy = (
                     "lower the learning rate, or train in bfloat16 instead of float16"
                     if dropped
-                    else "let it take part in training (an expert that no token is routed to needs more calibration_steps), "
-                    "or leave it dense by a select rule"
+                    else "let it take part in training (an expert that no token is routed to needs more "
+                    "calibration_steps), or leave it dense by a select rule"
                 )
                 raise ValueError(
                     f"weight {weight.name!r} has no usable statistics at the solve: its module saw {what}. Nothing was "
@@ -316,7 +312,8 @@ def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _
     spec = weight.spec
     if moments is None:
         return solve(whole, spec.pattern, None, None, dim=spec.dim)
-    inputs, outputs = shared.of("inputs", moments.inputs), shared.of("outputs", moments.outputs)
+    inputs: Factor | None = shared.of("inputs", moments.inputs)
+    outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
     if weight.moment_along_group == "outputs":
         inputs, outputs = outputs, inputs
     return solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)

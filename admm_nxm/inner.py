@@ -47,8 +47,8 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
     steps_twice = callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None))
     if steps_twice:
         raise TypeError(
-            f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other way "
-            f"round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
+            f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other "
+            f"way round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
         )
     if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
@@ -102,9 +102,9 @@ def raw_step(inner: Optimizer, *, first: bool = False) -> None:
         if not first or isinstance(error, torch.OutOfMemoryError) or not _asks_for_closure(inner, error):
             raise
         raise TypeError(
-            f"{type(inner).__name__} failed in its first step ({error}), which ADMMNxM calls without a closure, because "
-            "it has evaluated that already. If it cannot step without one, give it ADMMNxM(AdamW(...), model, ...) as "
-            "its base optimizer, or use an optimizer whose step() works without a closure"
+            f"{type(inner).__name__} failed in its first step ({error}), which ADMMNxM calls without a closure, "
+            "because it has evaluated that already. If it cannot step without one, give it ADMMNxM(AdamW(...), model, "
+            "...) as its base optimizer, or use an optimizer whose step() works without a closure"
         ) from error
 
 

@@ -31,9 +31,10 @@ from .schedules import (
     make_plan,
     make_timeline,
 )
-from .selection import Ineligible, Select, Selection, select_weights, unwrap_model
+from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
 from .sharding import local, reduce_sums, wrap_like
 from .sparsity import SparsityReport, check_weights
+from .statistics import refuse_compiled
 from .weights import CONSENSUS, MASK, Weight, Weights, default_statistics_memory, keep_to_masks
 
 __all__ = ["ADMMNxM", "ConvergenceWarning"]
@@ -116,7 +117,8 @@ class ADMMNxM(Optimizer):
         if w_step not in ("exact", "optimizer") and not isinstance(w_step, Penalty):
             raise ValueError(f'w_step={w_step!r} must be "exact", "optimizer" or a Penalty(rho=..., update_every=...)')
         exact = w_step == "exact"
-        if exact and not isinstance(model, nn.Module):
+        module = unwrap_model(model) if isinstance(model, nn.Module) else None
+        if exact and module is None:
             raise TypeError(
                 f'model is a {type(model).__name__}, and w_step="exact" watches the passes of modules; pass the '
                 "torch.nn.Module itself, or use ADMMNxM.paper(...)"
@@ -129,17 +131,18 @@ class ADMMNxM(Optimizer):
         selection, params = select_weights(
             model, Pattern.parse(pattern), select, dims=dims, ineligible=ineligible, held=held
         )
-        weights = Weights(selection, params, unwrap_model(model) if isinstance(model, nn.Module) else None)
+        weights = Weights(selection, params, module)
         weights.check_placement()
         step: WStep
         if exact:
+            refuse_compiled(model)  # type: ignore[arg-type]
             windows = weights.assign_windows(_memory(statistics_memory, weights))
             timeline = make_timeline(total_steps, prune_at, calibration_steps, windows)
             if calibration_steps is None and timeline.calibration_steps < FEW_CALIBRATION_STEPS:
                 warnings.warn(
                     f"the run is short: A and G are gathered in {timeline.calibration_steps} steps for each of "
-                    f"{windows} windows, fewer than {FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or "
-                    "give calibration_steps",
+                    f"{windows} windows, fewer than {FEW_CALIBRATION_STEPS}. For a result that counts, train longer, "
+                    "or give calibration_steps",
                     stacklevel=2,
                 )
             step = ExactStep(timeline)
@@ -269,11 +272,9 @@ class ADMMNxM(Optimizer):
         """Add parameters to the inner optimizer. They stay dense, and the report says so."""
         self.inner.add_param_group(param_group)
         self._run.progress.announce()
-        group = self.inner.param_groups[-1]
-        names = group.get("param_names") or [f"parameter {i} of an added group" for i in range(len(group["params"]))]
-        self._run.selection = self._run.selection.with_added(
-            {name: tuple(p.shape) for name, p in zip(names, group["params"], strict=True)}
-        )
+        run = self._run
+        if run.weights.model is not None:
+            run.selection = with_late_weights(run.selection, run.weights.model, self.param_groups[-1]["params"])
 
     def __repr__(self) -> str:
         now = self.figures()
@@ -339,9 +340,10 @@ class ADMMNxM(Optimizer):
     def _refuse_to_be_captured(self) -> None:
         if is_capturing(self._run.weights.each[0].w.device):
             raise RuntimeError(
-                f"step {self._run.progress.step + 1} was to be captured in a CUDA graph, which would repeat it and never "
-                "come to the solve: capture the forward and backward pass alone (torch.cuda.make_graphed_callables) and "
-                "call optimizer.step() outside of the graph; once the masks are frozen, step() may be captured"
+                f"step {self._run.progress.step + 1} was to be captured in a CUDA graph, which would repeat it and "
+                "never come to the solve: capture the forward and backward pass alone "
+                "(torch.cuda.make_graphed_callables) and call optimizer.step() outside of the graph; once the masks "
+                "are frozen, step() may be captured"
             )
 
     # ------------------------------------------------------------------ the end of a run

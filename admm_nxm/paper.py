@@ -122,8 +122,8 @@ class PenaltyStep:
         if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
             raise ValueError(
                 f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
-                f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule of "
-                "the checkpoint's run"
+                f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule "
+                "of the checkpoint's run"
             )
 
     def mask(self, run: Run, weight: Weight) -> Tensor:

@@ -23,7 +23,7 @@ class _Counter(Generic[_Number]):
     """One number, read from the first group and written to all."""
 
     def __init__(self, initial: _Number) -> None:
-        self.initial = initial
+        self.initial: _Number = initial
 
     def __set_name__(self, owner: type[object], name: str) -> None:
         self.key = f"admm_{name}"

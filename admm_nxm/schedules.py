@@ -88,7 +88,8 @@ def make_timeline(
     if windows > prune_at:
         raise ValueError(
             f"the statistics of the weights need {windows} windows of calibration, at least one step each, and "
-            f"prune_at={prune_at} leaves fewer steps than that; give a larger statistics_memory (bytes), or train longer"
+            f"prune_at={prune_at} leaves fewer steps than that; give a larger statistics_memory (bytes), or train "
+            "longer"
         )
     if calibration_steps is None:
         fifth = (total_steps if total_steps is not None else prune_at) // 5

@@ -95,14 +95,14 @@ class Weight:
             mask: this rank's part of the mask.
         """
         w = self.w
-        state = inner.state[self.param] if self.param in inner.state else {}
+        state = inner.state.get(self.param, {})
         for key, entry in state.items():
             if key in (MASK, CONSENSUS) or not torch.is_tensor(entry) or entry is self.param:
                 continue
             t = local(entry)
-            if type(t) is Tensor and t.is_floating_point() and t.shape == w.shape:
-                if (t.float() - w.float()).norm() < 0.5 * w.float().norm():
-                    t.copy_(value)
+            plain = type(t) is Tensor and t.is_floating_point() and t.shape == w.shape
+            if plain and (t.float() - w.float()).norm() < 0.5 * w.float().norm():
+                t.copy_(value)
         w.copy_(value)
         stored = self.stored(inner, MASK)
         if stored is not None:
@@ -144,8 +144,8 @@ class Weights:
         """Find each weight's parameter in the model by its name, and remember the way there."""
         assert self.model is not None
         found: dict[str, tuple[Tensor, nn.Module, list[_Link]]] = {}
-        for name, param, owner, links in _places(self.model, "", []):
-            found.setdefault(name, (param, owner, links))
+        for name, param, owner, way in _places(self.model, "", []):
+            found.setdefault(name, (param, owner, way))
         self._owners: dict[str, list[nn.Module]] = {}
         links: dict[tuple[int, str], _Link] = {}
         for weight in self.each:
@@ -153,13 +153,13 @@ class Weights:
             missing = [name for name in names if name not in found]
             if missing:
                 raise ValueError(
-                    f"weight {missing[0]!r} is no longer in the model: its layer was replaced or removed. Build ADMMNxM "
-                    "again around the inner optimizer with the model as it is now"
+                    f"weight {missing[0]!r} is no longer in the model: its layer was replaced or removed. Build "
+                    "ADMMNxM again around the inner optimizer with the model as it is now"
                 )
             if len({id(found[name][0]) for name in names}) > 1:
                 raise ValueError(
-                    f"weights {' = '.join(names)} were one tensor at construction and are no longer; tie them again, or "
-                    "build ADMMNxM again with the model as it is now"
+                    f"weights {' = '.join(names)} were one tensor at construction and are no longer; tie them again, "
+                    "or build ADMMNxM again with the model as it is now"
                 )
             weight.param = found[weight.name][0]
             self._owners[weight.name] = [found[name][1] for name in names]
@@ -234,7 +234,8 @@ class Weights:
         return replace(
             selection,
             weights=tuple(
-                replace(spec, note=WITHOUT_STATISTICS) if spec.name in unobserved else spec for spec in selection.weights
+                replace(spec, note=WITHOUT_STATISTICS) if spec.name in unobserved else spec
+                for spec in selection.weights
             ),
         )
 
@@ -274,9 +275,7 @@ def default_statistics_memory(weights: Weights) -> int:
     return max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in weights))
 
 
-def _places(
-    module: nn.Module, prefix: str, links: list[_Link]
-) -> Iterator[tuple[str, Tensor, nn.Module, list[_Link]]]:
+def _places(module: nn.Module, prefix: str, links: list[_Link]) -> Iterator[tuple[str, Tensor, nn.Module, list[_Link]]]:
     """Walk through a model: clean name, parameter, owner, and the way to it."""
     for key, param in module._parameters.items():
         if param is not None:

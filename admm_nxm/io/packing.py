@@ -45,9 +45,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import masks
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
+from . import bits
 from .tensor_files import CODE_OF, DTYPES, is_shape, unique_keys
 
 __all__ = [
@@ -386,8 +386,8 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
         if signs is not None:
             negative = signs.get(len(rows) * (pattern.group - pattern.keep))
             rows.masked_scatter_(~kept, negative.to(integer) * torch.iinfo(integer).min)
-    for bits in (places, *([] if signs is None else [signs])):
-        bits.close()
+    for reader in (places, *([] if signs is None else [signs])):
+        reader.close()
     return flat.movedim(-1, layout.dim).contiguous().view(layout.dtype)
 
 
@@ -461,12 +461,12 @@ class _BitWriter:
         self._target = target
         self._at = 0
 
-    def put(self, bits: Tensor) -> None:
-        flat = bits.reshape(-1)
+    def put(self, flags: Tensor) -> None:
+        flat = flags.reshape(-1)
         spare = -len(flat) % 8
         if spare:
             flat = torch.cat([flat, flat.new_zeros(spare)])
-        packed = masks.pack(flat)
+        packed = bits.pack(flat)
         self._target[self._at : self._at + len(packed)] = packed
         self._at += len(packed)
 
@@ -480,10 +480,10 @@ class _BitReader:
         self._spare_set = False
 
     def get(self, count: int) -> Tensor:
-        bits = masks.unpack(self._source[self._at : self._at + _bytes(count)])
+        flags = bits.unpack(self._source[self._at : self._at + _bytes(count)])
         self._at += _bytes(count)
-        self._spare_set |= bool(bits[count:].any())
-        return bits[:count]
+        self._spare_set |= bool(flags[count:].any())
+        return flags[:count]
 
     def close(self) -> None:
         if self._spare_set:
