@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .pattern import Pattern
 
-__all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project"]
+__all__ = ["by_group", "keep_mask", "project", "zero_outside"]
 
 # Ranking by pairwise comparison costs (group - 1) / 2 comparisons a weight and a sort costs about the same for any
 # group; on a CPU the two meet near groups of 32.
@@ -21,7 +21,7 @@ _NAN_KEY = {
     torch.float64: 0x7FF0000000000001,
 }
 
-INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
@@ -90,6 +90,18 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     return torch.where(keep_mask(w, pattern, dim), w, torch.zeros((), dtype=w.dtype, device=w.device))
 
 
+def zero_outside(t: Tensor, mask: Tensor) -> None:
+    """Set to +0.0, in place, what a mask does not keep, be it NaN or infinite.
+
+    Args:
+        t: any floating dtype of up to 64 bits.
+        mask: boolean, of the shape of ``t``, True = kept.
+    """
+    # On the bits: a product would leave NaN where NaN was, and torch.where is many times slower on a CPU.
+    integer = _INTEGER_OF_SIZE[t.element_size()]
+    t.view(integer).bitwise_and_(mask.to(integer).neg_())
+
+
 def _check(w: Tensor, pattern: Pattern, dim: int) -> int:
     """Return ``dim`` counted from the front, or raise what :func:`keep_mask` documents."""
     if not isinstance(w, Tensor) or not w.is_floating_point():
@@ -122,7 +134,7 @@ def _magnitude_key(w: Tensor) -> Tensor:
     """
     if w.element_size() == 1:
         w = w.to(torch.float32)  # 8-bit floats disagree on what NaN and zero look like; float32 holds them all
-    dtype = INTEGER_OF_SIZE[w.element_size()]
+    dtype = _INTEGER_OF_SIZE[w.element_size()]
     return w.view(dtype).bitwise_and(torch.iinfo(dtype).max).clamp_max_(_NAN_KEY[w.dtype])
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .memory import plain
 from .pattern import Pattern
 from .projection import by_group
 from .selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, select_weights
-from .sharding import is_sharded, local, reduce_sums
+from .sharding import is_sharded, reduce_sums
 from .table import format_table
 
 __all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "cover"]
@@ -133,7 +134,7 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     for weight in selection:
         t = get(weight.name).detach()
         _check_countable(weight, t)
-        counts.append(_count(local(t), weight.pattern, weight.dim))
+        counts.append(_count(plain(t), weight.pattern, weight.dim))
         # Only a sharded weight is needed again, to add up its parts; weights read from a file must not pile up.
         likes.append(t if is_sharded(t) else counts[-1])
     device = counts[0].device

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
+from ..memory import address, is_plain, plain, takes_zeros
 from ..pattern import Pattern
 from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
 from ..sharding import is_sharded
@@ -339,7 +340,9 @@ def _pack_tensors(
     aliases: dict[str, str] = {}
     for name, t in named.items():
         # The entries of a state dict are new objects, also where two names stand for one tensor.
-        one = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()) if t.numel() else name
+        # Without an address of its own (an empty tensor, torchao's training wrappers) it is told by the object.
+        start = address(t)
+        one = (start, t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()) if start else id(t)
         if first.setdefault(one, name) != name:
             aliases[name] = first[one]
     tensors = {name: t for name, t in named.items() if name not in aliases}
@@ -349,13 +352,13 @@ def _pack_tensors(
 
     def item(name: str, t: Tensor) -> _Item:
         size = t.numel() * t.element_size()
-        return _Item(name, CODE_OF[t.dtype], tuple(t.shape), size, lambda writer: writer.put(name, bytes_of(t)))
+        return _Item(name, CODE_OF[t.dtype], tuple(t.shape), size, lambda writer: writer.put(name, bytes_of(plain(t))))
 
     items = [item(name, t) for name, t in tensors.items()]
     _refuse_ordinary_name(output)
     with atomic_file(output, overwrite=overwrite) as file:
-        layouts = _layouts(weights, tensors.__getitem__)
-        _write(file, items, {"format": "pt"}, layouts, aliases, tensors.__getitem__)
+        layouts = _layouts(weights, lambda name: plain(tensors[name]))
+        _write(file, items, {"format": "pt"}, layouts, aliases, lambda name: plain(tensors[name]))
     return _report(layouts, selection, sum(i.nbytes for i in items))
 
 
@@ -384,6 +387,11 @@ def _places(
 def _check_storable(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name!r} is a {type(t).__name__}, and a safetensors file holds tensors only; leave it out")
+    if not is_sharded(t) and not is_plain(t) and not takes_zeros(t):
+        raise TypeError(
+            f"{name!r} is a {type(t).__name__}, whose values a safetensors file cannot hold as they are; store what it "
+            "stands for: turn it into a plain tensor first"
+        )
     if is_sharded(t) or t.is_meta or t.layout != torch.strided or t.dtype not in CODE_OF:
         kind = "spread over several ranks" if is_sharded(t) else f"{t.dtype} of layout {t.layout} on {t.device}"
         raise TypeError(
