@@ -47,7 +47,6 @@ from torch import Tensor
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
-from . import bits
 from .tensor_files import CODE_OF, DTYPES, is_shape, unique_keys
 
 __all__ = [
@@ -386,8 +385,8 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
         if signs is not None:
             negative = signs.get(len(rows) * (pattern.group - pattern.keep))
             rows.masked_scatter_(~kept, negative.to(integer) * torch.iinfo(integer).min)
-    for reader in (places, *([] if signs is None else [signs])):
-        reader.close()
+    for bits in (places, *([] if signs is None else [signs])):
+        bits.close()
     return flat.movedim(-1, layout.dim).contiguous().view(layout.dtype)
 
 
@@ -454,6 +453,11 @@ def _fill_up(nonzero: Tensor, counts: Tensor, pattern: Pattern) -> Tensor:
     return kept
 
 
+def _powers(like: Tensor) -> Tensor:
+    """Return the values of the eight bits of a byte, the lowest first."""
+    return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=like.device)
+
+
 class _BitWriter:
     """Fills a uint8 tensor with bits; all but the last piece end with a byte."""
 
@@ -461,12 +465,12 @@ class _BitWriter:
         self._target = target
         self._at = 0
 
-    def put(self, flags: Tensor) -> None:
-        flat = flags.reshape(-1)
+    def put(self, bits: Tensor) -> None:
+        flat = bits.reshape(-1)
         spare = -len(flat) % 8
         if spare:
             flat = torch.cat([flat, flat.new_zeros(spare)])
-        packed = bits.pack(flat)
+        packed = (flat.view(-1, 8) * _powers(flat)).sum(-1, dtype=torch.uint8)
         self._target[self._at : self._at + len(packed)] = packed
         self._at += len(packed)
 
@@ -480,10 +484,11 @@ class _BitReader:
         self._spare_set = False
 
     def get(self, count: int) -> Tensor:
-        flags = bits.unpack(self._source[self._at : self._at + _bytes(count)])
+        source = self._source[self._at : self._at + _bytes(count)]
+        bits = (source.unsqueeze(-1) & _powers(source)).ne(0).reshape(-1)
         self._at += _bytes(count)
-        self._spare_set |= bool(flags[count:].any())
-        return flags[:count]
+        self._spare_set |= bool(bits[count:].any())
+        return bits[:count]
 
     def close(self) -> None:
         if self._spare_set:

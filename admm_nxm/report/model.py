@@ -225,13 +225,6 @@ class ModelReport(SparsityReport):
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
-    def to_markdown(self) -> str:
-        """Return the printed report as Markdown, for a model card."""
-        return "\n\n".join(
-            _markdown_table(*part) if isinstance(part, tuple) else "\n".join(f"- {line}" for line in part)
-            for part in self._parts()
-        )
-
     def __str__(self) -> str:
         return "\n\n".join(
             format_table(*part) if isinstance(part, tuple) else "\n".join(part) for part in self._parts()
@@ -314,11 +307,6 @@ def _reason(backend: Backend, weight: ModelWeight) -> str | None:
 def _alike(weight: ModelWeight) -> object:
     refused = tuple(reason is None for reason in weight.tensor_cores.values())
     return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
-
-
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -24,10 +24,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = "examples/benchmarks/speed"
-BENCHMARKS = ("step", "project", "memory", "scaling", "train", "inference")
+BENCHMARKS = ("step", "train", "inference")
 """Every benchmark, in the order of the report. Each is a script of that name."""
 
-PACKAGES = ("torch", "admm-nxm", "torchao", "transformers", "triton")
+PACKAGES = ("torch", "admm-nxm", "torchao", "transformers")
 
 Record = dict[str, Any]
 Options = argparse.Namespace
@@ -410,11 +410,6 @@ def count(text: str) -> int:
     if not (value >= 1 and value == int(value)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(value)
-
-
-def counts(text: str) -> list[int]:
-    """Read several, separated by commas."""
-    return [count(part) for part in text.split(",")]
 
 
 def device_of(name: str | None) -> torch.device:
