@@ -69,7 +69,9 @@ class ExactStep:
             )
             progress.calibrated = 0
         self._gather_if_due(run)
-        if run.statistics is not None and statistics is not None:
+        if run.statistics is None:
+            progress.calibrated = 0  # a longer run than that of the checkpoint: its calibration comes later
+        elif statistics is not None:
             run.statistics.load_state_dict(statistics)
 
     def before(self, run: Run) -> Moving:  # noqa: ARG002
@@ -91,6 +93,9 @@ class ExactStep:
             if progress.calibrated >= self.timeline.calibration_steps:
                 self._solve(run, run.weights.of_window(progress.windows_solved))
                 self._close_window(run)
+        elif progress.step >= self.timeline.prune_at:  # no module of any selected weight can be observed
+            self._prune_by_magnitude(run, list(run.weights))
+            self._close_window(run)
         self._gather_if_due(run)
 
     def finish(self, run: Run) -> str | None:
@@ -100,8 +105,9 @@ class ExactStep:
             return None
         waiting = [weight for weight in run.weights if not run.is_pruned(weight)]
         seen = {} if run.statistics is None else run.statistics.moments
-        solvable = [weight for weight in waiting if weight.name in seen]
-        rest = [weight for weight in waiting if weight.name not in seen]
+        solvable = [weight for weight in waiting if weight.name in seen and int(seen[weight.name].tokens)]
+        known = {weight.name for weight in solvable}
+        rest = [weight for weight in waiting if weight.name not in known]
         ending = Ending(
             progress.step,
             self.timeline.prune_at,
@@ -179,8 +185,10 @@ class ExactStep:
         if progress.frozen or run.statistics is not None or progress.step < self.timeline.start:
             return
         window = run.weights.of_window(progress.windows_solved)
-        run.statistics = Statistics({weight.name: weight.modules for weight in window if weight.modules})
-        run.statistics.attach()
+        observed = {weight.name: weight.modules for weight in window if weight.modules}
+        if observed:
+            run.statistics = Statistics(observed)
+            run.statistics.attach()
 
     def _check_hooks_fire(self, run: Run) -> None:
         assert run.statistics is not None

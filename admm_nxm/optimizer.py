@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .checks import at_least
 from .exact import ExactStep, check_finite
-from .inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
+from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
@@ -309,8 +309,7 @@ class ADMMNxM(Optimizer):
             ValueError: a weight is no longer where it was, has no statistics at the solve, or is not finite.
         """
         run = self._run
-        if run.lent:
-            raise RuntimeError("the model holds its projected weights; leave the projected() block before step()")
+        run.refuse_if_lent("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -321,6 +320,7 @@ class ADMMNxM(Optimizer):
             trial = first and has_no_effect(self.inner)
             if first:
                 run.weights.check_placement()
+                self._begin()  # anew after unwrap(); changes nothing otherwise
             if not run.progress.frozen:
                 self._refuse_to_be_captured()
             pruned = run.pruned()
@@ -364,9 +364,11 @@ class ADMMNxM(Optimizer):
                 pattern when they were projected.
 
         Raises:
+            RuntimeError: within :meth:`projected`.
             ValueError: a prunable weight has a NaN or an infinity, or is no longer held; nothing is changed then.
         """
         run = self._run
+        run.refuse_if_lent("finalize")
         run.weights.rebind(self.inner)
         check_finite(run, list(run.weights))
         if run.progress.frozen:
@@ -602,7 +604,7 @@ class ADMMNxM(Optimizer):
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
         self._w_step.check_resume(run, loaded.counters)
-        self.inner.load_state_dict(loaded.inner)
+        load_or_restore(self.inner, loaded.inner)
         run.forget()
         run.progress.load(loaded.counters)
         for weight in run.weights:

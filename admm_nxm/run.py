@@ -51,6 +51,15 @@ class Run:
     announced: bool = False
     lent: bool = False
 
+    def refuse_if_lent(self, method: str) -> None:
+        """Refuse what cannot be done within ``projected()``.
+
+        Raises:
+            RuntimeError: the model holds its projected weights.
+        """
+        if self.lent:
+            raise RuntimeError(f"the model holds its projected weights; leave the projected() block before {method}()")
+
     def is_pruned(self, weight: Weight) -> bool:
         """Return whether a weight's mask is in force."""
         progress = self.progress
