@@ -342,7 +342,7 @@ def test_a_run_of_another_kind_is_refused(build: Build, options: dict[str, Any],
     optimizer = exact(net)
     train(net, optimizer, steps)
     other_net = make_net()
-    with pytest.raises(ValueError, match="; build ADMMNxM (as it was built then|with the (selection|pattern))"):
+    with pytest.raises(ValueError, match=r"; build ADMMNxM (as it was built then|with the (selection|pattern))"):
         build(other_net, **options).load_state_dict(optimizer.state_dict())
 
 
@@ -434,7 +434,14 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a nested state dict."""
+    """Every place in a nested state dict, but for the inner optimizer's options, of which it alone knows the range."""
+    if (
+        path[:1] == ("param_groups",)
+        and len(path) == 3
+        and path[2] != "params"
+        and not str(path[2]).startswith("admm_")
+    ):
+        return []
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in items:
