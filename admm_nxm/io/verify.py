@@ -13,6 +13,7 @@ from ..pattern import Pattern
 from ..selection import Select, Selection
 from ..sparsity import SparsityReport, check_weights, cover
 from .files import open_checkpoint, stand_ins
+from .selection_record import read_selection
 
 __all__ = ["Target", "verify"]
 
@@ -27,7 +28,8 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
             that holds either, packed (:func:`admm_nxm.io.packed.pack`) or not. Files are read one weight at a time.
         pattern: what the weights must satisfy. A Pattern or its spelling holds for the weights that
             :class:`admm_nxm.ADMMNxM` prunes by default; rules as for its ``select`` and a :class:`Selection` (such as
-            ``optimizer.selection``) name their own weights. None means ``"2:4"``.
+            ``optimizer.selection``) name their own weights. None takes the selection that is recorded with a path
+            (:func:`admm_nxm.io.selection_record.record_selection`), and else means ``"2:4"``.
 
     Returns:
         The report.
@@ -52,6 +54,6 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
         raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
     with open_checkpoint(target, purpose="verify") as checkpoint:
         tensors = stand_ins(checkpoint)
-        selection, params = cover(tensors, pattern)
+        selection, params = cover(tensors, read_selection(checkpoint) if pattern is None else pattern)
         names = {id(t): name for name, t in tensors.items()}
         return check_weights(selection, lambda name: checkpoint.get(names[id(params[name])]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..grouping import grouped, joint_name, starred, such_as
 from ..io.files import open_checkpoint, stand_ins
+from ..io.selection_record import read_selection
 from ..io.verify import Target
 from ..memory import address
 from ..pattern import Pattern
@@ -320,7 +321,8 @@ def sparsity_report(
 
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
-        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None means ``"2:4"``.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
+            a path, and else means ``"2:4"``.
         example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
             tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are
             those of the linear layers per token: 2 for each entry of the weight of an ``nn.Linear``, a ``Conv1D`` or
@@ -343,8 +345,8 @@ def sparsity_report(
     if example is not None and not isinstance(target, nn.Module):
         raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
     with ExitStack() as stack:
-        named, read = _open(target, stack)
-        selection, params = cover(named, pattern)
+        named, read, recorded = _open(target, stack)
+        selection, params = cover(named, recorded if pattern is None else pattern)
         dtypes: dict[str, torch.dtype] = {}
 
         def get(name: str) -> Tensor:
@@ -400,18 +402,19 @@ class _Costs:
 _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
 
 
-def _open(target: Target, stack: ExitStack) -> tuple[_Named, Callable[[Tensor], Tensor] | None]:
-    """Return a target's module or tensors, and for a file, where these are on the meta device, how to read one."""
+def _open(target: Target, stack: ExitStack) -> tuple[_Named, Callable[[Tensor], Tensor] | None, Selection | None]:
+    """Return a target's module or tensors, and for a file, where these are on the meta device, how to read one and
+    which selection is recorded."""
     if isinstance(target, nn.Module):
-        return target, None
+        return target, None, None
     if isinstance(target, Mapping):
-        return {name: t for name, t in target.items() if torch.is_tensor(t)}, None
+        return {name: t for name, t in target.items() if torch.is_tensor(t)}, None, None
     if not isinstance(target, (str, PathLike)):
         raise TypeError(f"cannot report on a {type(target).__name__}; a module, a state dict or a path is needed")
     checkpoint = stack.enter_context(open_checkpoint(target, purpose="report on"))
     tensors = stand_ins(checkpoint)
     names = {id(t): name for name, t in tensors.items()}
-    return tensors, lambda t: checkpoint.get(names[id(t)])
+    return tensors, lambda t: checkpoint.get(names[id(t)]), read_selection(checkpoint)
 
 
 def _identity(t: Tensor) -> object:
