@@ -39,7 +39,11 @@ Source = Annotated[
 ]
 PatternText = Annotated[
     str | None,
-    typer.Option("--pattern", metavar="K:G", help="Keep K of every G weights, such as 2:4 or 1:4.  [default: 2:4]"),
+    typer.Option(
+        "--pattern",
+        metavar="K:G",
+        help="Keep K of every G weights, such as 2:4 or 1:4.  [default: what is recorded with the model, or 2:4]",
+    ),
 ]
 Select = Annotated[
     list[str] | None,
@@ -92,7 +96,7 @@ def a_rate(text: str) -> float:
     return number
 
 
-def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern, Rules | None]:
+def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern | None, Rules | None]:
     """Read ``--pattern`` and ``--select``.
 
     Args:
@@ -100,7 +104,7 @@ def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern, Ru
         select: as given.
 
     Returns:
-        The pattern, 2:4 by default; the rules, None if there are none.
+        The pattern, None if none was given; the rules, None if there are none.
 
     Raises:
         InputError: a spelling that is not understood, or both options.
@@ -120,4 +124,4 @@ def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern, Ru
         with blaming(f"--select {rule}", ValueError):
             rules[expression] = None if value == "dense" else str(Pattern.parse(value))
     with blaming("--pattern", ValueError):
-        return Pattern.parse("2:4" if pattern is None else pattern), rules or None
+        return None if pattern is None else Pattern.parse(pattern), rules or None

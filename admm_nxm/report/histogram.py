@@ -144,10 +144,10 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
         raise TypeError(
             f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
         )
-    with open_target(target, "plot") as (named, read):
+    with open_target(target, "plot") as opened:
         # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
-        tensors = named_tensors(named)
-        yield _Reader(tensors, lambda name: read(tensors[name]))
+        tensors = named_tensors(opened.named)
+        yield _Reader(tensors, lambda name: opened.read(tensors[name]))
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:

@@ -26,7 +26,7 @@ from ..selection import (
     select_weights,
     unwrap_model,
 )
-from ..sparsity import SparsityReport, WeightReport, check_weights, cover
+from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
@@ -306,7 +306,8 @@ def sparsity_report(
 
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
-        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None means ``"2:4"``.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
+            a path, and else means ``"2:4"``.
         example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
             tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are
             those of the linear layers per token: 2 for each entry of the weight of an ``nn.Linear``, a ``Conv1D`` or
@@ -328,12 +329,13 @@ def sparsity_report(
     """
     if example is not None and not isinstance(target, nn.Module):
         raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
-    with open_target(target, "report on") as (named, read):
-        selection, params = cover(named, pattern)
+    with open_target(target, "report on") as opened:
+        named = opened.named
+        selection, params = opened.cover(pattern)
         dtypes: dict[str, torch.dtype] = {}
 
         def get(name: str) -> Tensor:
-            t = read(params[name])
+            t = opened.read(params[name])
             dtypes[name] = t.dtype
             return t
 
