@@ -459,6 +459,7 @@ class ADMMNxM(Optimizer):
             model_error=sum(errors.values()) / len(errors) if errors else None,
             model_errors=errors,
             rho=run.progress.rho,
+            frozen_at=run.progress.frozen_at if run.progress.frozen else None,
         )
 
     @torch.no_grad()

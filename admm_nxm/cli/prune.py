@@ -26,7 +26,7 @@ def prune(
     from ..io.prune import prune as project_files
 
     parsed, rules = rules_of(pattern, select)
-    report = project_files(path, output, parsed, select=rules, overwrite=overwrite)
+    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
     payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
     text = f"{report}\nsaved to {output}. {_BASELINE}"
     return Result(payload, text, 0 if report.ok else 1)

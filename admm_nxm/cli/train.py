@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..pattern import Pattern
 from .console import Result
 from .options import Json, Output, Overwrite, PatternText, Select, a_count, a_rate, a_seed, rules_of
 
@@ -75,7 +76,7 @@ def train(
             model=model,
             data=data,
             output=output,
-            pattern=parsed,
+            pattern=parsed or Pattern(2, 4),
             select=rules,
             steps=steps,
             batch_size=batch_size,
