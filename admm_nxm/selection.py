@@ -787,19 +787,19 @@ def _ineligible(
 
 def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: bool) -> None:
     """Refuse a model with adapters of PEFT: zeros in them, or in the weights below, are gone once they are merged."""
-    found, remedy = None, "model = model.merge_and_unload()"
+    found, remedy = None, "Merge first: model = model.merge_and_unload()"
     if isinstance(model, nn.Module):
         for name, module in unwrap_model(model).named_modules():
             if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
                 place = f"model.{name}" if name else "model"
                 found = f"{place} is a {type(module).__name__}"
                 if callable(getattr(module, "merge_and_unload", None)):
-                    remedy = f"{place} = {place}.merge_and_unload()"
+                    remedy = f"Merge first: {place} = {place}.merge_and_unload()"
                 elif hasattr(module, "get_base_model"):
-                    remedy = f"{place} = {place}.get_base_model(), as a prompt cannot be merged"
+                    remedy = "This kind cannot be merged: load the model without it"
                 else:
                     remedy = (
-                        "save the adapter with model.save_pretrained(folder), load the model without it as base, then "
+                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it as base, then "
                         "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
                     )
                 break
@@ -813,7 +813,7 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
         )
         raise ValueError(
             f"the model has PEFT adapters ({found}), and zeros in an adapter or in the weight below it are gone when "
-            f"the two are merged. Merge first: {remedy}{unfreeze if trainable else ''}"
+            f"the two are merged. {remedy}{unfreeze if trainable else ''}"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.files import open_checkpoint, stand_ins
+from ..io.selection_record import read_selection
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
@@ -52,6 +53,7 @@ class _Reader:
 
     like: Mapping[str, Tensor]
     get: Callable[[str], Tensor]
+    recorded: Selection | None = None
 
 
 def count_pairs(
@@ -73,7 +75,9 @@ def count_pairs(
         FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
-        names = _choose(old.like, select)
+        # The pruned model is the one after: what was pruned in it is recorded there, if anywhere.
+        recorded = new.recorded or old.recorded
+        names = _choose(old.like, recorded if select is None else select)
         for name in names:
             shape, there = tuple(old.like[name].shape), new.like.get(name)
             if there is None:
@@ -153,7 +157,7 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
             tensors = stand_ins(checkpoint)
             stored = {id(t): name for name, t in tensors.items()}
             shapes = named_tensors(tensors)
-            yield _Reader(shapes, lambda name: checkpoint.get(stored[id(shapes[name])]))
+            yield _Reader(shapes, lambda name: checkpoint.get(stored[id(shapes[name])]), read_selection(checkpoint))
         else:
             raise TypeError(
                 f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a checkpoint is "
