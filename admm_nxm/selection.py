@@ -56,7 +56,7 @@ _HEADS = {
 }
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
-_EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^wte$|^wpe$|^shared$|relative_attention_bias")
+_EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^codebook$|^wte$|^wpe$|^shared$|relative_attention_bias")
 # A member of a list of blocks: "3", or as torchvision calls it "encoder_layer_3".
 _MEMBER = re.compile(r"(?P<stem>.*_)?\d+")
 # The tensors that stand for a weight which torch's utilities took apart.
@@ -799,8 +799,8 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
                     remedy = "This kind cannot be merged: load the model without it"
                 else:
                     remedy = (
-                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it as base, then "
-                        "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it "
+                        "as base, then model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
                     )
                 break
     else:

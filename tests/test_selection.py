@@ -1028,7 +1028,7 @@ HELD: dict[str, tuple[Callable[[nn.Module], Any], str, str]] = {
     "pruned": (
         lambda m: prune.l1_unstructured(m, "weight", 0.5),
         "torch.nn.utils.prune",
-        "torch.nn.utils.prune.remove",
+        "utils.prune.remove",
     ),
     "old weight norm": (nn.utils.weight_norm, "torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm"),
     "old spectral norm": (nn.utils.spectral_norm, "torch.nn.utils.spectral_norm", "remove_spectral_norm"),
@@ -1210,8 +1210,8 @@ def test_the_way_out_of_adapters_works_as_written(kind: str, tmp_path: Path) -> 
         base = tiny_bert()
         model = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     elif kind == "prompt":
-        assert "model = model.get_base_model()" in message
-        model = model.get_base_model()
+        assert "load the model without it" in message
+        model = tiny_bert().requires_grad_(False)
     else:
         assert "model = model.merge_and_unload()" in message
         model = model.merge_and_unload()
