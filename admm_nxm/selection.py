@@ -461,15 +461,9 @@ def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[st
             return None
         owner_name, owner, attribute = prefix, module, split["attribute"]
         kinds = {type(hook).__module__.rpartition(".")[2] for hook in module._forward_pre_hooks.values()}
-        what, remedy = (
-            next(
-                (f"torch.nn.utils.{kind}", remedy.format(attribute))
-                for kind, remedy in _REMEDIES.items()
-                if kind in kinds
-            )
-            if kinds.intersection(_REMEDIES)
-            else ("a hook", "what put it there")
-        )
+        what, remedy = "a hook of its module", "what made it"
+        for kind in kinds & _REMEDIES.keys():
+            what, remedy = f"torch.nn.utils.{kind}", _REMEDIES[kind].format(attribute)
     return _Holder(clean_name(f"{owner_name}.{attribute}" if owner_name else attribute), owner, what, remedy)
 
 
