@@ -1,77 +1,174 @@
 """What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
 
-Per weight: ``admm_consensus`` (v, w off the mask, or the mask, which it is for every form once frozen) and, while the
-model holds the projected weights, ``admm_primal`` (the weights that training goes on from). Counters are
-numbers in every parameter group, where torch.distributed.checkpoint looks for them.
+In the state of each parameter: the mask, and v in the paper's form. In each group: the counters. Beside ``state`` and
+``param_groups``, under ``"admm"``: the name of each prunable weight's key, the statistics of a calibration that is
+under way, and the model errors. torch.distributed.checkpoint drops that part, and knows parameters by name itself.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .consensus import is_mask_of
-from .masks import PACKED, is_mask, packed_shape, unpack
+from .progress import counters_of
+from .run import Run
 from .selection import SelectedWeight
 from .sharding import local
+from .weights import CONSENSUS, MASK, Weight
 
-__all__ = ["CONSENSUS", "COUNTERS", "PRIMAL", "check_entry", "check_kind", "counters_of", "fingerprint", "split"]
+__all__ = ["Loaded", "check", "join"]
 
-CONSENSUS = "admm_consensus"
-PRIMAL = "admm_primal"
-COUNTERS: Mapping[str, int | float] = {
-    "admm_step": 0,
-    "admm_rho": 0.0,
-    "admm_dual_in_use": 0,
-    "admm_frozen_at": -1,
-    "admm_freeze_residual": -1.0,
-    "admm_freeze_churn": -1.0,
-    "admm_far_weights": -1,
-    "admm_worst_residual": -1.0,
-    "admm_worst_weight": -1,
-    "admm_selection": 0,
-    "admm_finalized": 0,
-    "admm_projected": 0,
-}
+_EXTRA = "admm"
+"""Key of what is neither state of a parameter nor a counter: ``names``, ``statistics`` and ``model_errors``."""
 
 
-def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]], dict[int, bool]]:
-    """Take a state dict apart without changing it.
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that fits.
 
     Args:
-        state_dict: as :meth:`admm_nxm.ADMMNxM.state_dict` returns it, or the inner optimizer's own.
+        inner: the state dict for the inner optimizer.
+        counters: the counters of the run.
+        own: name of a weight -> what ADMMNxM stored for it.
+        statistics: of the window that was under calibration; None if there are none.
+        model_errors: name -> model error; empty if the checkpoint does not carry them.
+    """
+
+    inner: dict[str, Any]
+    counters: Mapping[str, int | float]
+    own: Mapping[str, Mapping[str, Tensor]]
+    statistics: Mapping[str, Any] | None
+    model_errors: Mapping[str, float]
+
+
+def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict of a run.
+
+    Args:
+        run: the run.
+        state_dict: the inner optimizer's own; not changed.
 
     Returns:
-        The state dict for the inner optimizer; position of a parameter -> what ADMMNxM stored for it; position ->
-        whether the inner optimizer has stepped the parameter.
+        That one, with the state of each weight where the inner optimizer does not report it itself, and with the part
+        under ``"admm"``.
+    """
+    order = _positions(run.inner)
+    state = dict(state_dict["state"])
+    for weight in run.weights:
+        own = {key: t for key, t in run.inner.state.get(weight.param, {}).items() if key in (MASK, CONSENSUS)}
+        key = order[id(weight.param)]
+        if own and not own.keys() <= state.get(key, {}).keys():
+            state[key] = {**state.get(key, {}), **own}
+    extra: dict[str, Any] = {
+        "names": {weight.name: order[id(weight.param)] for weight in run.weights},
+        "model_errors": dict(run.model_errors),
+    }
+    if run.statistics is not None:
+        extra["statistics"] = run.statistics.state_dict()
+    return {**state_dict, "state": state, _EXTRA: extra}
+
+
+def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
+    """Take a checkpoint apart, and see that it fits.
+
+    Args:
+        run: the run that is to go on from it; not changed.
+        state_dict: as :func:`join` returns it, or the inner optimizer's own; not changed.
+        paper: whether this is the paper's form.
+
+    Returns:
+        Its parts.
 
     Raises:
-        ValueError: it is no state dict of an optimizer.
+        ValueError: it is no state dict, it is damaged, or it fits another model, selection, pattern or order.
     """
+    parts = _split(state_dict)
+    counters = counters_of(state_dict)
+    order = _positions(run.inner)
+    _check_names(parts.extra, order, run.weights)
+    number = selection_number(run, paper=paper)
+    own = {}
+    for weight in run.weights:
+        position = order[id(weight.param)]
+        entry = own[weight.name] = parts.own.pop(position, {})
+        stepped = counters["admm_step"] > 0 and position in parts.stepped
+        _check_entry(weight.spec, entry, stepped=stepped, pruned=counters["admm_frozen_at"] >= 0, paper=paper)
+    if parts.own:
+        raise ValueError(
+            f"the checkpoint has ADMM state for {len(parts.own)} parameters that are not selected here (positions "
+            f"{sorted(parts.own)} in the optimizer); build ADMMNxM with the selection that the checkpoint was made with"
+        )
+    if counters["admm_step"] > 0 and counters["admm_selection"] not in (0, number):
+        raise ValueError(
+            "the checkpoint was made with another selection, pattern, grouped dimension or w_step, under which its "
+            "ADMM state means something else; build ADMMNxM as it was built then"
+        )
+    statistics, errors = parts.extra.get("statistics"), parts.extra.get("model_errors", {})
+    return Loaded(
+        parts.inner,
+        {**counters, "admm_selection": number},
+        own,
+        statistics,
+        {str(k): float(e) for k, e in errors.items()},
+    )
+
+
+def selection_number(run: Run, *, paper: bool) -> int:
+    """Return a number that tells one selection and w-step from another: names, shapes, patterns, dimensions."""
+    facts = sorted((w.name, w.spec.shape, str(w.spec.pattern), w.spec.dim) for w in run.weights)
+    return zlib.crc32(repr((paper, facts)).encode())
+
+
+@dataclass
+class _Parts:
+    """A state dict taken apart: what the inner optimizer loads, position of a parameter -> what ADMMNxM stored for it,
+    positions of parameters that the inner optimizer had stepped, and what lay under :data:`_EXTRA`."""
+
+    inner: dict[str, Any]
+    own: dict[int, dict[str, Tensor]]
+    stepped: set[int]
+    extra: Mapping[str, Any]
+
+
+def _positions(inner: Optimizer) -> dict[int, int]:
+    """Return id of a parameter -> its position over all groups, its key in a state dict."""
+    params = chain.from_iterable(group["params"] for group in inner.param_groups)
+    return {id(p): position for position, p in enumerate(params)}
+
+
+def _split(state_dict: dict[str, Any]) -> _Parts:
+    """Take a state dict apart without changing it."""
     _check_structure(state_dict)
     order = {key: position for position, key in enumerate(chain(*(g["params"] for g in state_dict["param_groups"])))}
     inner_state: dict[Any, Any] = {}
     own: dict[int, dict[str, Tensor]] = {}
-    stepped: dict[int, bool] = {}
+    stepped: set[int] = set()
     for key, entry in state_dict["state"].items():
         if key not in order or not isinstance(entry, dict):
             inner_state[key] = entry
             continue
-        mine = {name: entry[name] for name in (CONSENSUS, PRIMAL) if name in entry}
+        mine = {name: entry[name] for name in (MASK, CONSENSUS) if name in entry}
         rest = {name: value for name, value in entry.items() if name not in mine}
         if mine:
             own[order[key]] = mine
         if rest or not mine:
             inner_state[key] = rest
         # Adagrad creates its state at construction, with a step of 0.
-        stepped[order[key]] = bool(rest) and float(rest.get("step", 1)) > 0
-    return {**state_dict, "state": inner_state}, own, stepped
+        if rest and float(rest.get("step", 1)) > 0:
+            stepped.add(order[key])
+    inner = {**state_dict, "state": inner_state}
+    extra = inner.pop(_EXTRA, {})
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"the checkpoint's {_EXTRA!r} is {type(extra).__name__}: the checkpoint is damaged")
+    return _Parts(inner, own, stepped, extra)
 
 
 def _is_number(value: object) -> bool:
@@ -102,7 +199,7 @@ def _check_structure(state_dict: object) -> None:
         for key, entry in state.items() if problem is None else ():
             if key in keys and not isinstance(entry, Mapping):
                 problem = f"its state of parameter {key!r} is {type(entry).__name__}"
-            elif key not in keys and isinstance(entry, Mapping) and CONSENSUS in entry:
+            elif key not in keys and isinstance(entry, Mapping) and MASK in entry:
                 problem = f"it has state of parameter {key!r}, which no group names"
             elif isinstance(entry, Mapping) and any(isinstance(t, Tensor) and t.is_meta for t in entry.values()):
                 problem = f"its state of parameter {key!r} has no data"
@@ -112,128 +209,61 @@ def _check_structure(state_dict: object) -> None:
         raise ValueError(f"this is no whole state dict of an optimizer: {problem}; save the checkpoint again")
 
 
-def counters_of(state_dict: Mapping[str, Any], weights: int) -> dict[str, int | float]:
-    """Return the counters of a checkpoint; those that it lacks as they are at the start.
-
-    Args:
-        state_dict: as :func:`split` takes it.
-        weights: how many weights are prunable.
-
-    Raises:
-        ValueError: a counter is no number that it can be.
-    """
-    found = {key: state_dict["param_groups"][0].get(key, value) for key, value in COUNTERS.items()}
-    for key, value in found.items():
-        # Loaders may have made a tensor of a number.
-        number = value.item() if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta else value
-        fits = isinstance(number, (int, float)) and (isinstance(COUNTERS[key], float) or float(number).is_integer())
-        fits = fits and not (key in ("admm_step", "admm_rho") and not 0 <= number < math.inf)
-        if not fits or (key == "admm_worst_weight" and not -1 <= number < weights):
-            raise ValueError(f"the checkpoint's {key} is {value!r}, which it cannot be: the checkpoint is damaged")
-    if found["admm_frozen_at"] > found["admm_step"]:
-        raise ValueError(
-            f"the checkpoint is at ADMM step {found['admm_step']} and its mask was frozen at step "
-            f"{found['admm_frozen_at']}: the checkpoint is damaged"
-        )
-    return found
+def _check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: Iterable[Weight]) -> None:
+    """Refuse a checkpoint whose parameters stand in another order."""
+    names = extra.get("names")
+    if names is None:
+        return
+    here = {weight.name: order[id(weight.param)] for weight in weights}
+    if not isinstance(names, Mapping) or not all(isinstance(position, int) for position in names.values()):
+        raise ValueError("the checkpoint's names of weights are no mapping to positions: the checkpoint is damaged")
+    for name, position in here.items():
+        if names.get(name, position) != position:
+            raise ValueError(
+                f"weight {name!r} is parameter {position} of the optimizer, and was parameter {names[name]} in the "
+                "checkpoint: the parameters stand in another order, and all state would go to the wrong ones. Build "
+                "the model and the inner optimizer with the parameters in the checkpoint's order"
+            )
 
 
-def fingerprint(selection: Iterable[SelectedWeight], places: Iterable[tuple[int, int]], stores: str) -> int:
-    """Return a number that tells one selection from another: which parameters, with which pattern, along which
-    dimension, and what is stored for each. The state means something else under another pattern, and its shape does
-    not show it."""
-    facts = [
-        (place, w.shape, w.pattern.keep, w.pattern.group, w.dim) for w, place in zip(selection, places, strict=True)
-    ]
-    return zlib.crc32(f"{facts!r} {stores}".encode())
-
-
-def check_entry(
-    weight: SelectedWeight, entry: Mapping[str, Tensor], stepped: bool, counters: Mapping[str, int | float]
+def _check_entry(
+    weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool
 ) -> None:
-    """Refuse a checkpoint whose entry for a weight does not fit the optimizer.
-
-    Args:
-        weight: the prunable weight.
-        entry: what the checkpoint holds for it.
-        stepped: whether the inner optimizer had stepped it.
-        counters: the checkpoint's counters.
-
-    Raises:
-        ValueError: an entry is missing, has another shape or kind, is not finite, or contradicts the counters.
-    """
-    for name, t in entry.items():
-        _check_tensor(weight.name, name, t)
-        # Packed or not, a mask can be read; it is repacked on loading.
-        shape = packed_shape(weight.shape) if name == CONSENSUS and t.dtype == PACKED else weight.shape
-        if tuple(t.shape) != shape:
-            raise ValueError(
-                f"the checkpoint's {name} for weight {weight.name!r} has shape {tuple(t.shape)}, the weight has "
-                f"{weight.shape}: was it saved from another model, or with parameters in another order?"
-            )
-    consensus = entry.get(CONSENSUS)
-    if consensus is None:
-        if counters["admm_step"] > 0 and stepped:
-            raise ValueError(
-                f"the checkpoint has no {CONSENSUS} for weight {weight.name!r} at ADMM step {counters['admm_step']}; "
-                "build ADMMNxM with the selection that the checkpoint was made with"
-            )
-    elif counters["admm_frozen_at"] >= 0:
-        part = local(consensus)
-        part = unpack(part) if is_mask(part) else part != 0
-        if not bool(is_mask_of(part, weight.pattern, weight.dim)):
-            raise ValueError(
-                f"the checkpoint's frozen mask of weight {weight.name!r} does not have pattern {weight.pattern} along "
-                f"dimension {weight.dim}; build ADMMNxM with the pattern that the checkpoint was made with"
-            )
-    if counters["admm_projected"] and PRIMAL not in entry and counters["admm_frozen_at"] < 0:
+    """Refuse a checkpoint whose entry for a weight is missing, has another shape or kind, is not finite, or contradicts
+    the counters."""
+    for key, t in entry.items():
+        _check_tensor(weight, key, t)
+    needed = (MASK, CONSENSUS) if paper else (MASK,)
+    missing = [key for key in needed if key not in entry]
+    if stepped and missing:
         raise ValueError(
-            f"the checkpoint was saved while the model held its projected weights and lacks {PRIMAL} for weight "
-            f"{weight.name!r}; call optimizer.train() before saving with torch.distributed.checkpoint"
+            f"the checkpoint has no {missing[0]} for weight {weight.name!r}, which it has stepped; build ADMMNxM with "
+            "the selection and the w_step that the checkpoint was made with"
+        )
+    if pruned and MASK in entry and not bool(is_mask_of(local(entry[MASK]) != 0, weight.pattern, weight.dim)):
+        raise ValueError(
+            f"the checkpoint's mask of weight {weight.name!r} does not have pattern {weight.pattern} along dimension "
+            f"{weight.dim}; build ADMMNxM with the pattern that the checkpoint was made with"
         )
 
 
-def _check_tensor(weight: str, name: str, t: object) -> None:
-    """Refuse an entry that is no state of a weight, whatever its shape."""
+def _check_tensor(weight: SelectedWeight, key: str, t: object) -> None:
+    """Refuse an entry that is no state of the weight."""
     kind = f"a {type(t).__name__}" if not isinstance(t, Tensor) else f"{t.dtype} of layout {t.layout} on {t.device}"
     if (
         not isinstance(t, Tensor)
         or t.layout != torch.strided
         or t.is_meta
-        or not (t.is_floating_point() or (name == CONSENSUS and is_mask(t)))
+        or not (t.is_floating_point() or (key == MASK and t.dtype in (torch.bool, torch.uint8)))
     ):
-        raise ValueError(f"the checkpoint's {name} for weight {weight!r} is {kind}: the checkpoint is damaged")
+        raise ValueError(f"the checkpoint's {key} for weight {weight.name!r} is {kind}: the checkpoint is damaged")
+    if tuple(t.shape) != weight.shape:
+        raise ValueError(
+            f"the checkpoint's {key} for weight {weight.name!r} has shape {tuple(t.shape)}, the weight has "
+            f"{weight.shape}: was it saved from another model, or with parameters in another order?"
+        )
     if t.is_floating_point() and not bool(torch.isfinite(local(t)).all()):
         raise ValueError(
-            f"the checkpoint's {name} for weight {weight!r} has NaN or infinite entries: the checkpoint is damaged, or "
-            "the run had diverged; resume from an earlier one"
-        )
-
-
-def check_kind(
-    weight: SelectedWeight, entry: Mapping[str, Tensor], counters: Mapping[str, int | float], state_dtype: torch.dtype
-) -> None:
-    """Refuse a mask where there should be a buffer, and the other way round, in a checkpoint that is otherwise right.
-
-    Args:
-        weight: the prunable weight.
-        entry: what the checkpoint holds for it.
-        counters: the checkpoint's counters.
-        state_dtype: dtype of the weight's state here.
-
-    Raises:
-        ValueError: the state is of the other kind.
-    """
-    consensus = entry.get(CONSENSUS)
-    if consensus is None or counters["admm_frozen_at"] >= 0:
-        return
-    if is_mask(consensus) and state_dtype.is_floating_point:
-        raise ValueError(
-            f"the state of weight {weight.name!r} was cast to bool: a checkpoint from before the mask was frozen has "
-            "been loaded in place into a frozen optimizer; build a new ADMMNxM and load into that"
-        )
-    if not is_mask(consensus) and not state_dtype.is_floating_point:
-        raise ValueError(
-            f"the checkpoint's state of weight {weight.name!r} is {consensus.dtype}, and here masks alone are stored; "
-            f"build ADMMNxM with state_dtype={consensus.dtype}"
+            f"the checkpoint's {key} for weight {weight.name!r} has NaN or infinite entries: the checkpoint is "
+            "damaged, or the run had diverged; resume from an earlier one"
         )

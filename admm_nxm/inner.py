@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         wrapper: the wrapping class, which cannot be wrapped again.
 
     Raises:
-        TypeError: not an optimizer instance, already wrapped, or in need of calling a closure itself.
+        TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
+            dict that cannot be extended.
         ValueError: ``differentiable=True``.
     """
     name = type(inner).__name__
@@ -28,7 +30,7 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         raise TypeError(f"optimizer is the class {inner.__name__}; pass an instance, {inner.__name__}(params, lr=...)")
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer is a {name}; a torch.optim.Optimizer is needed")
-    if isinstance(inner, wrapper) or isinstance(getattr(inner, "optimizer", None), wrapper):
+    if any(isinstance(part, wrapper) for part in _nested(inner)):
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
     if hasattr(inner, "step_was_skipped"):
         raise TypeError(
@@ -41,13 +43,31 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
             "(torch.distributed.fsdp.fully_shard) instead, and wrap a plain optimizer"
         )
     closure = inspect.signature(type(inner).step).parameters.get("closure")
+    # SAM and its kin step twice, with an evaluation between, whatever the default of their closure.
+    steps_twice = callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None))
+    if steps_twice:
+        raise TypeError(
+            f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other "
+            f"way round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
+        )
     if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
-            f"{name} needs to call the closure itself; ADMMNxM evaluates it once, before the penalty. "
+            f"{name} needs to call the closure itself; ADMMNxM evaluates it once, first. "
             "Use an optimizer whose step() works without a closure, such as AdamW"
         )
     if any(group.get("differentiable") for group in inner.param_groups):
-        raise ValueError(f"{name} has differentiable=True; the penalty works in place, so pass differentiable=False")
+        raise ValueError(f"{name} has differentiable=True; masks work in place, so pass differentiable=False")
+    saved = inner.state_dict()
+    if not (isinstance(saved, Mapping) and isinstance(saved.get("state"), Mapping) and saved.get("param_groups")):
+        raise TypeError(
+            f"the state_dict() of {name} has no 'state' and 'param_groups', so a run could not be resumed; wrap the "
+            f"optimizer inside it in ADMMNxM, and put {name} around that"
+        )
+
+
+def _nested(inner: Optimizer) -> list[object]:
+    """The optimizer, and one inside it."""
+    return [inner, *(getattr(inner, name, None) for name in ("optimizer", "base_optimizer", "_base_optimizer"))]
 
 
 def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
@@ -57,8 +77,16 @@ def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
         setattr(wrapper, name, inner.__dict__.setdefault(name, OrderedDict()))
 
 
-def raw_step(inner: Optimizer) -> None:
-    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them."""
+def raw_step(inner: Optimizer, *, first: bool = False) -> None:
+    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them.
+
+    Args:
+        inner: the inner optimizer.
+        first: whether this is its first step of the run: an optimizer that cannot do without a closure shows it then.
+
+    Raises:
+        TypeError: the first step failed, and the optimizer's ``step`` takes a closure.
+    """
     patched = inner.__dict__.get("step")
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
         patched()  # somebody has put a step of their own on the instance
@@ -68,7 +96,25 @@ def raw_step(inner: Optimizer) -> None:
         step = step.__wrapped__
     # What an LR scheduler that was built on the inner optimizer looks at.
     inner._opt_called = True  # type: ignore[attr-defined]
-    step(inner)
+    try:
+        step(inner)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        if not first or isinstance(error, torch.OutOfMemoryError) or not _asks_for_closure(inner, error):
+            raise
+        raise TypeError(
+            f"{type(inner).__name__} failed in its first step ({error}), which ADMMNxM calls without a closure, "
+            "because it has evaluated that already. If it cannot step without one, give it ADMMNxM(AdamW(...), model, "
+            "...) as its base optimizer, or use an optimizer whose step() works without a closure"
+        ) from error
+
+
+def _asks_for_closure(inner: Optimizer, error: BaseException) -> bool:
+    """Whether a failed step took a closure and failed in its own code, not in what it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    own = trace is not None and trace.tb_frame.f_locals.get("self") is inner
+    return own and "closure" in inspect.signature(type(inner).step).parameters
 
 
 def has_no_effect(inner: Optimizer) -> bool:

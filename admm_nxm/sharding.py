@@ -8,15 +8,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-from .masks import PACKED, packed_shape
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["check_sharding", "is_sharded", "local", "reduce_sums", "rows_divide_into_bytes", "wrap_like"]
+__all__ = [
+    "broadcast",
+    "check_sharding",
+    "full",
+    "is_sharded",
+    "local",
+    "part_of",
+    "rank_and_world",
+    "reduce_sums",
+    "wrap_like",
+]
 
 
 def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
@@ -32,26 +41,43 @@ def local(t: Tensor) -> Tensor:
 
 
 def wrap_like(part: Tensor, like: Tensor) -> Tensor:
-    """Return ``part`` as a tensor sharded as ``like`` is; ``part`` has the shape of ``local(like)``, or is the packed
-    mask of such a tensor."""
+    """Return ``part``, of the shape of ``local(like)``, as a tensor sharded as ``like`` is."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    shape, stride = like.shape, like.stride()
-    if part.dtype == PACKED:
-        shape = torch.Size(packed_shape(shape))
-        stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
-def rows_divide_into_bytes(t: Tensor) -> bool:
-    """Return whether the last dimension of a weight packs into bytes, on every rank alike."""
-    shards = 1
-    if is_sharded(t):
-        for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
-            shards *= size if placement.is_shard(t.ndim - 1) else 1
-    return bool(t.shape[-1] % (8 * shards) == 0)
+def full(t: Tensor) -> Tensor:
+    """Return the whole of ``t``: a collective where it is sharded, and ``t`` itself where it is not."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that all ranks hold whole, cut as ``like`` is; nothing is communicated."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, like.placements).to_local()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and how many processes train together; 0 and 1 for one process."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def broadcast(t: Tensor, source: int) -> None:
+    """Give all ranks what the rank ``source`` holds, in place."""
+    # Gloo does not know booleans.
+    dist.broadcast(t.view(torch.uint8) if t.dtype == torch.bool else t, source)
 
 
 def check_sharding(name: str, t: Tensor, dim: int, group: int) -> None:

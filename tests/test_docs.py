@@ -101,7 +101,6 @@ CHECKED = {
 }
 
 LISTED = {
-    "README.md": 1,  # what the quickstart printed
     "algorithm.md": 1,  # the updates, in signs
 }
 """Page -> how many of its blocks are neither code, nor data, nor output of a command, so that a new one is noticed."""
@@ -180,7 +179,6 @@ LISTED_COMMANDS = (
     "python examples/",
     "accelerate launch ",
     "pytest",
-    "python -m tests.matrix",
     "trtexec ",
     "mutmut ",
 )
@@ -438,10 +436,6 @@ INTERNAL = {
     "admm_nxm.io": "an empty package; its modules are on the page",
     "admm_nxm.io.files": "checkpoints read one tensor at a time, and files written whole or not at all",
     "admm_nxm.io.tensor_files": "the bytes of a safetensors file",
-    "admm_nxm.kernels.eager": "a backend: chosen by backend=, its functions are those of kernels.Backend",
-    "admm_nxm.kernels.fused": "what the Triton backend calls",
-    "admm_nxm.kernels.native": "a backend: chosen by backend=, its functions are those of kernels.Backend",
-    "admm_nxm.masks": "how a mask is packed into bits",
     "admm_nxm.memory": "where a tensor lies",
     "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
     "admm_nxm.report.flops": "what a report counts of a forward pass",
@@ -452,11 +446,8 @@ INTERNAL = {
 """Modules that are not on the API page, and why."""
 
 INTERNAL_NAMES = {
-    "admm_nxm.factors": {"LEAST", "dense", "stored", "value"},  # how a backend reads a factor
-    "admm_nxm.forms": {"divisor_of", "form_of", "fraction_of", "is_lean"},  # what the optimizer asks
-    "admm_nxm.io.verify": {"Target"},  # what can be counted
-    "admm_nxm.kernels": {"backend_for", "check_backend"},  # what the optimizer asks
-    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of the kernels
+    "admm_nxm.io.verify": {"Target", "open_target"},  # what reports read
+    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of what counts and packs
     "admm_nxm.residuals": {"ratio"},  # of two sums of squares
     "admm_nxm.schedules": {"check_update", "make_plan"},  # what the optimizer asks
     "admm_nxm.selection": {

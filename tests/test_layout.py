@@ -73,7 +73,7 @@ def reached_from(module: str) -> set[str]:
 
 def test_the_folders_are_those_of_the_design() -> None:
     folders = {file.relative_to(PACKAGE).parts[0] for file in MODULES.values() if file.parent != PACKAGE}
-    assert folders == {*LAYERS, "kernels"}
+    assert folders == set(LAYERS)
 
 
 def test_imports_run_from_the_top_down() -> None:
@@ -87,11 +87,7 @@ def test_imports_run_from_the_top_down() -> None:
 
 
 def test_the_core_imports_nothing_for_files() -> None:
-    core = [
-        file
-        for name, file in MODULES.items()
-        if name not in ENTRY and layer_of(name) == len(LAYERS) and "kernels" not in name
-    ]
+    core = [file for name, file in MODULES.items() if name not in ENTRY and layer_of(name) == len(LAYERS)]
     assert len(core) > 10
     for file in core:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -116,7 +112,7 @@ def test_no_module_is_reached_by_itself() -> None:
 def test_no_file_is_private() -> None:
     """An underscore marks what is private to one module; the version is read by the build."""
     private = {name for name in MODULES if name.rpartition(".")[2].startswith("_")}
-    assert {name for name in private if not name.endswith("__") and "kernels" not in name} == {"admm_nxm._version"}
+    assert {name for name in private if not name.endswith("__")} == {"admm_nxm._version"}
 
 
 def test_an_import_is_found_in_each_of_its_spellings() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from admm_nxm import Pattern, project, verify
+from admm_nxm.io import verify as opening
 from admm_nxm.report import histogram, sparsity_report
 from admm_nxm.report.history import Recorder
 from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
@@ -430,7 +431,7 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     net = make_net()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
     read = []
-    opened = histogram.open_checkpoint
+    opened = opening.open_checkpoint
 
     def watch(path, **options):
         checkpoint = opened(path, **options)
@@ -438,7 +439,7 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "get", lambda name: (read.append(name), get(name))[1], raising=False)
         return checkpoint
 
-    monkeypatch.setattr(histogram, "open_checkpoint", watch)
+    monkeypatch.setattr(opening, "open_checkpoint", watch)
     plot_weights(tmp_path / "m.safetensors", tmp_path / "m.safetensors", select=r"blocks\.0\.up\.weight")
     assert read == ["blocks.0.up.weight"] * 4  # two sides, twice each; nothing else
 

@@ -532,15 +532,6 @@ def test_alike_weights_share_a_line() -> None:
     assert "pattern VIOLATED by 1 of 4 weights" in str(report)
 
 
-def test_markdown_has_the_same_rows() -> None:
-    report = sparsity_report(pruned(make_net()))
-    text = report.to_markdown()
-    assert "| blocks.*.up.weight | 2 | 16x8 | float32 | 2:4 | 50.00% | 64 | 0 | 49.23% | no | no |" in text
-    assert "- model: 569 parameters, 1,040 FLOPs a token" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith("| blocks")]
-    assert set(widths) == {12}
-
-
 def test_shares_of_nothing_are_zero() -> None:
     report = ModelReport(weights=())
     assert report.covered.parameter_share == report.covered.flop_share == 0.0

@@ -45,7 +45,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import masks
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
 from .tensor_files import CODE_OF, DTYPES, is_shape, unique_keys
@@ -454,6 +453,11 @@ def _fill_up(nonzero: Tensor, counts: Tensor, pattern: Pattern) -> Tensor:
     return kept
 
 
+def _powers(like: Tensor) -> Tensor:
+    """Return the values of the eight bits of a byte, the lowest first."""
+    return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=like.device)
+
+
 class _BitWriter:
     """Fills a uint8 tensor with bits; all but the last piece end with a byte."""
 
@@ -466,7 +470,7 @@ class _BitWriter:
         spare = -len(flat) % 8
         if spare:
             flat = torch.cat([flat, flat.new_zeros(spare)])
-        packed = masks.pack(flat)
+        packed = (flat.view(-1, 8) * _powers(flat)).sum(-1, dtype=torch.uint8)
         self._target[self._at : self._at + len(packed)] = packed
         self._at += len(packed)
 
@@ -480,7 +484,8 @@ class _BitReader:
         self._spare_set = False
 
     def get(self, count: int) -> Tensor:
-        bits = masks.unpack(self._source[self._at : self._at + _bytes(count)])
+        source = self._source[self._at : self._at + _bytes(count)]
+        bits = (source.unsqueeze(-1) & _powers(source)).ne(0).reshape(-1)
         self._at += _bytes(count)
         self._spare_set |= bool(bits[count:].any())
         return bits[:count]

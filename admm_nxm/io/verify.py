@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Union
 
@@ -15,7 +16,7 @@ from ..sparsity import SparsityReport, check_weights, cover
 from .files import open_checkpoint, stand_ins
 from .selection_record import read_selection
 
-__all__ = ["Target", "verify"]
+__all__ = ["Target", "open_target", "verify"]
 
 Target = Union[nn.Module, Mapping[str, Tensor], str, "PathLike[str]"]
 
@@ -44,16 +45,44 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
     >>> verify({"layers.0.fc.weight": weight}).weights[0].bad_groups
     1
     """
+    with open_target(target, "verify") as (named, read, recorded):
+        selection, params = cover(named, recorded() if pattern is None else pattern)
+        return check_weights(selection, lambda name: read(params[name]))
+
+
+@contextmanager
+def open_target(
+    target: Target, purpose: str
+) -> Iterator[tuple[nn.Module | dict[str, Tensor], Callable[[Tensor], Tensor], Callable[[], Selection | None]]]:
+    """Open a model of any kind; a file is closed when the block ends.
+
+    Args:
+        target: as for :func:`verify`.
+        purpose: the verb for error messages.
+
+    Yields:
+        The module, or its tensors by name, which have no data where they are in a file; what returns each of them with
+        its data; and what returns the selection that is recorded with a file, None if there is none.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as for :func:`verify`.
+    """
     if isinstance(target, nn.Module):
-        selection, params = cover(target, pattern)
-        return check_weights(selection, params.__getitem__)
-    if isinstance(target, Mapping):
-        selection, params = cover({name: t for name, t in target.items() if torch.is_tensor(t)}, pattern)
-        return check_weights(selection, params.__getitem__)
-    if not isinstance(target, (str, PathLike)):
-        raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
-    with open_checkpoint(target, purpose="verify") as checkpoint:
-        tensors = stand_ins(checkpoint)
-        selection, params = cover(tensors, read_selection(checkpoint) if pattern is None else pattern)
-        names = {id(t): name for name, t in tensors.items()}
-        return check_weights(selection, lambda name: checkpoint.get(names[id(params[name])]))
+        yield target, _as_it_is, _not_recorded
+    elif isinstance(target, Mapping):
+        yield {name: t for name, t in target.items() if torch.is_tensor(t)}, _as_it_is, _not_recorded
+    elif isinstance(target, (str, PathLike)):
+        with open_checkpoint(target, purpose=purpose) as checkpoint:
+            tensors = stand_ins(checkpoint)
+            names = {id(t): name for name, t in tensors.items()}
+            yield tensors, lambda t: checkpoint.get(names[id(t)]), lambda: read_selection(checkpoint)
+    else:
+        raise TypeError(f"cannot {purpose} a {type(target).__name__}; a module, a state dict or a path is needed")
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _not_recorded() -> Selection | None:
+    return None

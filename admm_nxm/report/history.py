@@ -37,7 +37,7 @@ class Recorder:
 
     Args:
         optimizer: the ADMMNxM, or what Accelerate has made of it.
-        rows: rows to go on from, such as :meth:`load` returns when a run is resumed.
+        rows: rows to go on from, such as :func:`load_history` returns when a run is resumed.
 
     Raises:
         TypeError: there is no ADMMNxM in ``optimizer``.
@@ -127,11 +127,6 @@ class Recorder:
         with atomic_file(path, overwrite=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
-
-    @staticmethod
-    def load(path: str | PathLike[str]) -> list[Row]:
-        """Read the rows of a saved history; see :func:`load_history`."""
-        return load_history(path)
 
 
 def load_history(path: str | PathLike[str]) -> list[Row]:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from os import PathLike
 from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
 
 from ..grouping import grouped, joint_name, starred, such_as
-from ..io.files import open_checkpoint, stand_ins
-from ..io.selection_record import read_selection
-from ..io.verify import Target
+from ..io.verify import Target, open_target
 from ..memory import address
 from ..pattern import Pattern
 from ..selection import (
@@ -226,13 +222,6 @@ class ModelReport(SparsityReport):
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
-    def to_markdown(self) -> str:
-        """Return the printed report as Markdown, for a model card."""
-        return "\n\n".join(
-            _markdown_table(*part) if isinstance(part, tuple) else "\n".join(f"- {line}" for line in part)
-            for part in self._parts()
-        )
-
     def __str__(self) -> str:
         return "\n\n".join(
             format_table(*part) if isinstance(part, tuple) else "\n".join(part) for part in self._parts()
@@ -241,19 +230,8 @@ class ModelReport(SparsityReport):
     def _parts(self) -> list[list[str] | tuple[Sequence[str], list[Sequence[object]]]]:
         """Return what is printed: lists of lines, and tables as (headers, rows)."""
         parts: list[list[str] | tuple[Sequence[str], list[Sequence[object]]]] = [self._summary()]
-        headers = [
-            "weights",
-            "number",
-            "shape",
-            "dtype",
-            "pattern",
-            "zeros",
-            "groups",
-            "bad groups",
-            "FLOPs",
-            *BACKENDS,
-        ]
-        parts.append((headers, [self._row(group) for group in grouped(self.weights, _alike)]))
+        headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
+        parts.append(([*headers, *BACKENDS], [self._row(group) for group in grouped(self.weights, _alike)]))
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -317,11 +295,6 @@ def _alike(weight: ModelWeight) -> object:
     return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
 
 
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -356,13 +329,12 @@ def sparsity_report(
     """
     if example is not None and not isinstance(target, nn.Module):
         raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
-    with ExitStack() as stack:
-        named, read, recorded = _open(target, stack)
-        selection, params = cover(named, recorded if pattern is None else pattern)
+    with open_target(target, "report on") as (named, read, recorded):
+        selection, params = cover(named, recorded() if pattern is None else pattern)
         dtypes: dict[str, torch.dtype] = {}
 
         def get(name: str) -> Tensor:
-            t = params[name] if read is None else read(params[name])
+            t = read(params[name])
             dtypes[name] = t.dtype
             return t
 
@@ -412,21 +384,6 @@ class _Costs:
 
 
 _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
-
-
-def _open(target: Target, stack: ExitStack) -> tuple[_Named, Callable[[Tensor], Tensor] | None, Selection | None]:
-    """Return a target's module or tensors, and for a file, where these are on the meta device, how to read one and
-    which selection is recorded."""
-    if isinstance(target, nn.Module):
-        return target, None, None
-    if isinstance(target, Mapping):
-        return {name: t for name, t in target.items() if torch.is_tensor(t)}, None, None
-    if not isinstance(target, (str, PathLike)):
-        raise TypeError(f"cannot report on a {type(target).__name__}; a module, a state dict or a path is needed")
-    checkpoint = stack.enter_context(open_checkpoint(target, purpose="report on"))
-    tensors = stand_ins(checkpoint)
-    names = {id(t): name for name, t in tensors.items()}
-    return tensors, lambda t: checkpoint.get(names[id(t)]), read_selection(checkpoint)
 
 
 def _identity(t: Tensor) -> object:
