@@ -13,7 +13,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ..io.verify import open_target
+from ..io.verify import OpenTarget, open_target
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
@@ -52,7 +52,7 @@ class _Reader:
 
     like: Mapping[str, Tensor]
     get: Callable[[str], Tensor]
-    recorded: Callable[[], Selection | None] = lambda: None
+    opened: OpenTarget | None = None
 
 
 def count_pairs(
@@ -74,8 +74,9 @@ def count_pairs(
         FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
-        # What was pruned is recorded with the model after.
-        names = _choose(old.like, new.recorded() if select is None else select)
+        if select is None and new.opened is not None:
+            select = new.opened.recorded()  # what was pruned stands with the model after
+        names = _choose(old.like, select)
         for name in names:
             shape, there = tuple(old.like[name].shape), new.like.get(name)
             if there is None:
@@ -146,10 +147,10 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
         raise TypeError(
             f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
         )
-    with open_target(target, "plot") as (named, read, recorded):
+    with open_target(target, "plot") as opened:
         # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
-        tensors = named_tensors(named)
-        yield _Reader(tensors, lambda name: read(tensors[name]), recorded)
+        tensors = named_tensors(opened.named)
+        yield _Reader(tensors, lambda name: opened.read(tensors[name]), opened)
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:

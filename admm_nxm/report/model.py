@@ -26,7 +26,7 @@ from ..selection import (
     select_weights,
     unwrap_model,
 )
-from ..sparsity import SparsityReport, WeightReport, check_weights, cover
+from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
@@ -329,12 +329,13 @@ def sparsity_report(
     """
     if example is not None and not isinstance(target, nn.Module):
         raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
-    with open_target(target, "report on") as (named, read, recorded):
-        selection, params = cover(named, recorded() if pattern is None else pattern)
+    with open_target(target, "report on") as opened:
+        named = opened.named
+        selection, params = opened.cover(pattern)
         dtypes: dict[str, torch.dtype] = {}
 
         def get(name: str) -> Tensor:
-            t = read(params[name])
+            t = opened.read(params[name])
             dtypes[name] = t.dtype
             return t
 
