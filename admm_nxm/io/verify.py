@@ -67,9 +67,11 @@ class OpenTarget:
 
     def cover(self, pattern: Pattern | str | Select | Selection | None) -> tuple[Selection, dict[str, Tensor]]:
         """Choose the weights to count, as :func:`admm_nxm.sparsity.cover`; None takes a selection that is recorded."""
-        if pattern is None and self.checkpoint is not None:
-            pattern = read_selection(self.checkpoint)
-        return cover(self.named, pattern)
+        return cover(self.named, self.recorded() if pattern is None else pattern)
+
+    def recorded(self) -> Selection | None:
+        """Return the selection that is recorded with a file; None if there is none."""
+        return None if self.checkpoint is None else read_selection(self.checkpoint)
 
 
 @contextmanager

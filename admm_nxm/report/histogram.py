@@ -13,7 +13,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ..io.verify import open_target
+from ..io.verify import OpenTarget, open_target
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
@@ -52,6 +52,7 @@ class _Reader:
 
     like: Mapping[str, Tensor]
     get: Callable[[str], Tensor]
+    opened: OpenTarget | None = None
 
 
 def count_pairs(
@@ -73,6 +74,8 @@ def count_pairs(
         FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
+        if select is None and new.opened is not None:
+            select = new.opened.recorded()  # what was pruned stands with the model after
         names = _choose(old.like, select)
         for name in names:
             shape, there = tuple(old.like[name].shape), new.like.get(name)
@@ -147,7 +150,7 @@ def _open(target: Weights, side: str) -> Iterator[_Reader]:
     with open_target(target, "plot") as opened:
         # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
         tensors = named_tensors(opened.named)
-        yield _Reader(tensors, lambda name: opened.read(tensors[name]))
+        yield _Reader(tensors, lambda name: opened.read(tensors[name]), opened)
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
