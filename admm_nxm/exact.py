@@ -130,8 +130,11 @@ class ExactStep:
             if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
                 weight.store(run.inner, MASK, run.mask(weight))
 
-    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
-        """Refuse a checkpoint whose windows are cut otherwise, or which is not pruned where this run begins pruned."""
+    def check_resume(
+        self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None
+    ) -> None:
+        """Refuse a checkpoint whose windows are cut otherwise, whose statistics do not fit, or which is not pruned where
+        this run begins pruned."""
         if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
@@ -145,6 +148,9 @@ class ExactStep:
                 f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
                 "begins with pruned weights; give the prune_at of the checkpoint's run"
             )
+        gatherer = self._gatherer(run, int(counters["admm_windows_solved"]))
+        if statistics is not None and gatherer is not None:
+            gatherer.check(statistics)
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
         """Return the mask in force."""
@@ -180,11 +186,13 @@ class ExactStep:
         progress = run.progress
         if progress.frozen or run.statistics is not None or progress.step < self.timeline.start:
             return
-        window = run.weights.of_window(progress.windows_solved)
-        modules = {weight.name: weight.modules for weight in window if weight.modules}
-        if modules:
-            run.statistics = Statistics(modules)
+        run.statistics = self._gatherer(run, progress.windows_solved)
+        if run.statistics is not None:
             run.statistics.attach()
+
+    def _gatherer(self, run: Run, window: int) -> Statistics | None:
+        modules = {weight.name: weight.modules for weight in run.weights.of_window(window) if weight.modules}
+        return Statistics(modules) if modules else None
 
     def _check_hooks_fire(self, run: Run) -> None:
         assert run.statistics is not None

@@ -312,7 +312,8 @@ class ADMMNxM(Optimizer):
             if not run.progress.frozen:
                 self._refuse_to_be_captured()
             pruned = run.pruned()
-            masks = [weight.mask(self.inner) for weight in pruned]
+            # Before the first step, weights may have been loaded since a trial step stored masks.
+            masks = [weight.mask_in_value() if first else weight.mask(self.inner) for weight in pruned]
             # Gradients as well, so that no momentum builds up where nothing may move.
             keep_to_masks([weight.gradient for weight in pruned], masks)
             moving = self._w_step.before(run)
@@ -591,7 +592,7 @@ class ADMMNxM(Optimizer):
         run = self._run
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
-        self._w_step.check_resume(run, loaded.counters)
+        self._w_step.check_resume(run, loaded.counters, loaded.statistics)
         self.inner.load_state_dict(loaded.inner)
         run.forget()
         run.progress.load(loaded.counters)

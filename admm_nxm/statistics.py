@@ -175,19 +175,34 @@ class Statistics:
         Raises:
             ValueError: a name that is not among the modules, or tensors that do not fit the module. Nothing is loaded.
         """
+        self.check(state)
         loaded = {}
         for name, tensors in state.items():
-            if name not in self.modules:
-                raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             loaded[name] = self._new_moments(name)
-            expected = {key: tuple(tensor.shape) for key, tensor in loaded[name].tensors.items()}
-            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            if found != expected:
-                raise ValueError(f"statistics of {name!r} have the shapes {found}; this model needs {expected}")
             for key, tensor in loaded[name].tensors.items():
                 tensor.copy_(tensors[key])
         self.moments = loaded
         self._equal = True
+
+    def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuse what :meth:`load_state_dict` cannot load.
+
+        Args:
+            state: moments by weight name.
+
+        Raises:
+            ValueError: a name that is not among the modules, or tensors that do not fit the module.
+        """
+        for name, tensors in state.items():
+            if name not in self.modules:
+                raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
+            d_in, d_out = _sizes(self.modules[name][0])
+            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "dropped": ()}
+            if self.outputs:
+                expected["outputs"] = (d_out, d_out)
+            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            if found != expected:
+                raise ValueError(f"statistics of {name!r} have the shapes {found}; this model needs {expected}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the moments; their hooks are not attached.

@@ -80,8 +80,12 @@ class Weight:
     def mask(self, inner: Optimizer) -> Tensor:
         """Return this rank's part of the mask of a pruned weight."""
         stored = self.stored(inner, MASK)
-        # A weight without a step of its own has not moved since it was pruned: its mask can be read off it.
-        return keep_mask(self.w, self.spec.pattern, self.spec.dim) if stored is None else stored
+        # A weight without a step of its own has not moved since it was pruned.
+        return self.mask_in_value() if stored is None else stored
+
+    def mask_in_value(self) -> Tensor:
+        """Return this rank's part of the mask that can be read off a pruned weight, its value."""
+        return keep_mask(self.w, self.spec.pattern, self.spec.dim)
 
     def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
         """Set the weight and its mask, and every second set of weights that the inner optimizer keeps.
