@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,18 @@ _TOKENIZER_FILES = ("bpe", "merges", "sentencepiece", "spiece", "tokenizer", "vo
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what is meant here: a new classifier on top, and bars for seconds of work."""
+    """Keep transformers and our Trainer from reporting what is meant here: a new classifier on top, bars for seconds of
+    work, and how to go on with a run that is not kept."""
     verbosity, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
+    ours = python_logging.getLogger("admm_nxm")
+    level = ours.level
+    ours.setLevel(python_logging.ERROR)
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
     try:
         yield
     finally:
+        ours.setLevel(level)
         _logging.set_verbosity(verbosity)
         if bars:
             _logging.enable_progress_bar()

@@ -52,9 +52,6 @@ def train(
         Path | None,
         typer.Option(metavar="FILE", help="Texts to test on.  [default: a quarter of the data, by label]"),
     ] = None,
-    penalty: Annotated[
-        str, typer.Option(metavar="FORM", help="Form of the penalty: lazy, proximal or gradient.")
-    ] = "lazy",
     seed: Annotated[int, typer.Option(parser=a_seed, metavar="N", help="Of split, classifier, batches, dropout.")] = 0,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
@@ -85,7 +82,6 @@ def train(
             text_columns=tuple(text_column or ("text",)),
             label_column=label_column,
             eval_data=eval_data,
-            penalty=penalty,
             seed=seed,
             device=device,
             overwrite=overwrite,
