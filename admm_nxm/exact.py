@@ -130,9 +130,7 @@ class ExactStep:
             if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
                 weight.store(run.inner, MASK, run.mask(weight))
 
-    def check_resume(
-        self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None
-    ) -> None:
+    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint whose windows are cut otherwise, whose statistics do not fit, or which is not pruned where
         this run begins pruned."""
         if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
@@ -240,16 +238,16 @@ class ExactStep:
         """Return why a weight cannot be solved with what was gathered, and what to do about it; None if it can."""
         steps = run.progress.calibrated
         seen = None if run.statistics is None else run.statistics.moments.get(weight.name)
-        dropped = 0 if seen is None else int(seen.dropped)
-        if 2 * dropped > steps:
+        if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
             return (
-                f"{dropped} passes through its module had infinite or NaN values in {steps} calibration steps; lower the "
-                "learning rate, or train in bfloat16 instead of float16"
+                f"{int(seen.dropped)} of {int(seen.passes)} passes through its module had infinite or NaN values; "
+                "lower the learning rate, or train in bfloat16 instead of float16"
             )
         if seen is None or int(seen.tokens) == 0:
             return (
-                f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training (an "
-                "expert that no token is routed to needs more calibration_steps), or leave it dense by a select rule"
+                f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training "
+                "(an expert that no token is routed to needs more calibration_steps), or leave it dense by a select "
+                "rule"
             )
         return None
 

@@ -30,7 +30,6 @@ __all__ = [
     "is_conv1d",
     "is_embedding",
     "named_tensors",
-    "owners_of",
     "select_weights",
     "with_late_weights",
 ]
@@ -292,38 +291,6 @@ def select_weights(
             "for instance select={r'.*\\.weight': '2:4'}"
         )
     return selection, params
-
-
-def owners_of(model: nn.Module, selection: Selection) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Find the modules that hold the weights of a selection, as they are now.
-
-    Args:
-        model: the module, wrapped or not.
-        selection: weights by their names in it.
-
-    Returns:
-        Name of the weight -> each module that has it and the name of the attribute there; several if it is tied.
-
-    Raises:
-        ValueError: the model has no parameter of that name.
-    """
-    holding: dict[str, tuple[nn.Module, str]] = {}
-    for prefix, module in unwrap_model(model).named_modules(remove_duplicate=False):
-        for local_name, param in module._parameters.items():
-            if param is not None:
-                holding[clean_name(f"{prefix}.{local_name}" if prefix else local_name)] = (module, local_name)
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
-    for weight in selection:
-        places = [holding[name] for name in (weight.name, *weight.aliases) if name in holding]
-        if not places:
-            raise ValueError(
-                f"the model has no parameter {weight.name!r}, which was selected: it was removed or renamed since"
-            )
-        # A module that stands in the model twice is one place.
-        found[weight.name] = list(
-            {(id(module), attribute): (module, attribute) for module, attribute in places}.values()
-        )
-    return found
 
 
 def with_late_weights(

@@ -197,7 +197,7 @@ class Statistics:
             if name not in self.modules:
                 raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             d_in, d_out = _sizes(self.modules[name][0])
-            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "dropped": ()}
+            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "passes": (), "dropped": ()}
             if self.outputs:
                 expected["outputs"] = (d_out, d_out)
             found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from admm_nxm import ADMMNxM, Pattern, SelectedWeight, Selection, SkippedWeight, verify
 from admm_nxm.memory import plain, takes_zeros
-from admm_nxm.selection import named_tensors, owners_of, select_weights, with_late_weights
+from admm_nxm.selection import named_tensors, select_weights, with_late_weights
 from tests.helpers import Block, Net, make_net
 
 _COMMON = {
@@ -954,35 +954,6 @@ def test_what_stays_dense_is_added_or_replaced_by_name() -> None:
     assert selection.weights == small_selection().weights
     assert reasons_of(selection)["embed.weight"] == late.reason
     assert len(selection.skipped) == 3
-
-
-# ---------------------------------------------------------------- where the weights are
-
-
-def test_each_weight_is_found_in_the_modules_that_hold_it() -> None:
-    net = tied_net()
-    found = owners_of(compiled(net), chosen(net))
-    assert found == {
-        "blocks.0.up.weight": [(net.blocks[0].up, "weight"), (net.blocks[1].up, "weight")],
-        "blocks.0.down.weight": [(net.blocks[0].down, "weight")],
-        "blocks.1.down.weight": [(net.blocks[1].down, "weight")],
-    }
-
-
-def test_a_module_that_stands_in_a_model_twice_is_one_place() -> None:
-    block = Block(8)
-    model = nn.ModuleList([block, block])
-    assert owners_of(model, chosen(model))["0.up.weight"] == [(block.up, "weight")]
-
-
-def test_owners_are_those_of_now() -> None:
-    net = make_net()
-    selection = chosen(net)
-    net.blocks[0].up = nn.Linear(8, 16)
-    assert owners_of(net, selection)["blocks.0.up.weight"] == [(net.blocks[0].up, "weight")]
-    net.blocks[0].up = nn.Identity()
-    with pytest.raises(ValueError, match=r"no parameter 'blocks\.0\.up\.weight', which was selected"):
-        owners_of(net, selection)
 
 
 # ---------------------------------------------------------------- weights that came later

@@ -112,9 +112,7 @@ def test_c09_bfloat16_trains(build: Build, kind: str) -> None:
 def test_c10_penalty_is_not_clipped() -> None:
     net = make_net()
     lr, rho = 1e-3, 7.0
-    optimizer = ADMMNxM.paper(
-        torch.optim.SGD(net.parameters(), lr=lr), net, total_steps=200, rho=rho, update_every=99
-    )
+    optimizer = ADMMNxM.paper(torch.optim.SGD(net.parameters(), lr=lr), net, total_steps=200, rho=rho, update_every=99)
     w = net.blocks[0].up.weight
     start, z = w.detach().clone(), optimizer.auxiliary("blocks.0.up.weight")
     loss_of(net, next(batches(1))).backward()
