@@ -1,4 +1,4 @@
-"""The accuracy study's methods, runs, batches and plans, on a model of two matrices; no network, no pretrained model."""
+"""The accuracy study's methods, runs, batches and plans, on a model of two matrices; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spec(method: str, pattern: str | None, stage: str = "tune", **setting: Any) -> Any:
     setting = {**SETTINGS.get(method.removesuffix("+kd"), {}), **setting}
-    return training.Spec("topics", 6, pattern, method, 7, 1e-2, STEPS, json.dumps(setting), stage)
+    return plans.Spec("topics", 6, pattern, method, 7, 1e-2, STEPS, json.dumps(setting), stage)
 
 
 def run(one: Any, tmp_path: Path) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
@@ -196,7 +196,7 @@ def test_two_solves_reach_the_first_pattern_first(tmp_path: Path) -> None:
     one = spec("admm", "1:4", prune_at=0.8, calibration_steps=4, by_way_of="2:4")
     first, second = methods.windows(Pattern(1, 4), one.options, STEPS)
     assert (first, second) == ((22, 26, Pattern(2, 4)), (28, 32, Pattern(1, 4)))
-    assert one.dense_steps == 22
+    assert training.dense_steps_of(one) == 22
     held, _ = run(one, tmp_path)
     shares = [float(torch.cat([(w == 0).float().flatten() for w in step.values()]).mean()) for step in held]
     assert shares == [0.0] * 3 + [0.5] * 6 + [0.75] * (len(shares) - 9)
@@ -211,7 +211,7 @@ def test_a_run_is_the_same_whether_its_first_part_is_shared_or_not(tmp_path: Pat
         spec("admm", "2:4"),
     ]
     shared = dict(training.train(specs, tmp_path, "cpu"))
-    assert [one.dense_steps for one in shared] == sorted(one.dense_steps for one in specs)
+    assert [training.dense_steps_of(one) for one in shared] == sorted(map(training.dense_steps_of, specs))
     for one in specs:
         ((_, alone),) = training.train([one], tmp_path, "cpu")
         assert {**alone, "seconds": 0} == {**shared[one], "seconds": 0}
@@ -221,7 +221,9 @@ def test_a_continued_run_has_the_bits_of_one_from_the_start(tmp_path: Path) -> N
     # The package's optimizer around the whole run, and around what is left of it after the dense steps.
     continued, _ = run(spec("admm", "2:4"), tmp_path)
     whole = training.Run(spec("admm", "2:4"), tmp_path, "cpu")
-    optimizer = ADMMNxM(whole.inner(), whole.model, pattern="2:4", total_steps=STEPS, select={r"encoder\..*weight": "2:4"})
+    optimizer = ADMMNxM(
+        whole.inner(), whole.model, pattern="2:4", total_steps=STEPS, select={r"encoder\..*weight": "2:4"}
+    )
 
     class Whole:
         def __init__(self) -> None:
@@ -237,7 +239,7 @@ def test_a_continued_run_has_the_bits_of_one_from_the_start(tmp_path: Path) -> N
 
 
 def test_runs_that_begin_differently_are_refused(tmp_path: Path) -> None:
-    other = training.Spec("topics", 6, "2:4", "asp", 8, 1e-2, STEPS)
+    other = plans.Spec("topics", 6, "2:4", "asp", 8, 1e-2, STEPS)
     with pytest.raises(ValueError, match="begin alike"):
         list(training.train([spec("asp", "2:4"), other], tmp_path, "cpu"))
 
@@ -289,18 +291,34 @@ def moment(width: int, seed: int, tokens: int = 200) -> torch.Tensor:
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["2:4", "1:4", "2:8"]), st.sampled_from([8, 16, 256]))
-def test_sparsegpt_is_feasible_and_better_than_magnitude(seed: int, spelled: str, block: int) -> None:
-    pattern, inputs = Pattern.parse(spelled), moment(32, seed)
+def test_sparsegpt_is_feasible(seed: int, spelled: str, block: int) -> None:
+    pattern, inputs = Pattern.parse(spelled), moment(32, seed, tokens=10)  # a moment without full rank
+    inputs[:, 3] = inputs[3] = 0  # and an input that is never used
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
     pruned, mask = methods.sparsegpt(weight, inputs, pattern, block=block)
     assert (mask.view(16, -1, pattern.group).sum(-1) == pattern.keep).all()
+    assert pruned.isfinite().all()
     assert not (pruned[~mask] != 0).any()
-    by_magnitude = weight * keep_mask(weight, pattern, -1)
-    assert model_error(weight, pruned, inputs) < model_error(weight, by_magnitude, inputs)
+    assert not pruned[:, 3].any()
+
+
+@pytest.mark.parametrize("spelled", ["2:4", "1:4"])
+def test_sparsegpt_loses_less_than_magnitude(spelled: str) -> None:
+    ratios = []
+    for seed in range(20):
+        inputs, weight = moment(32, seed), torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+        pruned, _ = methods.sparsegpt(weight, inputs, Pattern.parse(spelled))
+        by_magnitude = weight * keep_mask(weight, spelled, -1)
+        ratios.append(model_error(weight, pruned, inputs) / model_error(weight, by_magnitude, inputs))
+    assert sorted(ratios)[len(ratios) // 2] < 0.8
 
 
 def test_sparsegpt_does_not_depend_on_the_block_and_is_magnitude_without_correlation() -> None:
-    pattern, inputs, weight = Pattern(2, 4), moment(32, 1), torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    pattern, inputs, weight = (
+        Pattern(2, 4),
+        moment(32, 1),
+        torch.randn(16, 32, generator=torch.Generator().manual_seed(1)),
+    )
     first, second = (methods.sparsegpt(weight, inputs, pattern, block=block)[0] for block in (4, 32))
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
     plain, mask = methods.sparsegpt(weight, torch.eye(32), pattern)
@@ -387,27 +405,29 @@ SMALL = plans.Plan(**{**PLAN.__dict__, "tasks": ("topics",), "tuning_seeds": (10
 
 
 def test_tuning_tries_settings_first_and_then_learning_rates_with_the_best() -> None:
-    first = [one for one in plans.tuning(SMALL, [], ["sr-ste"]) if one.pattern == "1:4"]
+    first = [one for one in plans.Tuning(SMALL, []).runs(["sr-ste"]) if one.pattern == "1:4"]
     assert {(one.lr, one.setting) for one in first} == {
         (SMALL.middle, json.dumps(setting)) for setting in plans.SETTINGS["sr-ste"]
     }
     better = json.dumps(plans.SETTINGS["sr-ste"][1])
     lines = [line_of(one, 60.0 if one.setting == better else 50.0) for one in first]
-    then = [one for one in plans.tuning(SMALL, lines, ["sr-ste"]) if one.pattern == "1:4"]
+    then = [one for one in plans.Tuning(SMALL, lines).runs(["sr-ste"]) if one.pattern == "1:4"]
     assert {one.lr for one in then if one.setting == better} == set(SMALL.lrs)
     assert all(one.seed in SMALL.tuning_seeds and one.stage == "tune" for one in then)
 
 
 def test_choice_is_the_best_mean_and_waits_for_the_whole_grid() -> None:
-    lines = [line_of(one, best_at(1.5e-4)(one)) for one in plans.tuning(PLAN, [], ["asp"])]
-    assert plans.choose(PLAN, lines, "asp", "1:4") == (1.5e-4, {})
-    assert plans.choose(PLAN, lines, "asp", "2:8") == (1.5e-4, {})  # that of 1:4
-    assert plans.choose(PLAN, [one for one in lines if one["seed"] != 101], "asp", "1:4") is None
-    assert plans.choose(PLAN, lines[:-1], "asp", "1:4") is None
-    assert plans.choose(PLAN, [{**line, "stage": "final"} for line in lines], "asp", "1:4") is None
+    lines = [line_of(one, best_at(1.5e-4)(one)) for one in plans.Tuning(PLAN, []).runs(["asp"])]
+    assert plans.Tuning(PLAN, lines).choose("asp", "1:4") == (1.5e-4, {})
+    assert plans.Tuning(PLAN, lines).choose("asp", "2:8") == (1.5e-4, {})  # that of 1:4
+    assert plans.Tuning(PLAN, [one for one in lines if one["seed"] != 101]).choose("asp", "1:4") is None
+    assert plans.Tuning(PLAN, lines[:-1]).choose("asp", "1:4") is None
+    assert plans.Tuning(PLAN, [{**line, "stage": "final"} for line in lines]).choose("asp", "1:4") is None
 
 
-@pytest.mark.parametrize(("best", "rates"), [(1.5e-4, PLAN.lrs), (1e-6, (1.67e-5, *PLAN.lrs)), (1.0, (*PLAN.lrs, 4.05e-3))])
+@pytest.mark.parametrize(
+    ("best", "rates"), [(1.5e-4, PLAN.lrs), (1e-6, (1.67e-5, *PLAN.lrs)), (1.0, (*PLAN.lrs, 4.05e-3))]
+)
 def test_a_choice_on_an_edge_widens_the_grid_of_every_method_once(best: float, rates: tuple[float, ...]) -> None:
     lines = simulate(SMALL, lambda one: best_at(best if one.method == "asp" else 1.5e-4)(one))
     tried = {(line["method"], line["lr"]) for line in lines if line["stage"] == "tune"}
@@ -446,7 +466,7 @@ def test_other_stages_have_no_run_twice_and_no_final_seed(plan: str, stage: str)
     groups = list(plans.STAGES[stage](plans.PLANS[plan], []))
     specs = [one for group in groups for one in group]
     assert specs
-    assert len({one for one in specs}) == len(specs)
+    assert len(set(specs)) == len(specs)
     assert {one.stage for one in specs} == {stage}
     assert {one.seed for one in specs} == {100, 101}
     assert all(len({one.trunk for one in group}) == 1 for group in groups)

@@ -40,7 +40,9 @@ def difference(estimate: Estimate | None) -> str:
 
 def setting_text(setting: Mapping[str, Any]) -> str:
     """Write hyperparameters, such as ``lr 5e-05, rho 0.01``."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items()
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

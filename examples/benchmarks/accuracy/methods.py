@@ -304,7 +304,7 @@ class Late(Masked):
         return statistics.fmean(self.errors[-len(self.weights) :])
 
 
-def magnitude(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:
+def magnitude(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Keep the largest."""
     mask = keep_mask(weight, pattern, -1)
     return weight * mask, mask
@@ -316,7 +316,7 @@ def by_sparsegpt(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Te
 
 
 def by_solve(
-    weight: Tensor, pattern: Pattern, moments: Moments, *, outputs: bool = True, **options: float
+    weight: Tensor, pattern: Pattern, moments: Moments, *, outputs: bool = True, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Solve the layer problem with A and, if ``outputs``, G."""
     solved = solve(weight, pattern, moments.inputs, moments.outputs if outputs else None, **options)
@@ -362,7 +362,7 @@ class ADMM:
 def admm(job: Job) -> Method:
     """Build ADMMNxM, or what does the same by hand where a setting asks for what the package has no argument for."""
     if NOT_IN_THE_PACKAGE & set(job.setting):
-        options = {key: float(value) for key, value in job.setting.items() if key in SOLVER_OPTIONS}
+        options: dict[str, Any] = {key: value for key, value in job.setting.items() if key in SOLVER_OPTIONS}
         return Late(job, functools.partial(by_solve, **options))
     return ADMM(job, paper=False)
 

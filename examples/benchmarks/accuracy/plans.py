@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from training import DISTILLED, Spec
-
 Line = Mapping[str, Any]
-Setting = Mapping[str, Any]
+Choice = tuple[float, dict[str, Any]]
+"""A learning rate and a setting."""
+
+DISTILLED = "+kd"
 
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "gradual": ({"stop": 0.5}, {"stop": 0.75}),
@@ -27,6 +28,49 @@ WIDER = 3.0
 
 EXPLORED_AT = 0.85
 """``prune_at`` of the runs that explore everything else."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides a run's outcome.
+
+    Args:
+        task: one of tasks.TASKS.
+        layers: encoder layers.
+        pattern: spelling of the pattern, None for dense.
+        method: a key of methods.METHODS, with ``+kd`` behind it for distillation from the dense run of the same seed.
+        seed: of the head, the batches and dropout.
+        lr: peak learning rate of the encoder.
+        steps: optimizer steps.
+        setting: JSON of the method's own hyperparameters; ``teacher_lr`` is the dense run's with distillation.
+        stage: see records.py; "final" is scored on test, all others on dev.
+    """
+
+    task: str
+    layers: int
+    pattern: str | None
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    setting: str = "{}"
+    stage: str = "final"
+
+    @property
+    def model(self) -> str:
+        """The model in words."""
+        return f"MiniLM-L6, first {self.layers} layers"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The setting as an object."""
+        options: dict[str, Any] = json.loads(self.setting)
+        return options
+
+    @property
+    def trunk(self) -> tuple[Any, ...]:
+        """What runs have in common that share their first part."""
+        return (self.task, self.layers, self.seed, self.lr, self.steps, self.options.get("teacher_lr"))
 
 
 @dataclass(frozen=True)
@@ -137,108 +181,100 @@ def settings_of(method: str) -> tuple[dict[str, Any], ...]:
     return SETTINGS.get(method.removesuffix(DISTILLED), ({},))
 
 
-Devs = Mapping[tuple[float, str], float]
-
-
-def _devs(plan: Plan, lines: Iterable[Line], method: str, pattern: str | None) -> Devs:
-    """Return (learning rate, setting) -> mean over tasks and tuning seeds, for what has them all."""
-    found: dict[tuple[float, str], dict[tuple[str, int], float]] = defaultdict(dict)
-    for line in lines:
-        if (line["stage"], line["method"], line["pattern"]) == ("tune", method, pattern) and plan.mine(line):
-            found[line["lr"], json.dumps(line["setting"])][line["task"], line["seed"]] = line["dev"]
-    wanted = {(task, seed) for task in plan.tasks for seed in plan.tuning_seeds}
-    return {key: mean(devs[pair] for pair in wanted) for key, devs in found.items() if wanted <= devs.keys()}
-
-
-def _best_setting(plan: Plan, devs: Devs, method: str) -> str | None:
-    """Return the setting that is best at the middle learning rate; None while it is not known."""
-    keys = [(plan.middle, json.dumps(setting)) for setting in settings_of(method)]
-    return max(keys, key=devs.__getitem__)[1] if set(keys) <= devs.keys() else None
-
-
-def _best(plan: Plan, devs: Devs, method: str, lrs: Sequence[float]) -> tuple[float, str] | None:
-    setting = _best_setting(plan, devs, method)
-    if setting is None or not {(lr, setting) for lr in lrs} <= devs.keys():
-        return None
-    own = [(plan.middle, json.dumps(other)) for other in settings_of(method)]
-    return max([*((lr, setting) for lr in lrs), *own], key=devs.__getitem__)
-
-
-def tuned_methods(plan: Plan) -> list[tuple[str, str | None]]:
-    """List what is tuned: (method, pattern)."""
-    at = dict.fromkeys(source for _, source in plan.patterns.values())
-    methods = [method for method in plan.methods if not method.endswith(DISTILLED)]
-    return [(method, pattern) for method in methods for pattern in ((None,) if method == "dense" else at)]
-
-
-def grid(plan: Plan, lines: Sequence[Line]) -> tuple[float, ...]:
-    """Return the learning rates of every method: the plan's, and one more where a choice lies on an edge."""
-    edges = set()
-    for method, pattern in tuned_methods(plan):
-        best = _best(plan, _devs(plan, lines, method, pattern), method, plan.lrs)
-        edges |= {best[0]} if best is not None else set()
-    low, high = plan.lrs[0], plan.lrs[-1]
-    if low == high:
-        return plan.lrs
-    below = (float(f"{low / WIDER:.3g}"),) if low in edges else ()
-    return (*below, *plan.lrs, *((float(f"{high * WIDER:.3g}"),) if high in edges else ()))
-
-
-def choose(
-    plan: Plan, lines: Sequence[Line], method: str, pattern: str | None
-) -> tuple[float, dict[str, Any]] | None:
-    """Return the learning rate and the setting with the best mean over the tasks' dev parts and the tuning seeds.
+class Tuning:
+    """What dev chooses, as far as the tuning runs go.
 
     Args:
         plan: the study.
         lines: raw results.
-        method: the method; one with distillation has the choice of that without.
-        pattern: the pattern of the final run.
-
-    Returns:
-        None while a run is missing that the choice needs.
     """
-    method = method.removesuffix(DISTILLED)
-    source = None if pattern is None else plan.patterns[pattern][1]
-    best = _best(plan, _devs(plan, lines, method, source), method, grid(plan, lines))
-    return None if best is None else (best[0], json.loads(best[1]))
 
+    def __init__(self, plan: Plan, lines: Iterable[Line]) -> None:
+        self.plan = plan
+        found: dict[tuple[str, str | None], dict[Any, dict[tuple[str, int], float]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        for line in lines:
+            if line["stage"] == "tune" and plan.mine(line):
+                key = line["lr"], json.dumps(line["setting"])
+                found[line["method"], line["pattern"]][key][line["task"], line["seed"]] = line["dev"]
+        wanted = {(task, seed) for task in plan.tasks for seed in plan.tuning_seeds}
+        # (method, pattern) -> (learning rate, setting) -> the mean, for what has every task and seed.
+        self._means = {
+            cell: {key: mean(devs[pair] for pair in wanted) for key, devs in grid.items() if wanted <= devs.keys()}
+            for cell, grid in found.items()
+        }
+        at = dict.fromkeys(source for _, source in plan.patterns.values())
+        methods = [method for method in plan.methods if not method.endswith(DISTILLED)]
+        self.cells = [(m, pattern) for m in methods for pattern in ((None,) if m == "dense" else at)]
+        self.lrs = self._grid()
 
-def tuning(plan: Plan, lines: Sequence[Line], methods: Sequence[str]) -> Iterator[Spec]:
-    """Yield the tuning runs whose turn it is: a method's settings first, then learning rates with the best."""
-    specs: list[tuple[float, str, str | None, str]] = []
-    lrs = grid(plan, lines)
-    for method, pattern in tuned_methods(plan):
-        if method in methods:
-            specs += [(plan.middle, method, pattern, json.dumps(setting)) for setting in settings_of(method)]
-            best = _best_setting(plan, _devs(plan, lines, method, pattern), method)
-            if len(settings_of(method)) == 1:
-                best = json.dumps(settings_of(method)[0])
-            specs += [(lr, method, pattern, best) for lr in lrs if best is not None]
-    for seed in plan.tuning_seeds:
-        for task in plan.tasks:
-            for lr, method, pattern, setting in dict.fromkeys(specs):
-                yield Spec(task, plan.layers, pattern, method, seed, lr, plan.steps, setting, "tune")
+    def _grid(self) -> tuple[float, ...]:
+        """Return the learning rates of every method: the plan's, and one more where a choice lies on an edge."""
+        bests = [self._best(method, pattern, self.plan.lrs) for method, pattern in self.cells]
+        edges = {best[0] for best in bests if best is not None}
+        low, high = self.plan.lrs[0], self.plan.lrs[-1]
+        if low == high:
+            return self.plan.lrs
+        below = (float(f"{low / WIDER:.3g}"),) if low in edges else ()
+        return (*below, *self.plan.lrs, *((float(f"{high * WIDER:.3g}"),) if high in edges else ()))
+
+    def best_setting(self, method: str, pattern: str | None) -> str | None:
+        """Return the setting that is best at the middle learning rate; None while it is not known."""
+        if len(settings_of(method)) == 1:
+            return json.dumps(settings_of(method)[0])
+        means = self._means.get((method, pattern), {})
+        keys = [(self.plan.middle, json.dumps(setting)) for setting in settings_of(method)]
+        return max(keys, key=means.__getitem__)[1] if set(keys) <= means.keys() else None
+
+    def _best(self, method: str, pattern: str | None, lrs: Sequence[float]) -> tuple[float, str] | None:
+        means, setting = self._means.get((method, pattern), {}), self.best_setting(method, pattern)
+        if setting is None or not {(lr, setting) for lr in lrs} <= means.keys():
+            return None
+        return max(((lr, setting) for lr in lrs), key=means.__getitem__)
+
+    def choose(self, method: str, pattern: str | None) -> Choice | None:
+        """Return the learning rate and the setting with the best mean over the tasks' dev parts and the tuning seeds.
+
+        Args:
+            method: the method; one with distillation has the choice of that without, and the dense model's teacher.
+            pattern: the pattern of the final run.
+
+        Returns:
+            None while a run is missing that the choice needs.
+        """
+        source = None if pattern is None else self.plan.patterns[pattern][1]
+        best = self._best(method.removesuffix(DISTILLED), source, self.lrs)
+        if best is None:
+            return None
+        lr, setting = best[0], json.loads(best[1])
+        if method.endswith(DISTILLED):
+            teacher = self.choose("dense", None)
+            return None if teacher is None else (lr, {**setting, "teacher_lr": teacher[0]})
+        return lr, setting
+
+    def runs(self, methods: Sequence[str]) -> Iterator[Spec]:
+        """Yield the tuning runs whose turn it is: a method's settings first, then learning rates with the best."""
+        plan = self.plan
+        cells: list[tuple[float, str, str | None, str]] = []
+        for method, pattern in self.cells:
+            if method in methods:
+                cells += [(plan.middle, method, pattern, json.dumps(setting)) for setting in settings_of(method)]
+                best = self.best_setting(method, pattern)
+                cells += [(lr, method, pattern, best) for lr in self.lrs if best is not None]
+        for seed in plan.tuning_seeds:
+            for task in plan.tasks:
+                for lr, method, pattern, setting in dict.fromkeys(cells):
+                    yield Spec(task, plan.layers, pattern, method, seed, lr, plan.steps, setting, "tune")
 
 
 # Final runs ----------------------------------------------------------------------------------------------------------
-
-Choice = tuple[float, dict[str, Any]]
 
 
 def usual(plan: Plan, method: str) -> list[Choice]:
     """Return the (learning rate, setting) of a method in the table in which nothing is tuned."""
     setting = settings_of(method)[0]
     return [(lr, {**setting, "teacher_lr": lr} if method.endswith(DISTILLED) else setting) for lr in plan.usual_lrs]
-
-
-def tuned(plan: Plan, lines: Sequence[Line], method: str, pattern: str | None) -> Choice | None:
-    """Return the (learning rate, setting) of a method in the tuned table; None while tuning is not complete."""
-    choice = choose(plan, lines, method, pattern)
-    if choice is None or not method.endswith(DISTILLED):
-        return choice
-    teacher = choose(plan, lines, "dense", None)
-    return None if teacher is None else (choice[0], {**choice[1], "teacher_lr": teacher[0]})
 
 
 def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -251,12 +287,13 @@ def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 
 def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
     """Yield tuning and final runs, those that begin alike together, the most useful first."""
+    tuning = Tuning(plan, lines)
     for methods, patterns in blocks(plan):
         cells = [(m, p) for m in methods for p in ((None,) if m == "dense" else patterns)]
         plain = [(m, p, choice) for m, p in cells for choice in usual(plan, m)]
         yield from together(_final_specs(plan, plain))
-        yield from together(tuning(plan, lines, methods))
-        chosen = [(m, p, choice) for m, p in cells if (choice := tuned(plan, lines, m, p)) is not None]
+        yield from together(tuning.runs(methods))
+        chosen = [(m, p, choice) for m, p in cells if (choice := tuning.choose(m, p)) is not None]
         yield from together(_final_specs(plan, chosen))
 
 
@@ -305,9 +342,7 @@ def layers(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: 
     for pattern in ("1:4", "2:4"):
         for task in plan.explore_tasks:
             for seed in plan.tuning_seeds:
-                yield [
-                    Spec(task, plan.layers, pattern, "admm", seed, plan.explore_lrs[0], plan.steps, stage="layers")
-                ]
+                yield [Spec(task, plan.layers, pattern, "admm", seed, plan.explore_lrs[0], plan.steps, stage="layers")]
 
 
 STAGES = {"final": final, "explore": explore, "layers": layers}

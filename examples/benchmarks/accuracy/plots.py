@@ -90,7 +90,8 @@ def _draw_bars(axes: Axes, panel: Bars) -> None:
 
 def _draw_cloud(axes: Axes, panel: Cloud) -> None:
     for (name, points), colour in zip(panel.series, PALETTE * len(panel.series), strict=False):
-        axes.scatter(*zip(*points, strict=True), s=10, color=colour, label=name, linewidths=0)
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=10, color=colour, label=name, linewidths=0)
     axes.set_xscale("log")
     axes.axhline(0, color=OTHERS, linewidth=0.6)
     axes.set_xlabel(panel.x)

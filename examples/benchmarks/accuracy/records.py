@@ -124,10 +124,14 @@ def _lines(files: Iterable[Path]) -> Iterator[tuple[str, object]]:
             raise InputError(f"{path.name}: cannot be read: {error}") from error
         # Not splitlines(), which also cuts at separators that JSON allows inside a text.
         for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-            try:
-                yield f"{path.name}:{number}", json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path.name}:{number}: not JSON: {error}") from error
+            yield (where := f"{path.name}:{number}"), _parsed(line, where)
+
+
+def _parsed(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
 
 
 def _checked(line: object, where: str) -> dict[str, Any]:
@@ -143,7 +147,9 @@ def _checked(line: object, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {key}={_shorten(line[key])} must be {check.wanted}")
     if (line["pattern"] is None) != (line["method"] == "dense"):
         raise InputError(f"{where}: the pattern is null for dense runs and for no others")
-    if checks is RUN and ((line["test"] is None) != (line["stage"] != "final") or (line["dev"] is None) == (line["test"] is None)):
+    if checks is RUN and (
+        (line["test"] is None) != (line["stage"] != "final") or (line["dev"] is None) == (line["test"] is None)
+    ):
         raise InputError(f"{where}: final runs have a score on test alone, all others on dev alone")
     return line
 

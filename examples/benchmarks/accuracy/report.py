@@ -28,7 +28,6 @@ try:
     from layout import NOT_RUN, difference, plain, score, setting_text, signed, table
     from plans import PLANS, Line, Plan
     from plots import Bars, Cloud, Picture, Row, draw
-    from summary import estimate
     from tables import Table
     from targets import verdicts
 except ImportError as error:
@@ -37,8 +36,14 @@ except ImportError as error:
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 MARKS = ("<!-- study -->", "<!-- /study -->")
-WRITTEN = "<!-- Written by examples/benchmarks/accuracy/report.py from the raw files; changes by hand would be lost. -->"
+WRITTEN = (
+    "<!-- Written by examples/benchmarks/accuracy/report.py from the raw files; changes by hand would be lost. -->"
+)
 PROTOCOL = "`examples/benchmarks/accuracy/README.md`"
+CAPTION = (
+    "Test accuracy ± standard deviation (seeds), mean over tasks; `admm` minus the method with its 95 % interval; its "
+    "p-value, corrected by Holm for all methods at the pattern."
+)
 TITLES = {"full": "The study", "cpu": "The quick study", "smoke": "A trial"}
 
 
@@ -68,15 +73,17 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
             lines += _cost(which, words, pattern)
     for pattern in plan.patterns:
         family = tuned.family(pattern)
-        words = defaultdict(list)
+        by_word: dict[str, list[str]] = defaultdict(list)
         for method, found in family.items():
             if method not in ("dense", "asp") and not method.endswith(plans.DISTILLED):
-                words[found.word].append(f"`{method}`")
+                by_word[found.word].append(f"`{method}`")
         said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
-        parts = [f"{said[word]} {', '.join(words[word])}" for word in said if words[word]]
+        parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
         lines += [f"Tuned, {pattern}: `admm` is {'; '.join(parts)}."] if parts else []
     kd = [(p, d) for p in plan.patterns if (d := tuned.difference("admm+kd", "admm", p)) is not None]
-    lines += [f"Distillation adds {', '.join(f'{difference(d)} at {p}' for p, d in kd)} to `admm`, tuned."] if kd else []
+    lines += (
+        [f"Distillation adds {', '.join(f'{difference(d)} at {p}' for p, d in kd)} to `admm`, tuned."] if kd else []
+    )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -87,11 +94,9 @@ def _cost(which: Table, words: str, pattern: str) -> list[str]:
     if dense is None or ours is None or loss is None or rival is None or gain is None:
         return []
     told = "" if gain.word == "not resolved" else f", {gain.word}"
-    return [
-        f"{words}, {pattern} costs {difference(loss)} with `admm` (dense {plain(dense.mean)}, pruned "
-        f"{plain(ours.mean)}) and {difference(rival)} with one-shot magnitude pruning before training (`asp`): "
-        f"`admm` minus `asp` is {difference(gain.estimate)}{told}."
-    ]
+    ours_text = f"dense {plain(dense.mean)}; `admm` {plain(ours.mean)}, which is {difference(loss)}"
+    asp_text = f"one-shot magnitude pruning before training (`asp`) {difference(rival)}"
+    return [f"{words}, {pattern}: {ours_text}; {asp_text}; `admm` minus `asp` {difference(gain.estimate)}{told}."]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -108,8 +113,8 @@ def means(which: Table) -> str:
             found = which.family(pattern).get(method)
             row += [
                 score(which.mean(method, pattern)),
-                "" if method == "admm" else difference(found.estimate if found else None),
-                "" if found is None or found.p is None else f"{found.p:.3f}",
+                "" if found is None else difference(found.estimate),
+                "" if found is None or found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
             ]
         rows.append(row)
     return table(header, rows)
@@ -124,10 +129,11 @@ def by_task(which: Table) -> str:
             for method in which.plan.methods
             if which.of(method, pattern)
         ]
+        if len(rows) < 2:  # dense alone
+            continue
         ahead = [difference(which.difference("admm", "asp", pattern, task)) for task in which.plan.tasks]
-        if rows:
-            rows.append(["`admm` minus `asp`", *ahead])
-            parts.append(f"{pattern}:\n\n{table(['method', *which.plan.tasks], rows)}")
+        rows.append(["`admm` minus `asp`", *ahead])
+        parts.append(f"{pattern}:\n\n{table(['method', *which.plan.tasks], rows)}")
     return "\n\n".join(parts) or f"{NOT_RUN}."
 
 
@@ -235,34 +241,34 @@ def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
                 if found is not None:
                     low, high = found.interval or (found.mean, found.mean)
                     rows.append(Row(method, round(found.mean, 6), round(low, 6), round(high, 6)))
-            if rows:
+            if len(rows) > 1:  # not dense alone
                 panels.append(Bars(f"{pattern}, {which.name}", tuple(rows)))
     title = f"Test accuracy, mean over {len(usual.plan.tasks)} tasks"
     return [Picture(f"accuracy-{name}.svg", title, tuple(panels))] if panels else []
 
 
 def missing(plan: Plan, lines: Sequence[Line]) -> str:
-    """Say what the protocol declares and the raw files lack."""
-    done = {records.key_of(line) for line in lines}
-    left: Counter[tuple[str, str, str]] = Counter()
-    for which, choices in (
-        ("nothing tuned", lambda m, _: plans.usual(plan, m)),
-        ("tuned", lambda m, p: [c for c in [plans.tuned(plan, lines, m, p)] if c is not None] or [None]),
-    ):
+    """Say how many of the final runs that the protocol declares the raw files lack."""
+    done, tuning, rows = {records.key_of(line) for line in lines}, plans.Tuning(plan, lines), []
+    for which in ("nothing tuned", "tuned"):
         for method in plan.methods:
+            cells = dict.fromkeys(("dense", *plan.patterns), "")
             for pattern in (None,) if method == "dense" else tuple(plan.patterns):
-                for choice in choices(method, pattern):
-                    seeds = plan.seeds if pattern is None else plan.patterns[pattern][0]
-                    for task in plan.tasks:
-                        for seed in seeds:
-                            if choice is None:
-                                left[which, method, pattern or "dense"] += 1
-                                continue
-                            key = (task, plan.model, pattern, method, seed, choice[0], plan.steps, "final")
-                            if (*key, json.dumps(choice[1], sort_keys=True)) not in done:
-                                left[which, method, pattern or "dense"] += 1
-    rows = [[f"`{method}`, {pattern}", which, str(count)] for (which, method, pattern), count in left.items()]
-    return table(["method", "table", "final runs that were not done"], rows) if rows else "Everything that was declared."
+                seeds = plan.seeds if pattern is None else plan.patterns[pattern][0]
+                tuned = tuning.choose(method, pattern)
+                chosen = plans.usual(plan, method) if which == "nothing tuned" else [tuned] if tuned else []
+                wanted = [
+                    (lr, json.dumps(s, sort_keys=True), t, n) for lr, s in chosen for t in plan.tasks for n in seeds
+                ]
+                left = sum(
+                    (task, plan.model, pattern, method, seed, lr, plan.steps, "final", setting) not in done
+                    for lr, setting, task, seed in wanted
+                )
+                share = f"{left} of {len(wanted)} runs" if left else ""
+                cells[pattern or "dense"] = share if chosen else "not tuned"
+            if any(cells.values()):
+                rows.append([f"`{method}`, {which}", *cells.values()])
+    return table(["missing", "dense", *plan.patterns], rows) if rows else "Everything that was declared was run."
 
 
 def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, str]) -> tuple[list[str], list[Picture]]:
@@ -273,19 +279,11 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     if any(usual.scores.values()) or any(tuned.scores.values()):
         parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
         for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
-            parts += [
-                f"### {title}",
-                "Test accuracy ± standard deviation (seeds), mean over tasks; `admm` minus the method with its 95 % "
-                "interval; its p-value, corrected by Holm for all methods at the pattern.",
-                *(means(which), "Each task:", by_task(which)),
-            ]
+            parts += [f"### {title}", CAPTION, means(which), "Each task:", by_task(which)]
     if found := explored(plan, lines):
-        parts += [
-            "### What was explored on dev",
-            f"In the rows other than `{setting_text(plans.BASE)}`: points gained over that row, mean over tasks and "
-            "seeds, in brackets each seed.",
-            found,
-        ]
+        words = "points gained over that row, mean over tasks and seeds, in brackets each seed"
+        caption = f"In the rows other than `{setting_text(plans.BASE)}`: {words}."
+        parts += ["### What was explored on dev", caption, found]
     text, clouds = layer_pictures(plan, lines, name)
     if clouds:
         parts += ["### Does the model error predict the loss?", text]
@@ -307,7 +305,7 @@ def log(lines: Sequence[Line]) -> str:
             ["hours", plain(sum(line["seconds"] for line in mine if line["stage"] != "layers") / 3600)],
             *([key, _counted(line[key] for line in mine)] for key in ("device", "commit")),
             ["versions", _counted(setting_text(line["versions"]) for line in mine)],
-            ["learning rates", ", ".join(f"{lr:g}" for lr in plans.grid(plan, lines))],
+            ["learning rates", ", ".join(f"{lr:g}" for lr in plans.Tuning(plan, lines).lrs)],
         ]
         parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _tuning(plan, lines)]
     return "\n\n".join(parts) + "\n"
@@ -323,15 +321,15 @@ def _tuning(plan: Plan, lines: Sequence[Line]) -> str:
         if line["stage"] == "tune" and plan.mine(line):
             setting = json.dumps(line["setting"])
             grids[line["method"], line["pattern"]][line["lr"], setting].append(line["dev"])
-    rows = []
+    rows, tuning = [], plans.Tuning(plan, lines)
     for (method, pattern), grid in sorted(grids.items(), key=str):
-        choice = plans.choose(plan, lines, method, pattern)
+        choice = tuning.choose(method, pattern)
         for (lr, setting), devs in sorted(grid.items()):
             chosen = choice is not None and choice == (lr, json.loads(setting))
-            found = estimate(devs)
             text = setting_text({"lr": lr, **json.loads(setting)})
-            rows.append([f"`{method}`, {pattern or 'dense'}", text, score(found), "chosen" if chosen else ""])
-    header = ["method", "setting", "dev, mean ± standard deviation (runs)", ""]
+            mean = f"{plain(statistics.fmean(devs))} ({len(devs)})"
+            rows.append([f"`{method}`, {pattern or 'dense'}", text, mean, "chosen" if chosen else ""])
+    header = ["method", "setting", "dev, mean over tasks and seeds (runs)", ""]
     return table(header, rows) if rows else "Nothing was tuned."
 
 
@@ -370,12 +368,12 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
             shown = overview(usual, tuned)
             images = [f"![{picture.title}]({links[picture.name]})" for picture in accuracy_picture(usual, tuned, name)]
             first = "\n\n".join((lead(plan, usual, tuned), *images))
-    opening = [
-        *("# Accuracy study: results", WRITTEN, first),
+    where = (
         f"How the runs were made is in {PROTOCOL}; tuning grids, choices and provenance are in the "
         f"[log]({output.stem}-log.md); everything is computed from the raw files by "
-        "`python examples/benchmarks/accuracy/report.py`.",
-    ]
+        "`python examples/benchmarks/accuracy/report.py`."
+    )
+    opening = ["# Accuracy study: results", WRITTEN, first, where]
     pages = {output: "\n\n".join([*opening, *body]) + "\n", output.with_name(f"{output.stem}-log.md"): log(lines)}
     return pages, {picture: results / picture.name for picture in pictures}, shown or "Nothing was run yet."
 

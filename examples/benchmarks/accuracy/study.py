@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,15 +58,12 @@ def device_name(device: str) -> str:
     return f"cpu, {names[0] if names else 'unknown'}"
 
 
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def installed(package: str) -> bool:
+    """Return whether a package is there."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def read_lines(results: Path) -> list[Mapping[str, Any]]:
@@ -96,7 +93,7 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
         os.close(handle)
 
 
-def work(specs: list[training.Spec], name: str, options: argparse.Namespace, provenance: tuple[Any, ...]) -> list[str]:
+def work(specs: list[plans.Spec], name: str, options: argparse.Namespace, provenance: tuple[Any, ...]) -> list[str]:
     """Do runs that begin alike, in a worker; write each line when it is there, and return what to tell of each."""
     layers = specs[0].stage == "layers"
     measured = (
@@ -121,9 +118,7 @@ def work(specs: list[training.Spec], name: str, options: argparse.Namespace, pro
     return told
 
 
-def pending(
-    plan: plans.Plan, stage: str, results: Path, running: set[tuple[Any, ...]]
-) -> Iterator[list[training.Spec]]:
+def pending(plan: plans.Plan, stage: str, results: Path, running: set[tuple[Any, ...]]) -> Iterator[list[plans.Spec]]:
     """Yield what neither is done nor runs; tuning makes more as its results come in."""
     lines = read_lines(results)
     seen = {records.key_of(line) for line in lines} | running
@@ -134,7 +129,7 @@ def pending(
             yield left
 
 
-def spec_key(spec: training.Spec) -> tuple[Any, ...]:
+def spec_key(spec: plans.Spec) -> tuple[Any, ...]:
     """Return what tells the line of a run from others, see :func:`records.key_of`."""
     return records.key_of(training.line_of(spec, {}, "", "", {}))
 
@@ -142,10 +137,10 @@ def spec_key(spec: training.Spec) -> tuple[Any, ...]:
 def run_stage(name: str, stage: str, options: argparse.Namespace, executor: ProcessPoolExecutor) -> None:
     """Run what a stage lacks, telling how far it is."""
     plan = plans.PLANS[name]
-    packages = versions_of(("torch", "transformers", "torchao", "admm-nxm"))
+    packages = {name: version(name) for name in ("torch", "transformers", "torchao", "admm-nxm") if installed(name)}
     provenance = (device_name(options.device), commit_of(ROOT), packages)
     began, done = time.monotonic(), 0
-    running: dict[Future[list[str]], list[training.Spec]] = {}
+    running: dict[Future[list[str]], list[plans.Spec]] = {}
     while True:
         keys = {spec_key(spec) for specs in running.values() for spec in specs}
         waiting = list(pending(plan, stage, options.results, keys))

@@ -79,7 +79,8 @@ class Table:
 
 def tuned(plan: Plan, lines: Sequence[Line]) -> Table:
     """Build the table in which every method has the choice that dev made."""
-    found = {cell: plans.tuned(plan, lines, *cell) for cell in _cells(plan)}
+    tuning = plans.Tuning(plan, lines)
+    found = {cell: tuning.choose(*cell) for cell in _cells(plan)}
     return _table("tuned", plan, lines, {cell: [choice] for cell, choice in found.items() if choice is not None})
 
 
@@ -92,9 +93,7 @@ def _cells(plan: Plan) -> list[tuple[str, str | None]]:
     return [(m, p) for m in plan.methods for p in ((None,) if m == "dense" else tuple(plan.patterns))]
 
 
-def _table(
-    name: str, plan: Plan, lines: Sequence[Line], choices: dict[tuple[str, str | None], list[Choice]]
-) -> Table:
+def _table(name: str, plan: Plan, lines: Sequence[Line], choices: dict[tuple[str, str | None], list[Choice]]) -> Table:
     final: dict[Any, dict[tuple[str, int], float]] = defaultdict(dict)
     for line in lines:
         if line["stage"] == "final" and plan.mine(line):

@@ -78,9 +78,7 @@ def verdicts(usual: Table, tuned: Table) -> list[Verdict]:
 def _at_least(table: Table, first: str, second: str, pattern: str, limit: float) -> Verdict:
     found = table.difference(first, second, pattern)
     points = f"at least {limit:g} points over" if limit else "above"
-    return Verdict(
-        f"{table.name}, {pattern}: `{first}` {points} `{second}`", judge(found, limit), difference(found)
-    )
+    return Verdict(f"{table.name}, {pattern}: `{first}` {points} `{second}`", judge(found, limit), difference(found))
 
 
 def _near_dense(table: Table) -> Verdict:

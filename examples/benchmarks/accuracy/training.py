@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from admm_nxm.statistics import Statistics
 from batches import Encoded
 from methods import METHODS, Dense, Job, Method, dense_steps, weight_of, windows
 from network import Classifier, accuracy, logits_of
+from plans import DISTILLED, Spec
 from tasks import load_task, model_folder
 
 HEAD_LR = 1e-3
@@ -30,57 +30,13 @@ BATCH = 16
 MAX_LENGTH = 48
 WARMUP = 0.1
 REWARM_STEPS = 10
-DISTILLED = "+kd"
 TEMPERATURE = 2.0
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Everything that decides a run's outcome.
-
-    Args:
-        task: one of tasks.TASKS.
-        layers: encoder layers.
-        pattern: spelling of the pattern, None for dense.
-        method: a key of methods.METHODS, with ``+kd`` behind it for distillation from the dense run of the same seed.
-        seed: of the head, the batches and dropout.
-        lr: peak learning rate of the encoder.
-        steps: optimizer steps.
-        setting: JSON of the method's own hyperparameters; ``teacher_lr`` is the dense run's with distillation.
-        stage: see records.py; "final" is scored on test, all others on dev.
-    """
-
-    task: str
-    layers: int
-    pattern: str | None
-    method: str
-    seed: int
-    lr: float
-    steps: int
-    setting: str = "{}"
-    stage: str = "final"
-
-    @property
-    def model(self) -> str:
-        """The model in words."""
-        return f"MiniLM-L6, first {self.layers} layers"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The setting as an object."""
-        options: dict[str, Any] = json.loads(self.setting)
-        return options
-
-    @property
-    def trunk(self) -> tuple[Any, ...]:
-        """What runs have in common that share their first part."""
-        return (self.task, self.layers, self.seed, self.lr, self.steps, self.options.get("teacher_lr"))
-
-    @property
-    def dense_steps(self) -> int:
-        """How many steps of the run are those of the dense run."""
-        pattern = None if self.pattern is None else Pattern.parse(self.pattern)
-        return dense_steps(self.method.removesuffix(DISTILLED), pattern, self.options, self.steps)
+def dense_steps_of(spec: Spec) -> int:
+    """Return how many steps of a run are those of the dense run."""
+    pattern = None if spec.pattern is None else Pattern.parse(spec.pattern)
+    return dense_steps(spec.method.removesuffix(DISTILLED), pattern, spec.options, spec.steps)
 
 
 @functools.lru_cache(maxsize=4)
@@ -156,7 +112,7 @@ class Run:
             if self.teacher is not None:
                 loss = (loss + distillation(logits, self.teacher[batch.rows].to(self.device))) / 2
             method.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             method.step(number)
 
@@ -207,9 +163,9 @@ def train(specs: Sequence[Spec], cache: Path, device: str) -> Iterator[tuple[Spe
     run = Run(specs[0], cache, device)
     inner, at = run.inner(), 0
     dense = Dense(Job(inner, run.model, run.modules, None, specs[0].steps, 0, {}))
-    for spec in sorted(specs, key=lambda spec: spec.dense_steps):
-        run.advance(dense, at, spec.dense_steps)
-        at = spec.dense_steps
+    for spec in sorted(specs, key=dense_steps_of):
+        run.advance(dense, at, start := dense_steps_of(spec))
+        at = start
         kept = run.snapshot(inner)
         began = time.perf_counter()
         method = run.method(spec, run.restore(kept), at)
@@ -253,6 +209,7 @@ def layers_alone(spec: Spec, cache: Path, device: str) -> Iterator[tuple[Spec, d
     loss, score = dev_loss(run)
     for name, module in run.modules.items():
         weight, moments = weight_of(module).detach(), statistics.moments[name]
+        assert moments.outputs is not None, "statistics gather G unless told not to"
         original = weight.clone()
         weight.copy_(solve(weight, pattern, moments.inputs, moments.outputs).weight)
         error = model_error(original, weight, moments.inputs, moments.outputs)
@@ -298,7 +255,7 @@ def teacher_logits(spec: Spec, cache: Path, device: str) -> Tensor:
         run = Run(teacher, cache, device)
         run.advance(Dense(Job(run.inner(), run.model, run.modules, None, spec.steps, 0, {})), 0, spec.steps)
         training = encoded(spec.task, "train", cache, device)
-        seen = torch.cat([batch.rows for batch in run.batches]).unique()
+        seen = torch.cat([batch.rows for batch in run.batches]).unique()  # type: ignore[no-untyped-call]
         logits = torch.full((len(training), run.model.head.out_features), float("nan"))
         logits[seen] = logits_of(run.model, training.some(seen.tolist()))[seen]
         file.parent.mkdir(parents=True, exist_ok=True)
