@@ -90,7 +90,7 @@ def make_pictures(cache: Path) -> None:
 def digest() -> str:
     """Return a digest of what the pictures depend on: the package's sources, the scripts, and the versions in use."""
     found = hashlib.sha256()
-    sources = sorted(path for path in (ROOT / "admm_nxm").rglob("*") if path.suffix in (".py", ".c"))
+    sources = sorted((ROOT / "admm_nxm").rglob("*.py"))
     for path in (*sources, SCRIPT, SCRIPT.with_name("quickstart.py"), SCRIPT.with_name("quickstart-assets.txt")):
         found.update(f"{path.relative_to(ROOT)}\0".encode())
         found.update(path.read_bytes())

@@ -15,38 +15,44 @@ True
 """
 
 from ._version import __version__
-from .optimizer import ADMMNxM, ConvergenceWarning, Residuals, WeightResidual
+from .io.verify import verify
+from .optimizer import ADMMNxM, ConvergenceWarning
 from .pattern import Pattern
+from .progress import Figures
 from .projection import keep_mask, project
 from .report import ModelReport, sparsity_report
-from .saliency import Curvature, Saliency
-from .schedules import Constant, Every, Ramp, Rise, Update
+from .residuals import Residuals, WeightResidual
+from .schedules import Constant, Every, Penalty, Ramp, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
-from .sparsity import SparsityReport, SparsityViolation, WeightReport, verify
+from .solver import Solved, factorise, model_error, solve
+from .sparsity import SparsityReport, SparsityViolation, WeightReport
 
 __all__ = [
     "ADMMNxM",
     "Constant",
     "ConvergenceWarning",
-    "Curvature",
     "Every",
+    "Figures",
     "ModelReport",
     "Pattern",
+    "Penalty",
     "Ramp",
     "Residuals",
-    "Rise",
-    "Saliency",
     "SelectedWeight",
     "Selection",
     "SkippedWeight",
+    "Solved",
     "SparsityReport",
     "SparsityViolation",
     "Update",
     "WeightReport",
     "WeightResidual",
     "__version__",
+    "factorise",
     "keep_mask",
+    "model_error",
     "project",
+    "solve",
     "sparsity_report",
     "verify",
 ]

@@ -1,9 +1,11 @@
-"""The ADMM state of one weight in one buffer, v = z - u.
+"""The ADMM state of one weight of the paper's form in one buffer, v = z - u.
 
 After a z/u step z and u have disjoint support: with a = w + u, z is a on the mask and u is a off it. So v is a with
 its sign turned off the mask, |v| = |a| (or less off the mask), and the mask is again that of the ``keep`` largest
 |v|. z, u and the mask are read off v; nothing else is stored. This holds for a projection by magnitude, a rho that
 never falls while u is in use, and unrelaxed steps; anything else must store the mask beside v.
+
+v has the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -11,32 +13,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import eager
 from .pattern import Pattern
 from .projection import by_group, keep_mask, project
 
-__all__ = ["auxiliary", "dual", "initial", "is_mask_of", "mask", "primal_sums", "projected", "recast", "rescale"]
+__all__ = [
+    "add_penalty",
+    "advance",
+    "auxiliary",
+    "dual",
+    "initial",
+    "is_mask_of",
+    "primal_sums",
+    "projected",
+    "rescale",
+]
 
 
-def initial(weight: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
+def initial(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
     """Return the v that a run starts from, ``v = z = P(w)`` with ``u = 0``.
 
     Args:
         weight: w.
         pattern: the NxM pattern.
         dim: the grouped dimension.
-        dtype: dtype of the state.
 
     Returns:
-        A new tensor of the weight's shape and memory layout.
+        A new tensor of the weight's shape, dtype and memory layout.
     """
-    a = weight.to(dtype)
-    return torch.empty_like(a).copy_(torch.where(keep_mask(a, pattern, dim), a, -torch.zeros_like(a)))
+    return torch.empty_like(weight).copy_(torch.where(keep_mask(weight, pattern, dim), weight, -0.0))
 
 
-def mask(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
-    """Read the mask off v."""
-    return keep_mask(consensus, pattern, dim)
+def add_penalty(gradients: list[Tensor], weights: list[Tensor], consensus: list[Tensor], rho: float) -> None:
+    """Add the gradient of ``rho / 2 * ||w - v||^2``: ``g += rho * (w - v)``.
+
+    The difference is taken first, so that nothing is added where w = v and nothing cancels in 16-bit gradients.
+
+    Args:
+        gradients: one tensor a weight, changed in place.
+        weights: w.
+        consensus: v, of the weights' shapes.
+        rho: penalty, in units of the loss per squared weight; negative to maximise.
+    """
+    if gradients:
+        torch._foreach_add_(gradients, torch._foreach_sub(weights, consensus), alpha=rho)
+
+
+def advance(
+    weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int, *, with_dual: bool, dual_scale: float
+) -> Tensor:
+    """Do the z- and u-steps of one weight on its single buffer: ``v = a on mask(a), -scale * a (or 0) off it``.
+
+    Args:
+        weight: w.
+        consensus: v, changed in place.
+        pattern: the NxM pattern.
+        dim: the grouped dimension.
+        with_dual: whether u moves; else it becomes 0.
+        dual_scale: factor on u for a rho that has risen, ``rho_old / rho_new``, at most 1.
+
+    Returns:
+        float32 tensor of 4: ``||z_new - z_old||^2``, ``||w||^2``, how many places the mask gained, and how many it
+        keeps.
+
+    Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes.
+    """
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    old_mask = keep_mask(consensus, pattern, dim)
+    old_auxiliary = torch.where(old_mask, consensus, zero)
+    a = weight + dual(consensus, pattern, dim)
+    mask = keep_mask(a, pattern, dim)
+    moved = (torch.where(mask, a, zero).float() - old_auxiliary.float()).square_().sum()
+    # A dual of zero is stored as -0.0: only then is u, read as -v, the +0.0 that it is.
+    u = (a if dual_scale == 1.0 else a * dual_scale) if with_dual else torch.zeros_like(a)
+    consensus.copy_(torch.where(mask, a, -u))
+    gained = (mask & ~old_mask).sum()
+    return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])
 
 
 def auxiliary(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
@@ -53,8 +104,6 @@ def dual(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
 def projected(weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
     """Return ``P(w + u)`` and its mask.
 
-    The mask is that of w + u rounded to the dtype of v, as in the z-step.
-
     Args:
         weight: w.
         consensus: v.
@@ -62,37 +111,17 @@ def projected(weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int) -> 
         dim: the grouped dimension.
 
     Returns:
-        The projected weight in the weight's dtype, and the boolean mask.
+        The projected weight, and the boolean mask.
     """
-    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    a = eager.target(weight, consensus, keep_mask(consensus, pattern, dim))
-    kept = keep_mask(a.to(consensus.dtype), pattern, dim)
-    return torch.where(kept, a.to(weight.dtype), zero), kept
+    a = weight + dual(consensus, pattern, dim)
+    kept = keep_mask(a, pattern, dim)
+    return torch.where(kept, a, torch.zeros_like(a)), kept
 
 
 def primal_sums(weight: Tensor, auxiliary: Tensor) -> Tensor:
     """Return ``||w - z||^2`` and ``||w||^2`` as a float32 tensor of 2, on the weight's device."""
     w = weight.float()
     return torch.stack([(w - auxiliary.float()).square_().sum(), w.square().sum()])
-
-
-def recast(consensus: Tensor, pattern: Pattern, dim: int, dtype: torch.dtype) -> Tensor:
-    """Return v in another dtype with the same meaning.
-
-    Rounding v itself could tie a kept and a pruned place and so swap z with -u; a is rounded and split anew.
-
-    Args:
-        consensus: v in its present dtype.
-        pattern: the NxM pattern.
-        dim: the grouped dimension.
-        dtype: the new dtype.
-
-    Returns:
-        A new tensor.
-    """
-    kept = keep_mask(consensus, pattern, dim)
-    a = torch.where(kept, consensus, -consensus).to(dtype)
-    return torch.where(keep_mask(a, pattern, dim), a, -a)
 
 
 def rescale(consensus: Tensor, pattern: Pattern, dim: int, factor: float) -> None:

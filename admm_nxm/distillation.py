@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax, logsigmoid, mse_loss
 
-from ._checks import at_least
+from .checks import at_least
 
 __all__ = ["Head", "distillation_loss", "hidden_state_loss"]
 

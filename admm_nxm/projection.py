@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .pattern import Pattern
 
-__all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project"]
+__all__ = ["INTEGER_OF_SIZE", "by_group", "keep_mask", "project", "zero_outside"]
 
 # Ranking by pairwise comparison costs (group - 1) / 2 comparisons a weight and a sort costs about the same for any
 # group; on a CPU the two meet near groups of 32.
@@ -88,6 +88,18 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     [0.0, -4.0, 0.0, 4.0]
     """
     return torch.where(keep_mask(w, pattern, dim), w, torch.zeros((), dtype=w.dtype, device=w.device))
+
+
+def zero_outside(t: Tensor, mask: Tensor) -> None:
+    """Set to +0.0, in place, what a mask does not keep, be it NaN or infinite.
+
+    Args:
+        t: any floating dtype of up to 64 bits.
+        mask: boolean, of the shape of ``t``, True = kept.
+    """
+    # On the bits: a product would leave NaN where NaN was, and torch.where is many times slower on a CPU.
+    integer = INTEGER_OF_SIZE[t.element_size()]
+    t.view(integer).bitwise_and_(mask.to(integer).neg_())
 
 
 def _check(w: Tensor, pattern: Pattern, dim: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .schedules import Penalty, Plan, Update
+from .schedules import Plan, Update
 
 __all__ = ["ReferenceADMM", "keep_list", "project_list"]
 
@@ -46,16 +46,13 @@ def _or_zero(value: float) -> float:
 
 @dataclass
 class ReferenceADMM:
-    """Scaled ADMM on one weight, with plain gradient descent as the w-step.
+    """Scaled ADMM of the paper's form on one weight, with plain gradient descent as the w-step.
 
     Args:
         weight: of any shape, grouped along its last dimension. Read once; what the model holds is in :attr:`w`.
         pattern: the NxM pattern.
         plan: schedules, as :class:`admm_nxm.ADMMNxM` uses them.
         lr: step size of the gradient descent.
-        penalty: ``"lazy"``, ``"proximal"`` or ``"gradient"``.
-        state_dtype: dtype of z and u, or of the hidden w of the lazy form; the weight's own if None. torch.bool: the
-            lazy form hides nothing, and makes w of what the model is shown.
 
     Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes; NxMTransformer, section 3.2.
     """
@@ -64,56 +61,37 @@ class ReferenceADMM:
     pattern: Pattern
     plan: Plan
     lr: float
-    penalty: Penalty = "proximal"
-    state_dtype: torch.dtype | None = None
     w: list[float] = field(init=False)
     z: list[float] = field(init=False)
     u: list[float] = field(init=False)
     mask: list[bool] | None = field(init=False, default=None)
-    hidden: list[float] = field(init=False)  # lazy: w itself, while ``w`` holds what the model is shown
     steps: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.dtype = self.weight.dtype
-        self.hides = self.state_dtype is not torch.bool
-        self.narrow = self.state_dtype if self.state_dtype is not None and self.hides else self.dtype
-        self.wide = torch.promote_types(self.dtype, self.narrow)
         self.w = [float(value) for value in self.weight.detach().flatten().tolist()]
-        self.z = project_list([round_to(self.narrow, value) for value in self.w], self.pattern)
+        self.z = project_list(self.w, self.pattern)
         self.u = [0.0] * len(self.w)
-        self.kept = keep_list(self.w, self.pattern)  # lazy: the mask of z
-        self.hidden = [round_to(self.narrow, value) or -0.0 for value in self.w]
         self.rho = float(self.plan.rho(0))
-        if self.penalty == "lazy" and not self.hides:
-            self._show()
 
     def step(self, gradient: list[float]) -> None:
         """Do one step of gradient descent and whatever the plan says comes after it."""
-        frozen = self.mask is not None
         gradient = list(gradient)
-        if self.penalty == "lazy" and not frozen and self.rho > 0:
-            self._reveal()
         for i in range(len(self.w)):
             if self.mask is not None and not self.mask[i]:
                 gradient[i] = 0.0
-            elif not frozen and self.penalty == "gradient" and self.rho > 0:
-                gradient[i] = self._r(gradient[i] + self.rho * self._to_v(i))
+            elif self.mask is None and self.rho > 0:
+                # The penalty's gradient, rho (w - z + u).
+                away = self._r(self.w[i] - (self.z[i] - self.u[i]))
+                gradient[i] = self._plus_multiple(gradient[i], self.rho, away)
             self.w[i] = self._r(self.w[i] - self.lr * gradient[i])
             if self.mask is not None and not self.mask[i]:
                 self.w[i] = 0.0
         self.steps += 1
-        if frozen:
+        if self.mask is not None:
             return
-        if self.penalty == "proximal" and self.rho > 0:
-            kappa = self.rho / (1.0 + self.rho)
-            for i in range(len(self.w)):
-                self.w[i] = self._r(self.w[i] - kappa * self._to_v(i))
-        freezing = self.plan.freeze_at is not None and self.steps >= self.plan.freeze_at
-        if not (self.penalty == "lazy" and freezing):
-            self.update(self.plan.updates(self.steps))
-        if self.penalty == "lazy":
-            self._show()
-        if freezing:
+        self.update(self.plan.updates(self.steps))
+        if self.steps >= self.plan.prune_at:
             self.freeze()
 
     def update(self, kind: Update) -> None:
@@ -121,74 +99,34 @@ class ReferenceADMM:
         if kind is Update.NONE:
             return
         new_rho = float(self.plan.rho(self.steps))
-        if self.penalty == "lazy":
-            self.kept = keep_list(self.w, self.pattern)
-            self.rho = new_rho
-            return
         rescale = self.rho / new_rho if self.rho > 0 and new_rho > 0 else 1.0
         a = self._sum()
         kept = keep_list(a, self.pattern)
         for i in range(len(a)):
             self.z[i] = a[i] if kept[i] else 0.0
             # u = a - z, which is 0 where z = a; written out because inf - inf is not.
-            self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale, self.narrow)
+            self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale)
         self.rho = new_rho
 
     def freeze(self) -> None:
         """W = P(w + u), and its mask from now on."""
-        if self.penalty == "lazy":
-            if self.rho > 0:
-                self._reveal()
-            self.mask = self.kept if self.rho > 0 else keep_list(self.w, self.pattern)
-            self.w = [value if kept else 0.0 for value, kept in zip(self.w, self.mask, strict=True)]
-            return
-        wide = [round_to(self.wide, w + u) for w, u in zip(self.w, self.u, strict=True)]
-        self.mask = keep_list(self._sum(), self.pattern)
-        self.w = [self._r(value) if kept else 0.0 for value, kept in zip(wide, self.mask, strict=True)]
-
-    def _reveal(self) -> None:
-        """Give the pruned places their w back."""
-        for i, kept in enumerate(self.kept):
-            if kept:
-                continue
-            self.w[i] = self._r(self.hidden[i]) if self.hides else self._times(self.w[i], self._divisor(), self.dtype)
-
-    def _show(self) -> None:
-        """Keep w aside, and show the model the proximal point between w and z = P(w)."""
-        kappa = self.rho / (1.0 + self.rho)
-        for i, kept in enumerate(self.kept):
-            if kept:
-                self.z[i] = self.w[i]
-                continue
-            self.z[i] = 0.0
-            if not self.hides and self.rho > 0:
-                self.w[i] = self._over(self.w[i], self._divisor(), self.dtype)
-            elif self.hides:
-                self.hidden[i] = round_to(self.narrow, self.w[i]) or -0.0
-                if kappa:
-                    self.w[i] = self._times(self.w[i], 1.0 - kappa, self.dtype)
-
-    def _divisor(self) -> float:
-        """1 + rho, up to where more would only cost precision."""
-        return 1.0 + min(self.rho, 2.0**20)
+        a = self._sum()
+        self.mask = keep_list(a, self.pattern)
+        self.w = [value if kept else 0.0 for value, kept in zip(a, self.mask, strict=True)]
 
     def _sum(self) -> list[float]:
-        """W + u, in the dtype of z and u."""
-        return [round_to(self.narrow, round_to(self.wide, w + u)) for w, u in zip(self.w, self.u, strict=True)]
+        """W + u."""
+        return [self._r(w + u) for w, u in zip(self.w, self.u, strict=True)]
 
-    def _to_v(self, i: int) -> float:
-        """W - z + u at one place."""
-        return round_to(self.wide, self.w[i] - (self.z[i] - self.u[i]))
-
-    def _times(self, value: float, factor: float, dtype: torch.dtype) -> float:
+    def _times(self, value: float, factor: float) -> float:
         """Multiply as torch does a tensor by a Python number: both in float32 for dtypes up to that."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return round_to(dtype, round_to(compute, value * round_to(compute, factor)))
+        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self._r(round_to(compute, value * round_to(compute, factor)))
 
-    def _over(self, value: float, divisor: float, dtype: torch.dtype) -> float:
-        """Divide likewise."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return round_to(dtype, round_to(compute, value / round_to(compute, divisor)))
+    def _plus_multiple(self, value: float, factor: float, other: float) -> float:
+        """Add a multiple as torch does with ``alpha``."""
+        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self._r(round_to(compute, value + round_to(compute, round_to(compute, factor) * other)))
 
     def _r(self, value: float) -> float:
         return round_to(self.dtype, value)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Residuals", "WeightResidual", "ratio"]
+__all__ = ["Residuals", "WeightResidual", "measure", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class WeightResidual:
     mask_churn: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Residuals:
-    """The residuals over all prunable weights together, and of each.
+    """The residuals over all prunable weights together, and of each; prints as a few lines, the worst weights last.
 
     Args:
         primal: ``||w - z|| / ||w||`` of all weights as one vector; what projecting now would change.
@@ -41,6 +41,44 @@ class Residuals:
     dual: float
     mask_churn: float
     per_weight: Mapping[str, WeightResidual]
+
+    def __str__(self) -> str:
+        lines = [_line(f"all {len(self.per_weight)} weights", self)]
+        worst = sorted(self.per_weight, key=lambda name: -self.per_weight[name].primal)[:3]
+        lines.extend(_line(f"  {name}", self.per_weight[name]) for name in worst)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _line(label: str, figures: WeightResidual | Residuals) -> str:
+    return (
+        f"{label}: primal {figures.primal:.2%}, dual {figures.dual:.2%} of the norm, "
+        f"{figures.mask_churn:.2%} of the mask moved"
+    )
+
+
+def measure(rows: Mapping[str, Sequence[float]]) -> Residuals:
+    """Make residuals of sums of squares.
+
+    Args:
+        rows: name -> ``||w - z||^2``, ``||w||^2``, then of the last z-step ``||z_new - z_old||^2``, ``||w||^2``, how
+            many places the mask gained and how many it keeps; NaN where it is not known.
+
+    Returns:
+        The residuals of each, and of all together; there, a weight whose z has not moved counts as standing still.
+    """
+
+    def figures(row: Sequence[float]) -> tuple[float, float, float]:
+        gap, norm, moved, norm_then, gained, kept = row
+        return ratio(gap, norm), ratio(moved, norm_then), gained / kept if kept else 0.0
+
+    known = any(not math.isnan(row[2]) for row in rows.values())
+    total = [
+        sum(0.0 if known and math.isnan(value) else value for value in column)
+        for column in zip(*rows.values(), strict=True)
+    ]
+    return Residuals(*figures(total), {name: WeightResidual(*figures(row)) for name, row in rows.items()})
 
 
 def ratio(numerator: float, denominator: float) -> float:

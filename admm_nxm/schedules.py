@@ -1,17 +1,16 @@
-"""When rho rises, when z and u move and when the mask freezes: picklable values, step -> value.
+"""When a run prunes, and how the paper's form moves rho, z and u: picklable values, step -> value.
 
-``step`` counts finished optimizer steps. A penalty schedule is read whenever z moves, so that rho is constant within
-one w-step, and the subproblem that the inner optimizer works on does not change under it.
+``step`` counts finished optimizer steps.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from ._checks import at_least, is_count
+from .checks import at_least, is_count
 
 __all__ = [
     "Constant",
@@ -19,15 +18,119 @@ __all__ = [
     "Penalty",
     "Plan",
     "Ramp",
-    "Rise",
     "Schedule",
+    "Timeline",
     "Update",
     "UpdateSchedule",
     "check_update",
     "make_plan",
+    "make_timeline",
+    "next_rho",
 ]
 
-Penalty = Literal["lazy", "proximal", "gradient"]
+PRUNE_AT_PERCENT = 85
+"""The share of a run after which the solve stands."""
+
+PAPER_PRUNE_AT_PERCENT = 70
+"""The same for the paper's form."""
+
+CALIBRATION_STEPS = 16
+"""Calibration steps of one window, where the run is long enough."""
+
+_FEW_CALIBRATION_STEPS = 8
+"""Below this many, a default gets a warning."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The phases of a run with the exact w-step.
+
+    Args:
+        total_steps: optimizer steps of the whole run; None if unknown.
+        prune_at: the step after which the last window's solve stands.
+        windows: how many windows of weights follow one another; 0 for a run that begins frozen.
+        calibration_steps: steps of each window in which A and G are gathered.
+    """
+
+    total_steps: int | None
+    prune_at: int
+    windows: int
+    calibration_steps: int
+
+    @property
+    def start(self) -> int:
+        """The number of finished steps at which calibration begins."""
+        return self.prune_at - self.windows * self.calibration_steps
+
+    @property
+    def few_calibration_steps(self) -> str | None:
+        """What to say of a default that leaves too few calibration steps; None if there are enough."""
+        if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
+            return None
+        return (
+            f"the run is short: A and G are gathered in {self.calibration_steps} steps for each of {self.windows} "
+            f"windows, fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or give "
+            "calibration_steps"
+        )
+
+
+def make_timeline(
+    total_steps: int | None, prune_at: int | None, calibration_steps: int | None, windows: int
+) -> Timeline:
+    """Place the solve and the calibration steps in a run.
+
+    Args:
+        total_steps: optimizer steps of the whole run, or None.
+        prune_at: the step after which the solve stands, or None for 85 % of ``total_steps``; 0 begins frozen.
+        calibration_steps: calibration steps of each window, or None for 16, or for a fifth of a short run.
+        windows: how many windows of weights there are.
+
+    Returns:
+        The timeline.
+
+    Raises:
+        TypeError, ValueError: neither length is given, a number is out of range, or the calibration does not fit.
+    """
+    prune_at = _check_lengths(total_steps, prune_at, PRUNE_AT_PERCENT)
+    if calibration_steps is not None:
+        is_count("calibration_steps", calibration_steps, 1)
+    if prune_at == 0:
+        return Timeline(total_steps, 0, 0, calibration_steps or CALIBRATION_STEPS)
+    if windows > prune_at:
+        raise ValueError(
+            f"the statistics of the weights need {windows} windows of calibration, at least one step each, and "
+            f"prune_at={prune_at} leaves fewer steps than that; give a larger statistics_memory (bytes), or train "
+            "longer"
+        )
+    if calibration_steps is None:
+        fifth = (total_steps if total_steps is not None else prune_at) // 5
+        calibration_steps = min(CALIBRATION_STEPS, max(1, fifth // windows), prune_at // windows)
+    elif windows * calibration_steps > prune_at:
+        raise ValueError(
+            f"calibration_steps={calibration_steps} for each of {windows} windows does not fit before "
+            f"prune_at={prune_at}; it can be at most {prune_at // windows} here"
+        )
+    return Timeline(total_steps, prune_at, windows, calibration_steps)
+
+
+def _check_lengths(total_steps: int | None, prune_at: int | None, percent: int) -> int:
+    """Return ``prune_at``, or its default."""
+    if total_steps is not None:
+        is_count("total_steps", total_steps, 1)
+    if prune_at is not None:
+        is_count("prune_at", prune_at, 0)
+        if total_steps is not None and prune_at > total_steps:
+            raise ValueError(f"prune_at={prune_at} lies beyond total_steps={total_steps}; it must be at most that")
+        return prune_at
+    if total_steps is None:
+        raise ValueError(
+            "neither total_steps nor prune_at is given, so nothing says when to prune; give total_steps=(the number of "
+            "optimizer steps of the whole run), or prune_at=(the step after which the weights are pruned)"
+        )
+    return max(1, total_steps * percent // 100)
+
+
+# ---------------------------------------------------------------- the paper's form
 
 
 class Update(enum.IntEnum):
@@ -110,24 +213,6 @@ class Ramp:
 
 
 @dataclass(frozen=True)
-class Rise:
-    """A linear rise without end, for runs of unknown length.
-
-    Args:
-        rate: how much rho rises a step, at least 0; rho is ``rate`` in the first step.
-    """
-
-    rate: float
-
-    def __post_init__(self) -> None:
-        at_least("rate", self.rate, 0.0)
-
-    def __call__(self, step: int, /) -> float:
-        """Return ``rate * (step + 1)``."""
-        return self.rate * (step + 1)
-
-
-@dataclass(frozen=True)
 class Every:
     """z moves every ``interval`` steps from ``start`` on; u moves with it from ``dual_start`` on.
 
@@ -160,110 +245,42 @@ class Every:
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """The w-step of the paper: the inner optimizer's own steps on ``f(w) + rho / 2 ||w - z + u||^2``.
+
+    Args:
+        rho: penalty, in units of the loss per squared weight, a number or a schedule (step -> rho, read whenever z
+            moves); it wants tuning, by factors of 10.
+        update_every: steps between two z/u updates, or a schedule (step -> :class:`Update`); by default a fifteenth of
+            the run. A number moves z and u together.
+    """
+
+    rho: float | Schedule = 1e-2
+    update_every: int | UpdateSchedule | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The schedules of one run.
+    """The schedules of one run of the paper's form.
 
     Args:
         rho: penalty schedule.
         updates: update schedule.
-        freeze_at: number of steps after which the mask freezes by itself; None waits for ``finalize()``.
+        prune_at: number of steps after which the mask freezes.
     """
 
     rho: Schedule
     updates: UpdateSchedule
-    freeze_at: int | None
+    prune_at: int
 
 
-def default_plan(
-    penalty: Penalty, total_steps: int | None, freeze_at: int | None = None, interval: int | None = None
-) -> Plan:
-    """Return the schedules that need no tuning.
-
-    With a known length: a short dense start (5 % of the run), then rho rises geometrically until the mask freezes, and
-    the rest of the run fine-tunes the kept weights under it.
-
-    - lazy: rho from 0.03 to 1000 until 90 % of the run. What the model is shown goes from w to z and arrives before
-      the freeze whatever the learning rate, so nothing is left to project.
-    - proximal: rho from 0.001 to 100 until 70 %. The pull is so strong at the end that pruned weights are held at zero
-      whatever the learning rate. The dual joins for the last fifth of the rise, when the mask has settled.
-    - gradient: rho from 0.001 to 10 until 70 %. Nothing guarantees that w has come near z by then, and a dual would
-      only inflate what is to be projected: it stays at zero.
-
-    Without a known length rho rises for ever, and the dual stays at zero.
+def make_plan(penalty: Penalty, total_steps: int | None, prune_at: int | None) -> Plan:
+    """Fill in the defaults of the paper's form, and walk through its schedules once.
 
     Args:
-        penalty: the form of the penalty, which sets the unit of rho.
-        total_steps: number of optimizer steps of the whole run, or None if unknown.
-        freeze_at: number of steps after which the mask freezes, or None for the form's own share of the run.
-        interval: steps between two updates, or None for at most 10.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: ``interval`` is longer than the constrained phase.
-    """
-    default = _DEFAULTS[penalty]
-    if freeze_at is not None:
-        stop = freeze_at
-    elif total_steps is not None:
-        stop = max(1, (total_steps * default.constrained) // 100)
-    else:
-        return Plan(Rise(default.rise), Every(10 if interval is None else interval, dual_start=None), None)
-    start = stop * 5 // default.constrained
-    longest = max(1, stop - start)
-    if interval is None:
-        interval = min(10, max(1, longest // 20))
-    elif interval > longest:
-        raise ValueError(
-            f"update_every={interval} is longer than the constrained phase, {longest} steps from step {start} to the "
-            f"freeze after step {stop}: z would never move; choose a shorter interval or a longer run"
-        )
-    settled = stop - longest // 5 if default.late_dual else None
-    return Plan(
-        # rho is read only when z moves: the ramp ends early enough for its last value to be in force before the freeze.
-        Ramp(default.initial, default.final, start=start, stop=max(start, stop - 2 * interval)),
-        Every(interval, start=start, dual_start=settled),
-        stop,
-    )
-
-
-@dataclass(frozen=True)
-class _Default:
-    """The default plan of one form: rho at both ends, its rise per step where the length is unknown, the share of the
-    run (in percent) until the freeze, and whether the dual joins at the end."""
-
-    initial: float
-    final: float
-    rise: float
-    constrained: int
-    late_dual: bool
-
-
-_DEFAULTS: dict[Penalty, _Default] = {
-    "lazy": _Default(initial=0.03, final=1000.0, rise=0.1, constrained=90, late_dual=False),
-    "proximal": _Default(initial=1e-3, final=100.0, rise=1e-3, constrained=70, late_dual=True),
-    "gradient": _Default(initial=1e-3, final=10.0, rise=1e-3, constrained=70, late_dual=False),
-}
-
-
-def make_plan(
-    penalty: Penalty,
-    total_steps: int | None,
-    rho: float | Schedule | None,
-    update_every: int | UpdateSchedule | None,
-    freeze_at: int | None,
-    takes_dual: bool,
-) -> Plan:
-    """Fill in the default plan with what the user set, and check it.
-
-    Args:
-        penalty: the form of the penalty.
-        total_steps: number of optimizer steps of the whole run, or None.
-        rho: a number, a schedule or None for the default.
-        update_every: an interval in steps, a schedule or None for the default.
-        freeze_at: number of steps after which the mask freezes, or None for the default.
-        takes_dual: whether the form of the penalty has a dual; a schedule that moves it is refused otherwise.
+        penalty: rho and the update schedule.
+        total_steps: optimizer steps of the whole run, or None.
+        prune_at: the step after which the mask freezes, or None for 70 % of ``total_steps``.
 
     Returns:
         The plan.
@@ -271,44 +288,26 @@ def make_plan(
     Raises:
         TypeError, ValueError: a value out of range; the message names it, the range and the remedy.
     """
-    if total_steps is not None:
-        is_count("total_steps", total_steps, 1)
-    if freeze_at is not None:
-        is_count("freeze_at", freeze_at, 1)
-        if total_steps is not None and freeze_at > total_steps:
-            raise ValueError(f"freeze_at={freeze_at} lies beyond total_steps={total_steps}; it must be at most that")
-    interval = None
-    if isinstance(update_every, int):
-        is_count("update_every", update_every, 1)
-        interval, update_every = update_every, None
-    # The default ramp needs room for the interval; with a rho of the user's own, the interval is the user's affair.
-    plan = default_plan(penalty, total_steps, freeze_at, interval if rho is None else None)
-    if rho is not None:
-        if isinstance(rho, (int, float)) and not isinstance(rho, bool):
-            rho = Constant(float(rho))
-        elif not callable(rho):
-            raise TypeError(f"rho={rho!r} must be a number or a schedule (step -> number)")
-        # Whether the mask settles under a rho of the user's own is not known: the dual joins when the user says so.
-        assert isinstance(plan.updates, Every)
-        plan = replace(plan, rho=rho, updates=replace(plan.updates, dual_start=None))
-    if interval is not None:
-        assert isinstance(plan.updates, Every)
-        plan = replace(plan, updates=replace(plan.updates, interval=interval))
-    elif update_every is not None:
-        if not callable(update_every):
-            raise TypeError(f"update_every={update_every!r} must be an int or a schedule (step -> Update)")
-        plan = replace(plan, updates=update_every)
-    every = plan.updates
-    unknown = total_steps is None and plan.freeze_at is None
-    if not takes_dual and unknown and isinstance(every, Every) and every.dual_start is not None:
-        first = max(1, every.start, every.dual_start)
-        for step in range(first, first + every.interval):
-            check_update(every(step), False, step)
-    # Without a known length the first step still tells a schedule from something else.
-    highest = _rehearse(plan, total_steps or plan.freeze_at or 1, takes_dual)
-    if highest == 0 and freeze_at is None and total_steps is not None:
-        # Without a penalty the run is the inner optimizer's own, bit for bit, until finalize() is called.
-        plan = replace(plan, freeze_at=None)
+    prune_at = _check_lengths(total_steps, prune_at, PAPER_PRUNE_AT_PERCENT)
+    rho, every = penalty.rho, penalty.update_every
+    if isinstance(rho, (int, float)) and not isinstance(rho, bool):
+        rho = Constant(float(rho))
+    elif not callable(rho):
+        raise TypeError(f"rho={rho!r} must be a number or a schedule (step -> number)")
+    if every is None:
+        every = Every(max(1, (total_steps or prune_at) // 15))
+    elif isinstance(every, int):
+        is_count("update_every", every, 1)
+        if every > prune_at > 0:
+            raise ValueError(
+                f"update_every={every} is longer than the run up to prune_at={prune_at}: z would never move; choose a "
+                "shorter interval or a longer run"
+            )
+        every = Every(every)
+    elif not callable(every):
+        raise TypeError(f"update_every={every!r} must be an int or a schedule (step -> Update)")
+    plan = Plan(rho, every, prune_at)
+    _rehearse(plan)
     return plan
 
 
@@ -334,9 +333,9 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
     try:
         value = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"rho is {value!r} at step {step}; a number is needed: mend the schedule") from None
+        raise TypeError(f"the rho schedule returns {value!r} at step {step}; let it return a number") from None
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"rho is {value} at step {step}; it must be finite and at least 0: mend the schedule")
+        raise ValueError(f"the rho schedule returns {value} at step {step}; let it return a finite number, at least 0")
     if dual_in_use and value < current:
         raise ValueError(
             f"rho falls from {current} to {value} at step {step} while the dual is in use; keep rho constant or "
@@ -345,45 +344,32 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
     return value
 
 
-def check_update(update: Update, takes_dual: bool, step: int) -> None:
+def check_update(update: Update, step: int) -> None:
     """Refuse what an update schedule cannot ask for.
 
     Args:
         update: what the schedule returned.
-        takes_dual: whether the form of the penalty has a dual.
         step: number of finished steps, for the message.
 
     Raises:
         TypeError: not an Update.
-        ValueError: a dual step where the form of the penalty has no dual.
     """
     if not isinstance(update, Update):
         raise TypeError(
             f"the update schedule returns {update!r} at step {step}; return Update.NONE, Update.AUXILIARY or "
             "Update.AUXILIARY_AND_DUAL"
         )
-    if update is Update.AUXILIARY_AND_DUAL and not takes_dual:
-        raise ValueError(
-            f'the update schedule asks for a dual step at step {step}, and penalty="lazy" has no dual: w is not moved '
-            "toward z, and u would grow without end. Leave the dual out with Every(interval, dual_start=None), or use "
-            'penalty="proximal" or penalty="gradient"'
-        )
 
 
-def _rehearse(plan: Plan, total_steps: int, takes_dual: bool) -> float:
-    """Walk through the schedules of a whole run, so that a bad value is found before training starts, and return the
-    highest rho."""
-    highest = rho = next_rho(plan, 0, 0.0, False)
-    dual_in_use = False
-    end = total_steps if plan.freeze_at is None else min(total_steps, plan.freeze_at)
+def _rehearse(plan: Plan) -> None:
+    """Walk through the schedules of a whole run, so that a bad value is found before training starts."""
+    rho, dual_in_use = next_rho(plan, 0, 0.0, False), False
     every = plan.updates
     # What moves nothing needs no look: a long run is not walked step by step where its interval is known.
     first, interval = (every.start or every.interval, every.interval) if type(every) is Every else (1, 1)
-    for step in range(first, end + 1, interval):
+    for step in range(first, plan.prune_at + 1, interval):
         update = every(step)
-        check_update(update, takes_dual, step)
+        check_update(update, step)
         if update is not Update.NONE:
             dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL
             rho = next_rho(plan, step, rho, dual_in_use)
-            highest = max(highest, rho)
-    return highest

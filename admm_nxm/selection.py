@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from ._table import format_table
+from .grouping import such_as
+from .memory import is_plain, takes_zeros
 from .pattern import Pattern
+from .table import format_table
 
 __all__ = [
     "TRAINABLE_DTYPES",
@@ -26,7 +30,9 @@ __all__ = [
     "is_conv1d",
     "is_embedding",
     "named_tensors",
+    "owners_of",
     "select_weights",
+    "with_late_weights",
 ]
 
 # Evaluated at run time, where ``|`` between a type and a Callable needs a newer Python than 3.10.
@@ -49,7 +55,14 @@ _HEADS = {
     "summary",
 }
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-_EMBEDDINGS = re.compile(r"embed|^wte$|^wpe$|^shared$|relative_attention_bias")
+# Names of the modules themselves: an encoder below "image_embed" is none.
+_EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^wte$|^wpe$|^shared$|relative_attention_bias")
+# A member of a list of blocks: "3", or as torchvision calls it "encoder_layer_3".
+_MEMBER = re.compile(r"(?P<stem>.*_)?\d+")
+# The tensors that stand for a weight which torch's utilities took apart.
+_PARAMETRIZED = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<attribute>\w+)\.original\d*")
+_SPLIT = re.compile(r"(?P<module>.*\.)?(?P<attribute>\w+)_(?:orig|g|v)")
+_ADAPTERS = re.compile(r"(^|\.)(base_layer|modules_to_save|lora_\w+)\.")
 # Where only names are at hand, these are transformers' Conv1D in GPT-2 and its kin, stored as (input, output), or a
 # Linear in other families.
 _CONV1D_NAMES = {"c_attn", "c_fc", "c_proj", "q_attn"}
@@ -68,6 +81,7 @@ class SelectedWeight:
         pattern: the NxM pattern.
         dim: the grouped dimension, counted from the front.
         aliases: further names of the same tensor, if it is tied.
+        note: what is special about how it is pruned, for the printout.
     """
 
     name: str
@@ -75,6 +89,7 @@ class SelectedWeight:
     pattern: Pattern
     dim: int
     aliases: tuple[str, ...] = ()
+    note: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,15 @@ class Selection:
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.weights)}")
 
+    def with_skipped(self, *weights: SkippedWeight) -> Selection:
+        """Return a selection with further parameters that stay dense.
+
+        Args:
+            weights: what stays dense; each replaces the entry of its name.
+        """
+        new = {weight.name for weight in weights}
+        return Selection(self.weights, (*(s for s in self.skipped if s.name not in new), *weights))
+
     def __str__(self) -> str:
         rows = [(w.name, "x".join(map(str, w.shape)), str(w.pattern), str(w.dim)) for w in self.weights]
         total = sum(math.prod(w.shape) for w in self.weights)
@@ -122,6 +146,11 @@ class Selection:
             f"{len(self.weights)} prunable weights, {total:,} of {total + rest:,} parameters",
             format_table(("weight", "shape", "pattern", "dim"), rows),
         ]
+        notes: dict[str, list[str]] = {}
+        for weight in self.weights:
+            if weight.note:
+                notes.setdefault(weight.note, []).append(weight.name)
+        lines += [f"{note}: {len(names)} weights ({such_as(names)})" for note, names in notes.items()]
         reasons: dict[str, list[SkippedWeight]] = {}
         for skipped in self.skipped:
             reasons.setdefault(skipped.reason, []).append(skipped)
@@ -141,17 +170,41 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class _Holder:
+    """How a weight is held that is no parameter itself, and is made anew from others in every pass."""
+
+    weight: str
+    owner: nn.Module | None
+    what: str
+    remedy: str
+    largest: bool = True
+    """Whether this parameter is the one that stands for the weight; others are scales and the like."""
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """A distinct parameter with every place where it stands in the model."""
 
     param: Tensor
     names: tuple[str, ...]
     owners: tuple[nn.Module | None, ...]
-    in_block: bool
+    blocks: tuple[str, ...]
+    """Prefixes of the repeated blocks that it is in, by any of its names; the outermost first."""
+    holder: _Holder | None = None
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def title(self) -> str:
+        """The name of the weight, be it a parameter or not."""
+        return self.name if self.holder is None else self.holder.weight
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """The names that rules may use."""
+        return self.names if self.holder is None else (*self.names, self.holder.weight)
 
     @property
     def places(self) -> Iterator[tuple[str, nn.Module | None]]:
@@ -175,7 +228,7 @@ def select_weights(
 
     By default these are the weights of ``nn.Linear`` and of transformers' ``Conv1D`` in the repeated blocks, without
     embeddings, weights tied to them, heads and routers. Where only names and tensors are given, 2-D tensors in
-    numbered blocks count as such.
+    numbered blocks count as such, and embeddings are told by their modules' names.
 
     Args:
         model: a module, or pairs of name and tensor.
@@ -185,8 +238,9 @@ def select_weights(
             default rules.
         dims: regular expression -> grouped dimension, where it is not that of the module's input.
         ineligible: what to do with a weight that the rules ask for and that cannot be pruned (frozen, not held by
-            the optimizer, a width that is no multiple of the group, not floating point): ``"error"``, or ``"skip"``
-            to leave it dense and say so in the selection.
+            the optimizer, held by a parametrization, a width that is no multiple of the group, not floating point,
+            a tensor class that takes no zeros): ``"error"``, or ``"skip"`` to leave it dense and say so in the
+            selection.
         trainable: whether the weights are going to be trained; False accepts frozen ones.
         held: ids of the parameters that the optimizer holds; None accepts all.
 
@@ -196,11 +250,13 @@ def select_weights(
     Raises:
         TypeError: ``model`` has no names, or ``select`` is of the wrong kind.
         ValueError: nothing to prune, an ineligible weight, a rule that matches nothing, a flattened parameter, two
-            tensors of one name.
+            tensors of one name, adapters of PEFT.
     """
     if ineligible not in ("error", "skip"):
         raise ValueError(f'ineligible={ineligible!r} must be "error" or "skip"')
     candidates = _candidates(model)
+    if trainable or select is None:
+        _refuse_adapters(model, candidates, trainable)
     rule_of = _explicit_rules(select, candidates) if select is not None else _default_rules(pattern)
     dim_rules = [(_compile("dims", expression, candidates), dim) for expression, dim in (dims or {}).items()]
     weights: list[SelectedWeight] = []
@@ -220,7 +276,7 @@ def select_weights(
         problem = _ineligible(candidate, rule, dim, trainable, held)
         if problem is not None and ineligible == "error":
             raise ValueError(
-                f"weight {candidate.name!r} of shape {shape} cannot be pruned to {rule}: {problem[0]}; {problem[1]}, "
+                f"weight {candidate.title!r} of shape {shape} cannot be pruned to {rule}: {problem[0]}; {problem[1]}, "
                 'or leave it dense by a select rule, or all such weights with ineligible="skip"'
             )
         if problem is not None:
@@ -236,6 +292,69 @@ def select_weights(
             "for instance select={r'.*\\.weight': '2:4'}"
         )
     return selection, params
+
+
+def owners_of(model: nn.Module, selection: Selection) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Find the modules that hold the weights of a selection, as they are now.
+
+    Args:
+        model: the module, wrapped or not.
+        selection: weights by their names in it.
+
+    Returns:
+        Name of the weight -> each module that has it and the name of the attribute there; several if it is tied.
+
+    Raises:
+        ValueError: the model has no parameter of that name.
+    """
+    holding: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in unwrap_model(model).named_modules(remove_duplicate=False):
+        for local_name, param in module._parameters.items():
+            if param is not None:
+                holding[clean_name(f"{prefix}.{local_name}" if prefix else local_name)] = (module, local_name)
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    for weight in selection:
+        places = [holding[name] for name in (weight.name, *weight.aliases) if name in holding]
+        if not places:
+            raise ValueError(
+                f"the model has no parameter {weight.name!r}, which was selected: it was removed or renamed since"
+            )
+        # A module that stands in the model twice is one place.
+        found[weight.name] = list(
+            {(id(module), attribute): (module, attribute) for module, attribute in places}.values()
+        )
+    return found
+
+
+def with_late_weights(
+    selection: Selection,
+    model: Source,
+    added: Collection[Tensor],
+    pattern: Pattern | str = "2:4",
+    select: Select | None = None,
+) -> Selection:
+    """Return a selection that lists weights which came to the optimizer after the choice was made, as left dense.
+
+    Args:
+        selection: the choice.
+        model: as for :func:`select_weights`.
+        added: the parameters that were added.
+        pattern: as the choice was made with.
+        select: as the choice was made with.
+
+    Returns:
+        The selection; each added weight that the rules ask for is among those skipped, as wanted.
+    """
+    ids = {id(t) for t in added}
+    candidates = _candidates(model)
+    rule_of = _explicit_rules(select, candidates, strict=False) if select is not None else _default_rules(pattern)
+    chosen = {name for weight in selection for name in (weight.name, *weight.aliases)}
+    late = [
+        SkippedWeight(c.name, tuple(c.param.shape), "added to the optimizer after construction", wanted=True)
+        for c in candidates
+        if id(c.param) in ids and c.param.ndim > 1 and chosen.isdisjoint(c.names) and rule_of(c)[0] is not None
+    ]
+    return selection.with_skipped(*late)
 
 
 def named_tensors(model: Source) -> dict[str, Tensor]:
@@ -265,18 +384,30 @@ def _candidates(model: Source) -> list[_Candidate]:
         tensors[id(pair[1])] = pair[1]
     # DistributedDataParallel puts the whole model under one name.
     wrapped = all(clean_name(name).startswith("module.") for name, _ in pairs)
-    holders: dict[str, int] = {}
+    known: dict[str, Tensor] = {}
     for name, tensor in pairs:
         name = clean_name(name).removeprefix("module." if wrapped else "")
-        if name not in holders:
+        if name not in known:
             places.setdefault(id(tensor), []).append(name)
-        elif holders[name] != id(tensor):
+        elif known[name] is not tensor:
             raise ValueError(f"model yields two different tensors called {name!r}; give each its own name")
-        holders[name] = id(tensor)
+        known[name] = tensor
+    holders = _holders_by_name(known)
+    prefixes = _blocks_by_name([holders[name].weight if name in holders else name for name in known])
     return [
-        _Candidate(tensors[key], tuple(names), (None,) * len(names), any(map(_numbered, names)))
-        for key, names in places.items()
+        _candidate(tensors[key], tuple(names), (None,) * len(names), prefixes, holders) for key, names in places.items()
     ]
+
+
+def _candidate(
+    param: Tensor,
+    names: tuple[str, ...],
+    owners: tuple[nn.Module | None, ...],
+    prefixes: Iterable[str],
+    holders: Mapping[str, _Holder],
+) -> _Candidate:
+    blocks = {prefix for prefix in prefixes for name in names if name.startswith(prefix)}
+    return _Candidate(param, names, owners, tuple(sorted(blocks, key=len)), holders.get(names[0]))
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -294,21 +425,83 @@ def _candidates_of_module(model: nn.Module) -> list[_Candidate]:
     blocks = _block_prefixes(model)
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     tensors: dict[int, Tensor] = {}
+    holders: dict[str, _Holder] = {}
+    modules: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
+        modules[prefix] = module
         for local_name, param in module._parameters.items():
             if param is not None:
                 name = clean_name(f"{prefix}.{local_name}" if prefix else local_name)
                 places.setdefault(id(param), []).append((name, module))
                 tensors[id(param)] = param
+                if (holder := _holder(prefix, module, local_name, modules)) is not None:
+                    holders[name] = holder
+    holders = _with_the_largest(holders, {name: tensors[key] for key, found in places.items() for name, _ in found})
     return [
-        _Candidate(
-            tensors[key],
-            tuple(name for name, _ in found),
-            tuple(module for _, module in found),
-            any(name.startswith(block) for name, _ in found for block in blocks),
+        _candidate(
+            tensors[key], tuple(name for name, _ in found), tuple(module for _, module in found), blocks, holders
         )
         for key, found in places.items()
     ]
+
+
+def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[str, nn.Module]) -> _Holder | None:
+    """Return how a module's parameter holds a weight; None if it is one itself."""
+    if isinstance(module, ParametrizationList):
+        above, _, attribute = prefix.rpartition(".")
+        owner_name = above.removesuffix("parametrizations").removesuffix(".")
+        if owner_name == above:
+            return None  # not where torch puts it
+        what = f"parametrization {type(module[0]).__name__.lstrip('_')}" if len(module) else "parametrization"
+        remedy = f'torch.nn.utils.parametrize.remove_parametrizations(module, "{attribute}")'
+        owner = modules[owner_name]
+    else:
+        split = _SPLIT.fullmatch(local_name)
+        if split is None or not torch.is_tensor(vars(module).get(split["attribute"])):
+            return None
+        owner_name, owner, attribute = prefix, module, split["attribute"]
+        kinds = {type(hook).__module__.rpartition(".")[2] for hook in module._forward_pre_hooks.values()}
+        what, remedy = (
+            next(
+                (f"torch.nn.utils.{kind}", remedy.format(attribute))
+                for kind, remedy in _REMEDIES.items()
+                if kind in kinds
+            )
+            if kinds.intersection(_REMEDIES)
+            else ("a hook", "what put it there")
+        )
+    return _Holder(clean_name(f"{owner_name}.{attribute}" if owner_name else attribute), owner, what, remedy)
+
+
+# By the module of torch.nn.utils that took the weight apart.
+_REMEDIES = {
+    "prune": 'torch.nn.utils.prune.remove(module, "{}")',
+    "weight_norm": 'torch.nn.utils.remove_weight_norm(module, "{}")',
+    "spectral_norm": 'torch.nn.utils.remove_spectral_norm(module, "{}")',
+}
+
+
+def _holders_by_name(tensors: Mapping[str, Tensor]) -> dict[str, _Holder]:
+    """Return name of a tensor -> the weight that it holds, by what torch's utilities call such tensors."""
+    found = {}
+    for name in tensors:
+        match = _PARAMETRIZED.fullmatch(name) or _SPLIT.fullmatch(name)
+        weight = None if match is None else (match["module"] or "") + match["attribute"]
+        if weight is not None and weight not in tensors and _leaf(weight) == "weight":
+            found[name] = _Holder(
+                weight, None, "parametrization", "torch's utility of that name, and save the model again"
+            )
+    return _with_the_largest(found, tensors)
+
+
+def _with_the_largest(holders: Mapping[str, _Holder], tensors: Mapping[str, Tensor]) -> dict[str, _Holder]:
+    """Mark of all parameters that hold one weight the largest."""
+    largest: dict[str, str] = {}
+    for name, holder in holders.items():
+        first = largest.setdefault(holder.weight, name)
+        if tensors[name].numel() > tensors[first].numel():
+            largest[holder.weight] = name
+    return {name: replace(holder, largest=largest[holder.weight] == name) for name, holder in holders.items()}
 
 
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -325,7 +518,7 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
         else:
             continue
         for key, member in members.items():
-            if next(member.children(), None) is not None:
+            if any(child != "parametrizations" for child, _ in member.named_children()):
                 prefixes.append(clean_name(f"{name}.{key}" if name else key) + ".")
     return tuple(prefixes)
 
@@ -335,9 +528,41 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _numbered(name: str) -> bool:
-    """Whether the name runs through a numbered composite block, as in ``encoder.layer.0.output.dense.weight``."""
-    return re.search(r"(^|\.)\d+\.(.+)\.[^.]+$", name) is not None
+def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
+    """Name prefixes of the repeated blocks: composite numbered members of a list, as a ModuleList has them.
+
+    ``nn.Sequential(encoder, head)`` is no list of blocks, and has numbers as well: its members have no name within them
+    in common, and one of them has blocks of its own.
+    """
+    lists: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            if member := _MEMBER.fullmatch(part):
+                members = lists.setdefault((".".join(parts[:depth]), member["stem"] or ""), {})
+                members.setdefault(".".join(parts[: depth + 1]) + ".", set()).add(".".join(parts[depth + 1 :]))
+    prefixes: list[str] = []
+    for (above, stem), members in sorted(lists.items(), key=lambda entry: -len(entry[0][0].split("."))):
+        composite = {prefix: {n for n in inside if "." in n} for prefix, inside in members.items()}
+        uses = Counter(name for inside in composite.values() for name in inside)
+        twins = Counter(map(frozenset, composite.values()))
+        alike = {prefix for prefix, inside in composite.items() if any(uses[name] > 1 for name in inside)}
+        wrappers = {
+            prefix for prefix, inside in composite.items() if inside and any(p.startswith(prefix) for p in prefixes)
+        }
+        for prefix, inside in composite.items():
+            if not inside:
+                continue
+            if stem:
+                is_block = prefix in alike
+            elif above:
+                is_block = prefix in alike or len(members) == 1 or not wrappers - alike
+            else:
+                lone = prefix in alike or len(members) == 1
+                is_block = twins[frozenset(inside)] > 1 or (lone and prefix not in wrappers)
+            if is_block:
+                prefixes.append(prefix)
+    return tuple(prefixes)
 
 
 RuleOf = Callable[[_Candidate], "tuple[Pattern | None, str]"]
@@ -347,6 +572,10 @@ def _default_rules(pattern: Pattern | str) -> RuleOf:
     parsed = Pattern.parse(pattern)
 
     def rule_of(candidate: _Candidate) -> tuple[Pattern | None, str]:
+        if (holder := candidate.holder) is not None:
+            if not holder.largest:
+                return None, "part of a parametrization"
+            candidate = replace(candidate, names=(holder.weight,), owners=(holder.owner,))
         reason = _default_reason(candidate)
         return (parsed, "") if reason is None else (None, reason)
 
@@ -361,7 +590,9 @@ def _default_reason(candidate: _Candidate) -> str | None:
     if candidate.param.ndim < 2:
         return "not a matrix"
     parts = candidate.name.split(".")[:-1]
-    above = parts[: next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))]
+    # A part of a block may be called a head; what has blocks may be one.
+    block = next((prefix for prefix in candidate.blocks if candidate.name.startswith(prefix)), None)
+    above = parts if block is None else block.split(".")[:-2]
     if _HEADS.intersection(part.lower() for part in above):
         return "head or pooler"
     if _ROUTERS.intersection(part.lower() for part in parts):
@@ -371,7 +602,7 @@ def _default_reason(candidate: _Candidate) -> str | None:
         return "convolution: ask for it with select"
     if candidate.param.ndim > 2:
         return "more than 2 dimensions: ask for it with select"
-    if not candidate.in_block:
+    if not candidate.blocks:
         return "outside the repeated blocks"
     if owner is not None and not isinstance(owner, nn.Linear) and not is_conv1d(owner):
         return f"not a Linear weight ({type(owner).__name__}): ask for it with select"
@@ -380,18 +611,21 @@ def _default_reason(candidate: _Candidate) -> str | None:
     return None
 
 
-def _explicit_rules(select: Select, candidates: list[_Candidate]) -> RuleOf:
+def _explicit_rules(select: Select, candidates: list[_Candidate], *, strict: bool = True) -> RuleOf:
+    """Return the user's rules; if strict, each that asks for a pattern has to match something."""
     if isinstance(select, Mapping):
         rules = [
-            (_compile("select", expression), None)
-            if rule is None
+            (_compile("select", expression), None if rule is None else Pattern.parse(rule))
+            if rule is None or not strict
             else (_compile("select", expression, candidates), Pattern.parse(rule))
             for expression, rule in select.items()
         ]
 
         def rule_by_name(candidate: _Candidate) -> tuple[Pattern | None, str]:
+            if candidate.holder is not None and not candidate.holder.largest:
+                return None, "part of a parametrization"
             for expression, rule in rules:
-                if any(expression.fullmatch(name) for name in candidate.names):
+                if any(expression.fullmatch(name) for name in candidate.known_as):
                     return rule, "" if rule is not None else f"left dense by select rule {expression.pattern!r}"
             return None, "no select rule matches"
 
@@ -400,7 +634,12 @@ def _explicit_rules(select: Select, candidates: list[_Candidate]) -> RuleOf:
         raise TypeError(f"select is a {type(select).__name__}; a mapping or a callable (name, module) is needed")
 
     def rule_by_call(candidate: _Candidate) -> tuple[Pattern | None, str]:
-        rule = select(candidate.name, candidate.owners[0])
+        name, owner, holder = candidate.name, candidate.owners[0], candidate.holder
+        if holder is not None:
+            if not holder.largest:
+                return None, "part of a parametrization"
+            name, owner = holder.weight, holder.owner
+        rule = select(name, owner)
         return (None, "left dense by select") if rule is None else (Pattern.parse(rule), "")
 
     return rule_by_call
@@ -412,7 +651,7 @@ def _compile(kind: str, expression: str, candidates: list[_Candidate] | None = N
         compiled = re.compile(expression)
     except (re.error, TypeError) as error:
         raise ValueError(f"{kind} rule {expression!r} is no regular expression: {error}") from None
-    if candidates is not None and not any(compiled.fullmatch(name) for c in candidates for name in c.names):
+    if candidates is not None and not any(compiled.fullmatch(name) for c in candidates for name in c.known_as):
         raise ValueError(
             f"{kind} rule {expression!r} matches no parameter; the expression must match the whole name, such as "
             f"{candidates[0].name if candidates else 'encoder.layer.0.weight'!r}"
@@ -421,10 +660,12 @@ def _compile(kind: str, expression: str, candidates: list[_Candidate] | None = N
 
 
 def is_embedding(name: str, owner: nn.Module | None) -> bool:
-    """Whether a weight belongs to an embedding: by its module, or by its name where there is none at hand."""
+    """Whether a weight belongs to an embedding: by its module, or by that module's name where there is none at hand."""
     if owner is not None:
         return isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
-    return any(_EMBEDDINGS.search(part) for part in name.split(".")[:-1])
+    # A member of a list has the name of the list.
+    own = next((part for part in reversed(name.split(".")[:-1]) if not part.isdecimal()), "")
+    return _EMBEDDINGS.search(own) is not None
 
 
 def is_conv1d(owner: nn.Module | None) -> bool:
@@ -437,7 +678,7 @@ def _grouped_dim(
 ) -> int:
     ndim = candidate.param.ndim
     for expression, dim in dim_rules:
-        if any(expression.fullmatch(name) for name in candidate.names):
+        if any(expression.fullmatch(name) for name in candidate.known_as):
             if not -ndim <= dim < ndim:
                 raise ValueError(
                     f"dims rule {expression.pattern!r} gives dimension {dim} to {candidate.name!r} of shape "
@@ -515,6 +756,12 @@ def _ineligible(
 ) -> tuple[str, str] | None:
     """Why a weight cannot be pruned and what to do about it; None if it can."""
     param = candidate.param
+    if candidate.holder is not None:
+        remedy = f"undo that first, with {candidate.holder.remedy}"
+        return (
+            f"it is no parameter: {candidate.holder.what} makes it anew in every pass",
+            f"{remedy}, before the inner optimizer is built" if trainable else remedy,
+        )
     if param.layout != torch.strided:
         return f"its layout is {param.layout}", "convert it with .to_dense()"
     if not param.is_floating_point():
@@ -523,6 +770,11 @@ def _ineligible(
         return f"its dtype is {param.dtype}, in which nothing can be trained", "train in bfloat16 or wider"
     if trainable and not param.requires_grad:
         return "it is frozen (requires_grad=False)", "unfreeze it"
+    if trainable and not is_plain(param) and not param.is_meta and not takes_zeros(param):
+        return (
+            f"it is a {type(param).__name__}, into which zeros cannot be written",
+            "keep this layer in a floating dtype",
+        )
     if held is not None and id(param) not in held:
         return "the inner optimizer does not hold it", "pass it to the inner optimizer"
     if param.shape[dim] % pattern.group:
@@ -531,6 +783,38 @@ def _ineligible(
             "choose another pattern",
         )
     return None
+
+
+def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: bool) -> None:
+    """Refuse a model with adapters of PEFT: zeros in them, or in the weights below, are gone once they are merged."""
+    found, remedy = None, "model = model.merge_and_unload()"
+    if isinstance(model, nn.Module):
+        for name, module in unwrap_model(model).named_modules():
+            if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
+                place = f"model.{name}" if name else "model"
+                found = f"{place} is a {type(module).__name__}"
+                if callable(getattr(module, "merge_and_unload", None)):
+                    remedy = f"{place} = {place}.merge_and_unload()"
+                elif hasattr(module, "get_base_model"):
+                    remedy = f"{place} = {place}.get_base_model(), as a prompt cannot be merged"
+                else:
+                    remedy = (
+                        "save the adapter with model.save_pretrained(folder), load the model without it as base, then "
+                        "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                    )
+                break
+    else:
+        name = next((c.name for c in candidates if _ADAPTERS.search(c.name)), None)
+        found = None if name is None else f"it has {name!r}"
+    if found is not None:
+        unfreeze = (
+            "; then unfreeze what peft has frozen: for p in model.parameters(): p.requires_grad_(True); and build the "
+            "inner optimizer after that"
+        )
+        raise ValueError(
+            f"the model has PEFT adapters ({found}), and zeros in an adapter or in the weight below it are gone when "
+            f"the two are merged. Merge first: {remedy}{unfreeze if trainable else ''}"
+        )
 
 
 def _refuse_flattened(candidate: _Candidate) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from os import PathLike
-from typing import Union
 
 import torch
 from torch import Tensor, nn
 
-from ._files import Checkpoint, open_checkpoint
-from ._sharding import is_sharded, local, reduce_sums
-from ._table import format_table
+from .memory import plain
 from .pattern import Pattern
 from .projection import by_group
 from .selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, select_weights
+from .sharding import is_sharded, reduce_sums
+from .table import format_table
 
-__all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "cover", "stand_ins", "verify"]
+__all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "cover"]
 
 _ENTRIES_AT_ONCE = 1 << 20
 
 _UNCOUNTABLE = {getattr(torch, "float4_e2m1fn_x2", None)}  # a pair of entries is one element
-
-Target = Union[nn.Module, Mapping[str, Tensor], str, "PathLike[str]"]
 
 
 class SparsityViolation(ValueError):  # noqa: N818 - a finding, and the name says which
@@ -123,44 +119,6 @@ class SparsityReport:
         return "\n".join(lines)
 
 
-def verify(target: Target, pattern: Pattern | str | Select | Selection | None = None) -> SparsityReport:
-    """Count every group of every covered weight.
-
-    Args:
-        target: a module; a state dict; a path to a ``.safetensors`` file, to the index of a sharded set, or to a folder
-            that holds either, packed (:func:`admm_nxm.export.packed.pack`) or not. Files are read one weight at a time.
-        pattern: what the weights must satisfy. A Pattern or its spelling holds for the weights that
-            :class:`admm_nxm.ADMMNxM` prunes by default; rules as for its ``select`` and a :class:`Selection` (such as
-            ``optimizer.selection``) name their own weights. None means ``"2:4"``.
-
-    Returns:
-        The report.
-
-    Raises:
-        FileNotFoundError: nothing at that path.
-        TypeError: the target is of no known kind.
-        ValueError: the target holds no weight to count, a Selection's weight is missing, a file is no valid
-            safetensors file, two files hold the same weight, or a weight's groups cannot be counted.
-
-    >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 3.0, 0.0]])
-    >>> verify({"layers.0.fc.weight": weight}).weights[0].bad_groups
-    1
-    """
-    if isinstance(target, nn.Module):
-        selection, params = cover(target, pattern)
-        return check_weights(selection, params.__getitem__)
-    if isinstance(target, Mapping):
-        selection, params = cover({name: t for name, t in target.items() if torch.is_tensor(t)}, pattern)
-        return check_weights(selection, params.__getitem__)
-    if not isinstance(target, (str, PathLike)):
-        raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
-    with open_checkpoint(target, purpose="verify") as checkpoint:
-        tensors = stand_ins(checkpoint)
-        selection, params = cover(tensors, pattern)
-        names = {id(t): name for name, t in tensors.items()}
-        return check_weights(selection, lambda name: checkpoint.get(names[id(params[name])]))
-
-
 def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> SparsityReport:
     """Count the groups of each selected weight; a collective where weights are sharded.
 
@@ -176,7 +134,7 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     for weight in selection:
         t = get(weight.name).detach()
         _check_countable(weight, t)
-        counts.append(_count(local(t), weight.pattern, weight.dim))
+        counts.append(_count(plain(t), weight.pattern, weight.dim))
         # Only a sharded weight is needed again, to add up its parts; weights read from a file must not pile up.
         likes.append(t if is_sharded(t) else counts[-1])
     device = counts[0].device
@@ -228,13 +186,13 @@ def cover(
 
     Args:
         named: a module, or tensors by name (meta tensors will do).
-        pattern: as for :func:`verify`.
+        pattern: as for :func:`admm_nxm.verify`.
 
     Returns:
         The weights, and the tensor of each by name.
 
     Raises:
-        TypeError, ValueError: as in :func:`verify`.
+        TypeError, ValueError: as in :func:`admm_nxm.verify`.
     """
     if isinstance(pattern, Selection):
         if not pattern.weights:
@@ -254,22 +212,3 @@ def cover(
     if pattern is None or isinstance(pattern, (str, Pattern)):
         return select_weights(named, "2:4" if pattern is None else pattern, ineligible="skip", trainable=False)
     return select_weights(named, select=pattern, ineligible="skip", trainable=False)
-
-
-def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return a tensor without data for each tensor of a checkpoint, one for all names of a tensor.
-
-    Args:
-        checkpoint: where to look; nothing is read.
-
-    Returns:
-        Name -> meta tensor of its shape and dtype.
-    """
-    found: dict[str, Tensor] = {}
-    for name, info in checkpoint.tensors.items():
-        if info.alias_of is None:
-            found[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
-    for name, info in checkpoint.tensors.items():
-        if info.alias_of is not None:
-            found[name] = found[info.alias_of]
-    return found

@@ -7,8 +7,8 @@ from typing import Any
 
 import quickstart
 
-from admm_nxm.cli._classifier import load_tokenizer
-from admm_nxm.cli._texts import label_names, split
+from admm_nxm.cli.classifier import load_tokenizer
+from admm_nxm.cli.texts import label_names, split
 
 
 @dataclass

@@ -35,10 +35,10 @@ try:
     )
 
     from admm_nxm import ADMMNxM
-    from admm_nxm._files import atomic_file
-    from admm_nxm.history import Recorder
-    from admm_nxm.plots import plot_history, plot_sparsity, plot_weights, save_figure
+    from admm_nxm.io.files import atomic_file
     from admm_nxm.report import sparsity_report
+    from admm_nxm.report.history import Recorder
+    from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
 except ImportError as error:
     what = f"cannot import {error.name} ({error})"
     print(f'pictures: error: {what}; run: pip install -e ".[demo,plots]"', file=sys.stderr)

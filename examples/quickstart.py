@@ -30,9 +30,9 @@ try:
     from tqdm import tqdm
 
     from admm_nxm import ADMMNxM, Pattern, Selection, SparsityReport, project, verify
-    from admm_nxm.cli._classifier import find_device, load_classifier, load_tokenizer, quiet
-    from admm_nxm.cli._errors import InputError, blaming
-    from admm_nxm.cli._texts import FILE_KINDS, Row, count_labels, interval, label_names, read_file, row_of, split
+    from admm_nxm.cli.classifier import find_device, load_classifier, load_tokenizer, quiet
+    from admm_nxm.cli.errors import InputError, blaming
+    from admm_nxm.cli.texts import FILE_KINDS, Row, count_labels, interval, label_names, read_file, row_of, split
 except ImportError as error:
     print(f'quickstart: error: cannot import {error.name} ({error}); run: pip install -e ".[demo]"', file=sys.stderr)
     sys.exit(2)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from admm_nxm import Pattern, SelectedWeight, Selection, project, verify
-from admm_nxm.export.packed import load_packed, pack, unpack
+from admm_nxm.io.packed import load_packed, pack, unpack
 
 KEY = "admm_nxm"
 NUMBERS: list[Any] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from admm_nxm._checkpoint import split
+from admm_nxm.checkpoint import split
 
 
 class Key:

@@ -20,7 +20,7 @@ import torch
 
 import admm_nxm
 from admm_nxm import project, verify
-from admm_nxm._files import atomic_folder
+from admm_nxm.io.files import atomic_folder
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -28,10 +28,10 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from admm_nxm.cli import main
-from admm_nxm.cli._console import Result, plain, show
-from admm_nxm.cli._progress import StepProgress
 from admm_nxm.cli.app import app
-from admm_nxm.export.prune import prune
+from admm_nxm.cli.console import Result, plain, show
+from admm_nxm.cli.progress import StepProgress
+from admm_nxm.io.prune import prune
 
 COMMANDS = ("train", "verify", "report", "prune", "pack", "unpack")
 
@@ -231,7 +231,7 @@ def test_prune_projects_each_shard_and_keeps_the_rest(sharded, tmp_path, capsys)
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(after[name], expected)
     names = sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == names
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == ["admm_nxm.json", *names]
     assert (out / "more" / "notes.txt").read_text() == "kept"
     assert (out / "model.safetensors.index.json").read_bytes() == (
         sharded / "model.safetensors.index.json"
@@ -438,7 +438,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(good, tmp_path, monkeypatch, cap
             finally:
                 signal.raise_signal(number)
 
-    monkeypatch.setattr(sys.modules["admm_nxm.export.packed"], "pack", half)
+    monkeypatch.setattr(sys.modules["admm_nxm.io.packed"], "pack", half)
     before = signal.signal(number, signal.SIG_DFL)
     try:
         parts = [f"ended by {name}"]
@@ -689,7 +689,7 @@ def test_the_console_script_is_there():
 def test_importing_the_package_imports_nothing_optional():
     optional = ["transformers", "accelerate", "matplotlib", "typer", "rich", "onnx", "onnxruntime", "huggingface_hub"]
     code = (
-        "import sys, admm_nxm, admm_nxm.cli, admm_nxm.cli._texts, admm_nxm.export; "
+        "import sys, admm_nxm, admm_nxm.cli, admm_nxm.cli.texts, admm_nxm.export; "
         f"print([name for name in {optional} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -237,7 +237,7 @@ def test_texts_to_test_on_of_their_own(arguments, here, capsys):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
 def test_long_texts(tmp_path, kind):
     """The csv module stops at 128 KiB by itself; its limit is as before afterwards."""
-    from admm_nxm.cli._texts import read_file
+    from admm_nxm.cli.texts import read_file
 
     rows = [("word " * 100_000, "long"), ("word", "short")]
     before = csv.field_size_limit()
@@ -275,7 +275,7 @@ def test_random_encoder_weights_are_told(arguments, model_folder, here, capsys):
 
 
 def test_saved_weights_that_violate_the_pattern(arguments, monkeypatch, capsys):
-    import admm_nxm.cli._training as training
+    import admm_nxm.cli.training as training
 
     dense = {"layer.0.fc.weight": torch.ones(4, 8)}
     monkeypatch.setattr(training, "verify", lambda folder, pattern: verify(dense, pattern))
@@ -320,7 +320,7 @@ def test_a_label_that_is_not_a_number_is_missing(arguments, here, capsys):
 
 
 def test_positions_behind_the_padding_are_counted_out():
-    from admm_nxm.cli._classifier import length_limit
+    from admm_nxm.cli.classifier import length_limit
 
     small = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     tokenizer = types.SimpleNamespace(model_max_length=1000)
@@ -459,7 +459,7 @@ def test_absent_gpu(arguments, capsys):
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
 def test_a_gpu_has_an_index(monkeypatch, name):
     """torch.cuda.set_device takes no other."""
-    from admm_nxm.cli._classifier import find_device
+    from admm_nxm.cli.classifier import find_device
 
     real = torch.zeros
     tried = []
@@ -477,7 +477,7 @@ def test_a_gpu_has_an_index(monkeypatch, name):
 
 def test_the_run_is_on_that_gpu_and_no_other(arguments, tmp_path, monkeypatch):
     """Trainer sets the process up for the first GPU; the run takes the one that was asked for."""
-    import admm_nxm.cli._training as training
+    import admm_nxm.cli.training as training
 
     taken = []
 
@@ -529,7 +529,7 @@ def test_weights_that_blow_up(arguments, here, capsys):
 
 
 def test_too_little_memory(arguments, monkeypatch, capsys):
-    import admm_nxm.cli._training as training
+    import admm_nxm.cli.training as training
 
     def train(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")

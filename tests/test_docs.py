@@ -101,7 +101,6 @@ CHECKED = {
 }
 
 LISTED = {
-    "README.md": 1,  # what the quickstart printed
     "algorithm.md": 1,  # the updates, in signs
 }
 """Page -> how many of its blocks are neither code, nor data, nor output of a command, so that a new one is noticed."""
@@ -140,7 +139,7 @@ def test_code_blocks_of_a_page_run_one_after_the_other(
     imported = {name for block in found for name in needs(block.text)}
     if any("export.onnx" in block.text for block in found):
         imported.add("onnx")
-    if any("admm_nxm.plots" in block.text for block in found):
+    if any("admm_nxm.report.plots" in block.text for block in found):
         imported.add("matplotlib")
     if any("integrations" in block.text for block in found):
         imported |= {"transformers", "accelerate"}
@@ -180,7 +179,6 @@ LISTED_COMMANDS = (
     "python examples/",
     "accelerate launch ",
     "pytest",
-    "python -m tests.matrix",
     "trtexec ",
     "mutmut ",
 )
@@ -426,23 +424,30 @@ def test_every_page_is_in_the_navigation() -> None:
 # ------------------------------------------------------------------------------------------------------- reference
 
 INTERNAL = {
+    "admm_nxm.checkpoint": "what a state dict holds, for the optimizer",
+    "admm_nxm.checks": "range checks",
     "admm_nxm.cli": "its interface is the command line, which has a page of its own",
     "admm_nxm.consensus": "the arithmetic of one state buffer; algorithm.md has it",
     "admm_nxm.export": "its names are on the page by the modules that define them",
+    "admm_nxm.export.onnx_graph": "what an ONNX graph multiplies with its weights",
+    "admm_nxm.grouping": "names for weights that are alike",
+    "admm_nxm.inner": "what the optimizer asks of the one that it wraps",
     "admm_nxm.integrations": "an empty package; its modules are on the page",
-    "admm_nxm.kernels.eager": "a backend: chosen by backend=, its functions are those of kernels.Backend",
-    "admm_nxm.kernels.fused": "what the Triton backend calls",
-    "admm_nxm.kernels.native": "a backend: chosen by backend=, its functions are those of kernels.Backend",
-    "admm_nxm.masks": "how a mask is packed into bits",
+    "admm_nxm.io": "an empty package; its modules are on the page",
+    "admm_nxm.io.files": "checkpoints read one tensor at a time, and files written whole or not at all",
+    "admm_nxm.io.tensor_files": "the bytes of a safetensors file",
+    "admm_nxm.memory": "where a tensor lies",
     "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
+    "admm_nxm.report.flops": "what a report counts of a forward pass",
+    "admm_nxm.report.histogram": "what the pictures of weights count",
+    "admm_nxm.sharding": "the edge to DTensor",
+    "admm_nxm.table": "tables of plain text",
 }
-"""Modules without an underscore that are not on the API page, and why."""
+"""Modules that are not on the API page, and why."""
 
 INTERNAL_NAMES = {
-    "admm_nxm.factors": {"LEAST", "dense", "stored", "value"},  # how a backend reads a factor
-    "admm_nxm.forms": {"divisor_of", "form_of", "fraction_of", "is_lean"},  # what the optimizer asks
-    "admm_nxm.kernels": {"backend_for", "check_backend"},  # what the optimizer asks
-    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of the kernels
+    "admm_nxm.io.verify": {"OpenTarget", "Target", "open_target"},  # what reports read
+    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of what counts and packs
     "admm_nxm.residuals": {"ratio"},  # of two sums of squares
     "admm_nxm.schedules": {"check_update", "make_plan"},  # what the optimizer asks
     "admm_nxm.selection": {
@@ -452,7 +457,7 @@ INTERNAL_NAMES = {
         "is_embedding",
         "named_tensors",
     },  # for reports
-    "admm_nxm.sparsity": {"cover", "stand_ins"},  # what reports and packing ask
+    "admm_nxm.sparsity": {"cover"},  # what reports and packing ask
 }
 """Module -> names in its `__all__` that other modules of the package share and users have no use for."""
 

@@ -19,9 +19,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from admm_nxm import project, verify
-from admm_nxm._files import atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_existing, refuse_source
-from admm_nxm._safetensors import DTYPES, StreamWriter, bytes_of, plan, read_header
-from admm_nxm.export.packed import pack
+from admm_nxm.io.files import atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_existing, refuse_source
+from admm_nxm.io.packed import pack
+from admm_nxm.io.tensor_files import DTYPES, StreamWriter, bytes_of, plan, read_header
 from tests.helpers import same_bits
 
 NAME = "layers.0.fc.weight"
@@ -110,7 +110,7 @@ def test_packed_weights_read_like_any_other(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "packed.safetensors") as checkpoint:
         assert {name: info.shape for name, info in checkpoint.tensors.items()} == {NAME: (8, 16), "bias": (3,)}
         assert same_bits(checkpoint.get(NAME), w)
-        assert checkpoint.metadata(checkpoint.files[0]) == {"format": "pt"}
+        assert checkpoint.metadata(checkpoint.files[0]).keys() == {"format", "admm_nxm_selection"}
     assert verify(tmp_path / "packed.safetensors").ok
 
 
@@ -320,7 +320,7 @@ def test_the_writer_refuses_too_few_bytes_and_missing_tensors(tmp_path: Path) ->
 
 
 def test_a_header_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("admm_nxm._safetensors._LONGEST_HEADER", 100)
+    monkeypatch.setattr("admm_nxm.io.tensor_files._LONGEST_HEADER", 100)
     with pytest.raises(ValueError, match=r"would have a header of 120 bytes.*; save the model in more shards"):
         StreamWriter(tmp_path / "m", plan([("a", "F32", (1,), 4)]), {"x": "y" * 36})
     assert not (tmp_path / "m").exists()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from admm_nxm import verify
-from admm_nxm.export.packed import load_packed, unpack
+from admm_nxm.io.packed import load_packed, unpack
 from tests.fuzz_files import KEY, cut, flip, joined, originals, parts_of, run, tensors
 from tests.helpers import CASES, admm, make_net, same_bits, train
 from tests.test_files import listing
@@ -123,7 +123,7 @@ HUGE = """
 import resource, sys, torch
 from pathlib import Path
 from admm_nxm import verify
-from admm_nxm.export.packed import load_packed, unpack
+from admm_nxm.io.packed import load_packed, unpack
 
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, resource.RLIM_INFINITY))

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, Pattern, SelectedWeight, Selection, SparsityViolation, project, verify
-from admm_nxm._files import open_checkpoint
-from admm_nxm.export.packed import load_packed, load_packed_model, pack, unpack
-from admm_nxm.export.prune import prune
-from admm_nxm.packing import Layout
+from admm_nxm.io.files import open_checkpoint
+from admm_nxm.io.packed import load_packed, load_packed_model, pack, unpack
+from admm_nxm.io.packing import Layout
+from admm_nxm.io.prune import prune
 from admm_nxm.selection import select_weights
 from tests.helpers import assert_same_weights, make_net, same_bits, train
 from tests.test_files import listing
@@ -364,8 +364,8 @@ def test_files_without_an_index_are_packed_one_by_one(tmp_path: Path) -> None:
 
 def test_a_trained_module_is_packed_by_its_selection(tmp_path: Path) -> None:
     net = make_net()
-    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, pattern="1:4", total_steps=8)
-    train(net, optimizer, 8)
+    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, pattern="1:4", total_steps=60)
+    train(net, optimizer, 60)
     optimizer.finalize()
     report = pack(net, tmp_path / "net.safetensors", select=optimizer.selection)
     assert [(w.name, str(w.pattern)) for w in report] == [(w.name, "1:4") for w in optimizer.selection]
@@ -636,8 +636,8 @@ def test_links_to_files_are_copied_as_files(tmp_path: Path) -> None:
 
 def test_a_weight_that_changes_while_it_is_packed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     w = sparse(4, 8)
-    monkeypatch.setattr("admm_nxm.export.packed.pack_tensor", lambda t, *a, **k: original(t * -1, *a, **k))
-    from admm_nxm.packing import pack_tensor as original
+    monkeypatch.setattr("admm_nxm.io.packed.pack_tensor", lambda t, *a, **k: original(t * -1, *a, **k))
+    from admm_nxm.io.packing import pack_tensor as original
 
     with pytest.raises(ValueError, match=f"'{NAME}' changed while it was packed"):
         pack({NAME: w}, tmp_path / "p")
@@ -743,7 +743,8 @@ def test_a_folder_is_copied_without_version_control(function: Any, tmp_path: Pat
         save_file({NAME: sparse(4, 8)}, tmp_path / "a" / "model.safetensors")
     function(tmp_path / "a", tmp_path / "b")
     model = "model.packed.safetensors" if function is pack else "model.safetensors"
-    assert sorted(listing(tmp_path / "b")) == ["config.json", model]
+    record = ["admm_nxm.json"] if function is prune else []
+    assert sorted(listing(tmp_path / "b")) == [*record, "config.json", model]
 
 
 # ---------------------------------------------------------------- memory
@@ -751,8 +752,9 @@ def test_a_folder_is_copied_without_version_control(function: Any, tmp_path: Pat
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from admm_nxm.export.packed import pack, unpack
-from admm_nxm import packing, verify
+from admm_nxm.io.packed import pack, unpack
+from admm_nxm import verify
+from admm_nxm.io import packing
 
 torch.set_num_threads(1)
 packing._ENTRIES_AT_ONCE = 1 << 16

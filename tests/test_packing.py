@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from admm_nxm import Pattern, project
-from admm_nxm._safetensors import CODE_OF, DTYPES
-from admm_nxm.packing import (
+from admm_nxm.io.packing import (
     LONGEST_GROUP,
     Layout,
     Packed,
@@ -25,6 +24,7 @@ from admm_nxm.packing import (
     packed_layout,
     unpack_tensor,
 )
+from admm_nxm.io.tensor_files import CODE_OF, DTYPES
 from admm_nxm.projection import INTEGER_OF_SIZE
 from tests.helpers import same_bits
 
@@ -181,7 +181,7 @@ def test_the_share_of_the_dense_size(pattern: str, dtype: torch.dtype, share: fl
 def test_more_than_one_piece_is_packed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     w = project(torch.randn(3, 50, 40), "3:5", 1) * -1.0
     whole = pack_tensor(w, "3:5", 1)
-    monkeypatch.setattr("admm_nxm.packing._ENTRIES_AT_ONCE", 100)
+    monkeypatch.setattr("admm_nxm.io.packing._ENTRIES_AT_ONCE", 100)
     pieces = pack_tensor(w, "3:5", 1)
     assert whole.layout == pieces.layout
     assert whole.layout.signs

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from admm_nxm import Pattern, project, verify
-from admm_nxm import _histogram as histogram
-from admm_nxm.history import Recorder
-from admm_nxm.plots import plot_history, plot_sparsity, plot_weights, save_figure
-from admm_nxm.report import sparsity_report
+from admm_nxm.io import verify as opening
+from admm_nxm.report import histogram, sparsity_report
+from admm_nxm.report.history import Recorder
+from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
 from admm_nxm.selection import SkippedWeight, select_weights
 from admm_nxm.sparsity import SparsityReport, WeightReport
 from tests.helpers import admm, make_net
@@ -431,7 +431,7 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     net = make_net()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
     read = []
-    opened = histogram.open_checkpoint
+    opened = opening.open_checkpoint
 
     def watch(path, **options):
         checkpoint = opened(path, **options)
@@ -439,7 +439,7 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "get", lambda name: (read.append(name), get(name))[1], raising=False)
         return checkpoint
 
-    monkeypatch.setattr(histogram, "open_checkpoint", watch)
+    monkeypatch.setattr(opening, "open_checkpoint", watch)
     plot_weights(tmp_path / "m.safetensors", tmp_path / "m.safetensors", select=r"blocks\.0\.up\.weight")
     assert read == ["blocks.0.up.weight"] * 4  # two sides, twice each; nothing else
 
@@ -607,7 +607,7 @@ def test_an_unfinished_picture_leaves_what_was_there(tmp_path, monkeypatch):
 GLOBAL = """
 import sys
 import admm_nxm
-from admm_nxm.plots import plot_history, save_figure
+from admm_nxm.report.plots import plot_history, save_figure
 assert "matplotlib" not in sys.modules
 import matplotlib
 before = matplotlib.rcParams.copy()  # reading its backend would look for a display

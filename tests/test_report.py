@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from admm_nxm import SelectedWeight, Selection, SparsityViolation, project, verify
 from admm_nxm.report import ModelReport, sparsity_report
+from admm_nxm.report.tensor_cores import obstacles
 from admm_nxm.selection import select_weights
-from admm_nxm.tensor_cores import obstacles
 from tests.helpers import Net, make_net
 
 BF16 = torch.bfloat16
@@ -125,7 +125,7 @@ def test_positions_and_counters_in_a_state_dict_are_no_parameters() -> None:
 
 
 def test_packed_files_are_read_as_the_weights_that_they_hold(tmp_path: Path) -> None:
-    from admm_nxm.export.packed import pack
+    from admm_nxm.io.packed import pack
 
     model = pruned(make_net()).to(BF16)
     plain = as_file(model, tmp_path)
@@ -530,15 +530,6 @@ def test_alike_weights_share_a_line() -> None:
         ("blocks.1.up.weight", "1", "32"),
     ]
     assert "pattern VIOLATED by 1 of 4 weights" in str(report)
-
-
-def test_markdown_has_the_same_rows() -> None:
-    report = sparsity_report(pruned(make_net()))
-    text = report.to_markdown()
-    assert "| blocks.*.up.weight | 2 | 16x8 | float32 | 2:4 | 50.00% | 64 | 0 | 49.23% | no | no |" in text
-    assert "- model: 569 parameters, 1,040 FLOPs a token" in text
-    widths = [line.count("|") for line in text.splitlines() if line.startswith("| blocks")]
-    assert set(widths) == {12}
 
 
 def test_shares_of_nothing_are_zero() -> None:

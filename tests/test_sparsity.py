@@ -25,7 +25,7 @@ from admm_nxm import (
     project,
     verify,
 )
-from admm_nxm.export.packed import pack
+from admm_nxm.io.packed import pack
 from admm_nxm.selection import select_weights
 from tests.helpers import make_net
 from tests.test_selection import compiled, tiny

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from admm_nxm import Pattern, SelectedWeight, Selection, SparsityReport, WeightReport, project, verify
-from admm_nxm._files import open_checkpoint
-from admm_nxm.export import pack
-from admm_nxm.sparsity import check_weights, stand_ins
+from admm_nxm.io.files import open_checkpoint, stand_ins
+from admm_nxm.io.packed import pack
+from admm_nxm.sparsity import check_weights
 
 
 def selected(*shapes: tuple[int, ...], dim: int = -1, pattern: str = "2:4") -> Selection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from admm_nxm._table import format_table
+from admm_nxm.table import format_table
 
 
 def test_text_goes_to_the_left_and_numbers_to_the_right() -> None:

@@ -12,8 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from admm_nxm import Pattern, project, tensor_cores
-from admm_nxm.tensor_cores import BACKENDS, Backend, hardware_pattern, implies, obstacle, obstacles, shape_multiples
+from admm_nxm import Pattern, project
+from admm_nxm.report import tensor_cores
+from admm_nxm.report.tensor_cores import (
+    BACKENDS,
+    Backend,
+    hardware_pattern,
+    implies,
+    obstacle,
+    obstacles,
+    shape_multiples,
+)
 
 HALVES = (torch.bfloat16, torch.float16)
 

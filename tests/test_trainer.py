@@ -658,7 +658,6 @@ def test_every_field_of_the_config_reaches_the_optimizer(tmp_path: Path) -> None
         select={".*query.weight": "1:2", ".*": None},
         state_dtype="bfloat16",
         state_rounding="stochastic",
-        backend="eager",
         residual_tolerance=0.5,
     )
     made = trainer(tmp_path, config=config)
@@ -670,7 +669,7 @@ def test_every_field_of_the_config_reaches_the_optimizer(tmp_path: Path) -> None
         torch.bfloat16,
         0.5,
     )
-    assert (admm.state_rounding, admm.backend) == ("stochastic", "eager")
+    assert admm.state_rounding == "stochastic"
     assert (admm.plan.rho(7), admm.plan.updates.interval, admm.plan.freeze_at) == (0.25, 4, 10)
     assert [str(weight.pattern) for weight in admm.selection] == ["1:2", "1:2"]
 
@@ -692,7 +691,6 @@ def test_the_papers_form(tmp_path: Path) -> None:
         ({"select": "[1]"}, r"select=\[1\] must map"),
         ({"state_dtype": "int8"}, "state_dtype='int8' must be one of"),
         ({"state_rounding": "up"}, "state_rounding='up' must be one of 'nearest', 'stochastic'"),
-        ({"backend": "gpu"}, "backend='gpu' must be one of"),
         ({"paper": True, "penalty": "proximal"}, "paper=True fixes the form"),
         ({"pattern": "4:2"}, "2:4"),
         ({"penalty": "foo"}, "penalty='foo' must be one of 'lazy'"),

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ._console import Result, show
-from ._errors import InputError, reason_of
-from ._signals import Ended, ending
+from .console import Result, show
+from .errors import InputError, reason_of
 from .pack import pack, unpack
 from .prune import prune
 from .report import report
+from .signals import Ended, ending
 from .train import train
 from .verify import verify
 
@@ -53,7 +53,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import torch
 
-        from .. import __version__
+        from .._version import __version__
 
         typer.echo(f"{NAME} {__version__} (torch {torch.__version__}, Python {platform.python_version()})")
         raise typer.Exit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from shlex import quote
 
 from ..sparsity import SparsityViolation
-from ._console import Result
-from ._options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
+from .console import Result
+from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
 
 __all__ = ["pack", "unpack"]
 
@@ -24,7 +24,7 @@ def pack(
     Nothing is lost: `unpack` gives every bit back. The exit status is 1, and nothing is written, if a weight violates
     its pattern.
     """
-    from ..export.packed import pack as pack_files
+    from ..io.packed import pack as pack_files
 
     parsed, rules = rules_of(pattern, select)
     payload = {"command": "pack", "path": str(path), "output": str(output)}
@@ -60,7 +60,7 @@ def pack(
 
 def unpack(path: Source, output: Output, overwrite: Overwrite = False, json: Json = False) -> Result:  # noqa: ARG001
     """Give a packed model back, bit for bit."""
-    from ..export.packed import unpack as unpack_files
+    from ..io.packed import unpack as unpack_files
 
     unpack_files(path, output, overwrite=overwrite)
     payload = {"command": "unpack", "ok": True, "path": str(path), "output": str(output)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._console import Result
-from ._options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
+from .console import Result
+from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
 from .verify import as_dict
 
 __all__ = ["prune"]
@@ -23,10 +23,10 @@ def prune(
 
     Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
     """
-    from ..export.prune import prune as project_files
+    from ..io.prune import prune as project_files
 
     parsed, rules = rules_of(pattern, select)
-    report = project_files(path, output, parsed, select=rules, overwrite=overwrite)
+    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
     payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
     text = f"{report}\nsaved to {output}. {_BASELINE}"
     return Result(payload, text, 0 if report.ok else 1)

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .._files import refuse_existing
-from ._console import Result, note
-from ._errors import InputError
-from ._options import Json, PatternText, Select, Source, rules_of
+from ..io.files import refuse_existing
+from .console import Result, note
+from .errors import InputError
+from .options import Json, PatternText, Select, Source, rules_of
 
 __all__ = ["report"]
 
@@ -39,7 +39,7 @@ def report(
         _check_picture(plot, overwrite=overwrite)
     found = sparsity_report(path, parsed if rules is None else rules)
     if plot is not None:
-        from ..plots import plot_sparsity, save_figure
+        from ..report.plots import plot_sparsity, save_figure
 
         save_figure(plot_sparsity(found), plot)
         note(f"picture {plot}")

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ._console import Result
-from ._options import Json, Output, Overwrite, PatternText, Select, a_count, a_rate, a_seed, rules_of
+from ..pattern import Pattern
+from .console import Result
+from .options import Json, Output, Overwrite, PatternText, Select, a_count, a_rate, a_seed, rules_of
 
 __all__ = ["train"]
 
@@ -67,15 +68,15 @@ def train(
     verified. The exit status is 1 if the saved weights violate the pattern.
     """
     parsed, rules = rules_of(pattern, select)
-    from ._training import Settings
-    from ._training import train as run
+    from .training import Settings
+    from .training import train as run
 
     return run(
         Settings(
             model=model,
             data=data,
             output=output,
-            pattern=parsed,
+            pattern=parsed or Pattern(2, 4),
             select=rules,
             steps=steps,
             batch_size=batch_size,

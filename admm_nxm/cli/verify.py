@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..io.verify import verify as count
 from ..sparsity import SparsityReport
-from ..sparsity import verify as count
-from ._console import Result
-from ._options import Json, PatternText, Select, Source, rules_of
+from .console import Result
+from .options import Json, PatternText, Select, Source, rules_of
 
 __all__ = ["as_dict", "verify"]
 

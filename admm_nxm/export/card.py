@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from .._files import atomic_file
-from .._grouping import starred
 from .._version import __version__
+from ..grouping import starred
+from ..io.files import atomic_file
 from ..optimizer import ADMMNxM
 from ..report import ModelReport
+from ..report.tensor_cores import hardware_pattern, implies
 from ..selection import SelectedWeight, select_weights
 from ..sparsity import SparsityReport, WeightReport
-from ..tensor_cores import hardware_pattern, implies
 
 __all__ = ["model_card", "write_model_card"]
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._grouping import grouped, joint_name, such_as
-from .._sharding import is_sharded
-from .._table import format_table
+from ..grouping import grouped, joint_name, such_as
+from ..report.tensor_cores import BACKENDS, Backend, hardware_pattern, obstacle
 from ..selection import SelectedWeight, Selection, SkippedWeight, is_conv1d, unwrap_model
+from ..sharding import is_sharded
 from ..sparsity import check_weights
-from ..tensor_cores import BACKENDS, Backend, hardware_pattern, obstacle
+from ..table import format_table
 
 __all__ = ["ConvertedWeight", "SemiStructured", "to_semi_structured"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .._checks import at_least
+from ..checks import at_least
 from ..distillation import Head, distillation_loss, hidden_state_loss
 from ..selection import unwrap_model
 

@@ -23,13 +23,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .._checks import at_least, is_count
+from ..checks import at_least, is_count
 from ..export.card import model_card, write_model_card
 from ..forms import FORMS
-from ..kernels import check_backend
+from ..io.verify import verify
 from ..optimizer import ADMMNxM
 from ..pattern import Pattern
-from ..sparsity import SparsityReport, verify
+from ..sparsity import SparsityReport
 
 __all__ = ["ADMMConfig", "ADMMTrainer", "ADMMTrainerMixin"]
 
@@ -57,7 +57,6 @@ class ADMMConfig:
         state_dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"bool"`` for the mask alone; by default the mask
             alone in the lazy form on weights of 32 bits, else each weight's own.
         state_rounding: ``"nearest"`` or ``"stochastic"``.
-        backend: ``"eager"``, ``"native"`` or ``"triton"``; by default the fastest that works on the device.
         residual_tolerance: primal residual above which the projection warns, as a share of the weights' norm.
         paper: the paper's form, ``ADMMNxM.paper``; ``rho`` is then 0.01 unless given, and ``penalty`` and ``saliency``
             stay as they are.
@@ -82,7 +81,6 @@ class ADMMConfig:
     )
     state_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or bool (the mask)"})
     state_rounding: str = field(default="nearest", metadata={"help": "nearest or stochastic"})
-    backend: str | None = field(default=None, metadata={"help": "eager, native or triton; default: the fastest"})
     residual_tolerance: float = field(default=0.02, metadata={"help": "primal residual above which to warn"})
     paper: bool = field(default=False, metadata={"help": "the form of the paper"})
 
@@ -93,7 +91,6 @@ class ADMMConfig:
         _one_of("ineligible", self.ineligible, ("error", "skip"))
         _one_of("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "float16", "bool"))
         _one_of("state_rounding", self.state_rounding, ("nearest", "stochastic"))
-        check_backend(self.backend)
         if self.rho is not None:
             at_least("rho", self.rho, 0.0)
         if self.update_every is not None:
@@ -128,7 +125,6 @@ class ADMMConfig:
             "select": self.select,
             "state_dtype": None if self.state_dtype is None else getattr(torch, self.state_dtype),
             "state_rounding": self.state_rounding,
-            "backend": self.backend,
         }
         if self.paper:
             del given["penalty"]

@@ -23,8 +23,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Partial
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, project, verify
-from admm_nxm._sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from admm_nxm.masks import PACKED, pack, unpack
+from admm_nxm.sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from tests.helpers import CASES, every_form, spelt_out
 
 # Older torch warns of random numbers on a CPU mesh, which nothing here draws.

@@ -24,10 +24,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = "examples/benchmarks/speed"
-BENCHMARKS = ("step", "project", "memory", "scaling", "train", "inference")
+BENCHMARKS = ("step", "train", "inference")
 """Every benchmark, in the order of the report. Each is a script of that name."""
 
-PACKAGES = ("torch", "admm-nxm", "torchao", "transformers", "triton")
+PACKAGES = ("torch", "admm-nxm", "torchao", "transformers")
 
 Record = dict[str, Any]
 Options = argparse.Namespace

@@ -3,8 +3,7 @@
     python examples/benchmarks/speed/train.py --output docs/results/speed-cpu-train.json
 
 Forward, backward, ``optimizer.step()`` and ``zero_grad()`` of two equal models, randomly initialised, step by step in
-random order. ADMMNxM goes through its phases, with the default schedule in a shorter form: rho rises from 0.03 to 1000,
-z moves every ten steps. A figure is that of ten steps, one z-step among them in the constrained phase.
+random order, through the dense phase, the calibration, the solve and the frozen phase. A figure is that of ten steps.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import random
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, Every, Ramp
+from admm_nxm import ADMMNxM
 from common import BenchmarkError, Column, Options, Spread, Table, count, event, main
-from contestants import INTERVAL
 
 MODELS = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -31,8 +28,8 @@ MODELS = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256},
 }
 TITLES = {"minilm": "MiniLM-L6 shape", "bert-base": "BERT-base shape", "tiny": "tiny BERT"}
-SHARES = {"dense": 0.05, "constrained": 0.85, "frozen": 0.10}
-"""Of a run with the default plan."""
+INTERVAL = 10
+"""Steps of a block that makes one figure."""
 
 COLUMNS = (
     Column("model", "model", "text"),
@@ -42,6 +39,9 @@ COLUMNS = (
     Column("adamw", "AdamW's share of its step", "percent"),
 )
 WARMUP = 2
+ONE_WINDOW = 1 << 40
+"""Bytes allowed for the statistics: all weights are calibrated together."""
+
 Parts = tuple[float, float]
 """Seconds of a whole training step, and of ``optimizer.step()`` in it."""
 
@@ -119,7 +119,7 @@ def measure(options: Options, device: torch.device) -> Table:
         rows,
         [
             *notes,
-            f"A figure is over {INTERVAL} steps. Whole run: the phases at the default plan's shares, 5, 85 and 10 %.",
+            f"A figure is over {INTERVAL} steps. The calibration is as long as the other phases; by default 16 steps.",
             "Median over the rounds, quartiles in brackets.",
         ],
         seconds,
@@ -131,13 +131,12 @@ def train(
 ) -> tuple[list[dict[str, Any]], dict[str, list[float | None]], str]:
     """Take two models of one shape through all phases, side by side."""
     length = options.rounds * INTERVAL
-    start = WARMUP + length + 1
-    freeze_at = start + length + 1
+    prune_at = WARMUP + 2 * length + 2
     plan = {
-        # What the default plan comes to in a run of this length; it would have a dense start of two or three steps.
-        "rho": Ramp(0.03, 1000.0, start=start, stop=max(start, freeze_at - 1 - INTERVAL)),
-        "update_every": Every(INTERVAL, start=start, dual_start=None),
-        "freeze_at": freeze_at,
+        "total_steps": prune_at + length + 1,
+        "prune_at": prune_at,
+        "calibration_steps": length,
+        "statistics_memory": ONE_WINDOW,
     }
     pair = {"adamw": Trained(MODELS[name], options, device, None), "admm": Trained(MODELS[name], options, device, plan)}
     admm = pair["admm"].admm
@@ -146,46 +145,33 @@ def train(
     order = random.Random(options.seed)
     vocabulary = 1000 if options.tiny else 30522
     took: dict[str, list[Parts]] = {key: [] for key in pair}
-    for step in range(1, freeze_at + length + 1):
+    phases: list[str] = []
+    for step in range(1, plan["total_steps"] + 1):
         ids = torch.randint(0, vocabulary, (options.batch, options.length), generator=generator).to(device)
         labels = torch.randint(0, 2, (options.batch,), generator=generator).to(device)
+        phase, solved = admm.phase, admm.figures().windows_solved
+        if phase == "calibration" and "calibration" not in phases:
+            check_alike(pair["adamw"].model, pair["admm"].model)
         for key in order.sample(sorted(pair), len(pair)):
             took[key].append(pair[key].step(ids, labels, step))
-        if step == start - 1:
-            check_alike(pair["adamw"].model, pair["admm"].model)
-        assert admm.phase == _phase(step, start, freeze_at), f"{admm.phase} after step {step}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # so short a run need not have arrived
-        assert admm.finalize().ok
-    begins = {"dense": WARMUP, "constrained": start, "frozen": freeze_at}
-    found = {phase: figures(took, begin, options.rounds) for phase, begin in begins.items()}
-    found["whole run"] = {
-        key: Spread(
-            tuple(
-                sum(share * found[phase][key].rounds[number] for phase, share in SHARES.items())
-                for number in range(options.rounds)
-            )
-        )
-        for key in ("overhead", "by_step", "adamw")
-    }
-    rows: list[dict[str, Any]] = [
-        {"model": TITLES[name], "phase": phase, **spreads} for phase, spreads in found.items()
-    ]
+        phases.append("solve" if admm.figures().windows_solved > solved else phase)
+    assert admm.finalize().ok
+    begins = {"dense": WARMUP, "calibration": phases.index("calibration"), "frozen": phases.index("frozen")}
+    rows: list[dict[str, Any]] = []
+    for phase, begin in begins.items():
+        assert phases[begin] == phases[begin + length - INTERVAL] == phase, phases
+        rows.append({"model": TITLES[name], "phase": phase, **figures(took, begin, options.rounds)})
     usual = Spread(tuple(whole for whole, _ in took["adamw"])).median
-    freezing = took["admm"][freeze_at - 1][0] / usual - 1
+    solve = took["admm"][phases.index("solve")][0]
     note = (
-        f"{TITLES[name]}: a training step with AdamW takes {1e3 * usual:.3g} ms; the one step that freezes the mask "
-        f"{100 * freezing:+.1f} %."
+        f"{TITLES[name]}: a training step with AdamW takes {1e3 * usual:.3g} ms; the one step with the solve "
+        f"{solve:.3g} s, that is {solve / usual:.3g} of them."
     )
     seconds: dict[str, list[float | None]] = {}
     for key, parts in took.items():
         seconds[f"{name}, {key}, whole step"] = [whole for whole, _ in parts]
         seconds[f"{name}, {key}, optimizer.step()"] = [own for _, own in parts]
     return rows, seconds, note
-
-
-def _phase(step: int, start: int, freeze_at: int) -> str:
-    return "dense" if step < start else "constrained" if step < freeze_at else "frozen"
 
 
 def figures(took: dict[str, list[Parts]], begin: int, rounds: int) -> dict[str, Spread]:

@@ -29,11 +29,11 @@ def shapes_of(weights: int) -> list[tuple[int, int]]:
 
 
 class Weights:
-    """Parameters of one contestant, their gradients, and its AdamW.
+    """Linear layers of one contestant, the gradients of their weights, and its AdamW.
 
     Args:
-        shapes: of the parameters.
-        dtype: of the parameters.
+        shapes: of the weights.
+        dtype: of the weights.
         device: where they are.
         seed: of their values; equal seeds give equal values.
     """
@@ -41,17 +41,20 @@ class Weights:
     def __init__(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
 
-        def random(shape: tuple[int, int], scale: float) -> Tensor:
+        def random(shape: torch.Size, scale: float) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
 
-        self.named = {f"layers.{index}.weight": nn.Parameter(random(shape, 0.02)) for index, shape in enumerate(shapes)}
+        self.model = nn.ModuleList(
+            nn.Linear(width, height, bias=False, device=device, dtype=dtype) for height, width in shapes
+        )
         for parameter in self.params:
-            parameter.grad = random((parameter.shape[0], parameter.shape[1]), 1e-3)
+            parameter.data.copy_(random(parameter.shape, 0.02))
+            parameter.grad = random(parameter.shape, 1e-3)
         self.inner = torch.optim.AdamW(self.params, lr=1e-5, fused=True)
 
     @property
     def params(self) -> list[nn.Parameter]:
-        return list(self.named.values())
+        return list(self.model.parameters())
 
     @property
     def values(self) -> list[Tensor]:
@@ -64,12 +67,3 @@ class Weights:
     @property
     def count(self) -> int:
         return sum(parameter.numel() for parameter in self.params)
-
-
-def tie_free(rows: int, width: int, group: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Return a matrix in which no two magnitudes of a group are equal in 16 bits either: 1 to ``group``, shuffled, with
-    random signs."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(rows * width // group, group, generator=generator).argsort(-1) + 1
-    signs = torch.randint(0, 2, order.shape, generator=generator) * 2 - 1
-    return (order * signs).view(rows, width).to(device=device, dtype=dtype)

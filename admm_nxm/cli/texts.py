@@ -1,0 +1,273 @@
+"""Labelled texts from files, their split, and the interval of a share. The standard library is enough."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, blaming
+
+__all__ = [
+    "FILE_KINDS",
+    "Columns",
+    "Row",
+    "Split",
+    "count_labels",
+    "held_out",
+    "interval",
+    "label_names",
+    "read_file",
+    "row_of",
+    "split",
+]
+
+Row = tuple[str, ...]
+"""One text, or two, and the label."""
+
+FILE_KINDS = (".csv", ".tsv", ".jsonl")
+TEST_SHARE = 0.25
+_LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by itself it stops at 128 KiB
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what.
+
+    Args:
+        texts: one column, or two for pairs of texts.
+        label: the column of the label.
+        hint: what a message about a missing column ends with.
+    """
+
+    texts: tuple[str, ...] = ("text",)
+    label: str = "label"
+    hint: str = ""
+
+
+def read_file(path: Path, columns: Columns | None = None, option: str = "--data") -> list[Row]:
+    """Read labelled texts.
+
+    Args:
+        path: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8.
+        columns: which columns to take; text and label if left out.
+        option: where the path was given, for messages.
+
+    Returns:
+        One row a record.
+
+    Raises:
+        InputError: what is wrong, and in which line.
+    """
+    name = f"{option} {path}"
+    kinds = ", ".join(FILE_KINDS[:-1]) + f" or {FILE_KINDS[-1]}"
+    if not path.is_file():
+        raise InputError(f"{name}: no such file; give a {kinds} file")
+    kind = path.suffix.lower()
+    if kind not in FILE_KINDS:
+        raise InputError(f"{name} ends in {path.suffix or 'nothing'}, which is not known; give a {kinds} file")
+    remedy = f"; a {kinds} file in UTF-8 is needed"
+    with blaming(name, OSError, UnicodeDecodeError, remedy=remedy), path.open(encoding="utf-8-sig", newline="") as file:
+        lines = list(file)
+    records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind)
+    with _long_fields():
+        return [
+            row_of(record, f"{name}, line {line}: record {number}", columns)
+            for number, (line, record) in enumerate(records, 1)
+        ]
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module read texts of any length; its limit is one for the whole process."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_records(lines: list[str], name: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with blaming(f"{name}, line {number} is not JSON", ValueError, RecursionError):
+                record = json.loads(line)
+            yield number, record
+
+
+def _table_records(lines: list[str], name: str, kind: str) -> Iterator[tuple[int, Any]]:
+    separator, word = ("\t", "tab") if kind == ".tsv" else (",", "comma")
+    # Strict: a quotation mark in the wrong place would otherwise swallow records without a word.
+    reader = csv.DictReader(lines, delimiter=separator, strict=True)
+    remedy = f"; put quotation marks around a text that holds a {word} or a line break, and double those inside it"
+
+    with blaming(f"{name}, line 1", csv.Error, remedy=remedy):
+        header = list(reader.fieldnames or ())
+    twice = [column for column, times in Counter(header).items() if times > 1]
+    if twice:
+        raise InputError(f"{name} has the column {twice[0]!r} twice; give each column a name of its own")
+    while True:
+        line = reader.line_num + 1  # where the record begins
+        with blaming(f"{name}, line {line}", csv.Error, remedy=remedy):
+            record = next(reader, None)
+        if record is None:
+            return
+        if None in record:
+            fields = len(header) + len(record[None])
+            raise InputError(f"{name}, line {line} has {fields} fields, and the header has {len(header)}{remedy}")
+        yield line, record
+
+
+def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
+    """Take a record's texts and its label.
+
+    Args:
+        record: a mapping from column to value.
+        where: the place of the record, for messages.
+        columns: which columns to take; text and label if left out.
+
+    Returns:
+        The row.
+
+    Raises:
+        InputError: one is missing, empty, or neither text nor number.
+    """
+    columns = columns or Columns()
+    found = record if isinstance(record, dict) else {}
+    wanted = (*columns.texts, columns.label)
+    missing = [column for column in wanted if _is_missing(found.get(column))]
+    if missing:
+        named = ", ".join(map(str, found)) or "none"
+        needed = ", ".join(wanted[:-1])
+        raise InputError(
+            f"{where} has no {' and no '.join(missing)} (columns: {named}); each needs {needed} and {columns.label}"
+            f"{columns.hint}"
+        )
+    for column in wanted:
+        if isinstance(found[column], (dict, list)):
+            kind = "a list" if isinstance(found[column], list) else "an object"
+            raise InputError(f"{where} has {kind} as {column}; a text or a number is needed")
+    return tuple(str(found[column]) for column in wanted)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or not str(value).strip() or (isinstance(value, float) and math.isnan(value))
+
+
+def count_labels(rows: Sequence[Row]) -> str:
+    """Return how many texts have which label, the most frequent first, for people."""
+    counts = Counter(row[-1] for row in rows)
+    shares = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
+    return f"{len(rows):,} texts: {shares}{', …' if len(counts) > 8 else ''}"
+
+
+def label_names(rows: Sequence[Row]) -> list[str]:
+    """Return the labels in order.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    names = sorted({row[-1] for row in rows})
+    if len(names) < 2:
+        raise InputError(
+            f"the data has {len(rows)} texts with the labels {names}; at least 2 different ones are needed"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions of the texts to train on and to test on, and how many distinct ones there are."""
+
+    train: list[int]
+    test: list[int]
+    distinct: int
+
+
+def _first_of_each(keys: Sequence[Hashable]) -> list[int]:
+    first: dict[Hashable, int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    return list(first.values())
+
+
+def split(keys: Sequence[Hashable], rows: Sequence[Row], names: Sequence[str], seed: int) -> Split:
+    """Hold out a quarter of the distinct texts of each label, for the test.
+
+    Alike after truncation is alike to the model: such a pair on both sides of the split would be a test on training
+    data. (BBC News repeats 100 articles word for word, and some more with changes further down.) The first stays.
+
+    Args:
+        keys: what the model sees of each text.
+        rows: the texts with their labels.
+        names: the labels.
+        seed: of the choice.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: a label has only one distinct text.
+    """
+    first = _first_of_each(keys)
+    train: list[int] = []
+    test: list[int] = []
+    for name in names:
+        members = [i for i in first if rows[i][-1] == name]
+        if len(members) < 2:
+            raise InputError(f"label {name!r} has {len(members)} distinct text; 2 are needed, to train and to test")
+        random.Random(seed).shuffle(members)
+        count = max(1, round(TEST_SHARE * len(members)))
+        test += members[:count]
+        train += members[count:]
+    return Split(train, test, len(first))
+
+
+def held_out(keys: Sequence[Hashable], count: int, names: Sequence[str], rows: Sequence[Row]) -> Split:
+    """Split where the texts to test on are given: those from position ``count`` on.
+
+    A text on both sides is left out of the training.
+
+    Args:
+        keys: what the model sees of each text.
+        count: how many texts are for training.
+        names: the labels of those.
+        rows: the texts with their labels.
+
+    Returns:
+        The split.
+
+    Raises:
+        InputError: nothing is left to train or to test on, or a label is on one side only.
+    """
+    first = _first_of_each(keys[count:])
+    tested = {keys[count + i] for i in first}
+    train = [i for i in _first_of_each(keys[:count]) if keys[i] not in tested]
+    test = [count + i for i in first]
+    if not test:
+        raise InputError("--eval-data has no texts; give some to test on, or leave the option out")
+    unknown = sorted({rows[i][-1] for i in test} - set(names))
+    if unknown:
+        raise InputError(f"--eval-data has the label {unknown[0]!r}, which --data lacks (it has {', '.join(names)})")
+    gone = sorted(set(names) - {rows[i][-1] for i in train})
+    if gone:
+        raise InputError(
+            f"all texts with label {gone[0]!r} of --data are in --eval-data too, and none is left to train on; "
+            "take them out of one of the two"
+        )
+    return Split(train, test, len(train) + len(test))
+
+
+def interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a binomial share."""
+    share, spread = correct / total, z * z / total
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
+    return (low if correct else 0.0), (high if correct < total else 1.0)  # which they are but for rounding

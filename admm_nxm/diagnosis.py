@@ -1,0 +1,128 @@
+"""What went wrong in a run and what to do about it: from figures to a text, pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Ending", "PaperEnding", "diagnose", "diagnose_paper"]
+
+RESIDUAL_TOLERANCE = 0.02
+"""The primal residual above which the paper's form has not reached its pattern, as a share of the weights' norm."""
+
+RESTLESS = 0.1
+"""Mask churn at the last z-step above which the frozen mask is called arbitrary."""
+
+_WHY_RESTLESS = "the dual was at work while the mask moved, and u grows by w until pruned weights out-rank kept ones"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run with the exact w-step came to its masks in ``finalize()``.
+
+    Args:
+        step: finished optimizer steps.
+        prune_at: the step after which the solve was to stand.
+        calibrated: calibration steps of the window that was under way.
+        calibration_steps: how many it was to have.
+        by_magnitude: how many weights had no statistics and were pruned by magnitude, though they were to have some.
+        solved: how many weights were solved by ``finalize()``, with the statistics there were.
+    """
+
+    step: int
+    prune_at: int
+    calibrated: int
+    calibration_steps: int
+    by_magnitude: int
+    solved: int
+
+
+def diagnose(ending: Ending) -> str | None:
+    """Return what to say about a run that ended before its solve; None if nothing was left to do."""
+    if not ending.by_magnitude and not ending.solved:
+        return None
+    done = []
+    if ending.by_magnitude:
+        done.append(f"{ending.by_magnitude} weights were pruned by magnitude, without statistics")
+    if ending.solved:
+        done.append(
+            f"{ending.solved} weights were solved from {ending.calibrated} of {ending.calibration_steps} calibration "
+            "steps"
+        )
+    return (
+        f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
+        f"{ending.prune_at}: {' and '.join(done)}, and no step has trained what was kept. Accuracy measured before "
+        "does not hold. Remedy: train to the end, or give the true number of optimizer steps as total_steps, or an "
+        "earlier prune_at"
+    )
+
+
+@dataclass(frozen=True)
+class PaperEnding:
+    """How a run of the paper's form came to its masks.
+
+    Args:
+        residual: the primal residual at the projection, as a share of the weights' norm.
+        worst: that of the worst weight.
+        worst_name: the worst weight's name; None if a checkpoint was loaded since, which does not tell.
+        far_share: share of the weights that are far by themselves; 0 if it is not known.
+        churn: share of the kept places that the last z-step replaced.
+        dual_in_use: whether u moved.
+        rho: the penalty in force.
+        step: the step after which the mask was frozen.
+        prune_at: the step after which it was to be.
+        inner: class of the inner optimizer.
+    """
+
+    residual: float
+    worst: float
+    worst_name: str | None
+    far_share: float
+    churn: float
+    dual_in_use: bool
+    rho: float
+    step: int
+    prune_at: int
+    inner: str
+
+
+def diagnose_paper(ending: PaperEnding) -> str | None:
+    """Return what to say about a run of the paper's form; None if it has reached its pattern."""
+    far = ending.residual > RESIDUAL_TOLERANCE or ending.worst > 5 * RESIDUAL_TOLERANCE
+    if not far and ending.churn <= RESTLESS:
+        return None
+    if not far:
+        why = _WHY_RESTLESS if ending.dual_in_use else "the learning rate is high up to the freeze"
+        return (
+            f"the mask had not settled: the last z-step before the freeze replaced {ending.churn:.0%} of the kept "
+            f"places (more than {RESTLESS:.0%}), so the frozen mask is the one that happened to be there. Likely "
+            f"cause: {why}. Remedy: leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait, "
+            "let the learning rate decay before prune_at, or use the exact w-step, ADMMNxM(...)"
+        )
+    if ending.rho == 0:
+        cause = "no penalty was in force (rho = 0), so this is one-shot magnitude pruning"
+        remedy = "give a rho above 0, or use the exact w-step, ADMMNxM(...)"
+    elif ending.step < ending.prune_at:
+        cause = f"finalize() came after {ending.step} steps, and the mask was to freeze after step {ending.prune_at}"
+        remedy = "train to the end, or give the true number of optimizer steps as total_steps"
+    elif 0 < ending.far_share <= 0.5:
+        cause = "this weight had no gradient for long, or its learning rate is far from the others'"
+        remedy = "train it, or leave it dense by a select rule"
+    elif ending.churn > RESTLESS and ending.dual_in_use:
+        cause = f"the last z-step still replaced {ending.churn:.0%} of the kept places: {_WHY_RESTLESS}"
+        remedy = (
+            "leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait until the mask has "
+            "settled, or use the exact w-step, ADMMNxM(...)"
+        )
+    else:
+        cause = (
+            f"the penalty in the gradient (rho = {ending.rho:.3g}) has not brought the pruned weights to zero in "
+            f"{ending.step} steps of {ending.inner}; a step moves a weight by no more than about the learning rate "
+            "under Adam and its kin, and by learning rate * rho * distance under SGD"
+        )
+        remedy = "use a larger rho, a longer run or a larger learning rate, or the exact w-step, ADMMNxM(...)"
+    which = f"{ending.worst_name!r}, by" if ending.worst_name else "one weight, by"
+    return (
+        f"the run has not reached its pattern: projecting the weights changed them by {ending.residual:.1%} of their "
+        f"norm (tolerance {RESIDUAL_TOLERANCE:.1%}), most of all {which} {ending.worst:.1%}, so accuracy "
+        f"measured before does not hold. Likely cause: {cause}. Remedy: {remedy}"
+    )

@@ -1,0 +1,321 @@
+"""The exact w-step in the life of a run: calibration window by window, the solve, and frozen masks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .consensus import primal_sums
+from .diagnosis import Ending, diagnose
+from .projection import keep_mask
+from .residuals import Residuals, measure
+from .run import Moving, Run
+from .schedules import Timeline
+from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
+from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, solve
+from .statistics import Moments, Statistics
+from .weights import MASK, Weight
+
+__all__ = ["ExactStep"]
+
+_DAMPING = {"inputs": INPUT_DAMPING, "outputs": OUTPUT_DAMPING}
+
+
+class ExactStep:
+    """Solves the layer problems in closed form, once.
+
+    Args:
+        timeline: when.
+    """
+
+    name: Literal["exact"] = "exact"
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+
+    @property
+    def prune_at(self) -> int:
+        """The step after which the last solve stands."""
+        return self.timeline.prune_at
+
+    @property
+    def windows(self) -> int:
+        """How many windows of weights are solved one after the other."""
+        return self.timeline.windows
+
+    def phase(self, run: Run) -> str:
+        """Return the name of the phase."""
+        if run.progress.frozen:
+            return "frozen"
+        return "dense" if run.progress.step < self.timeline.start else "calibration"
+
+    def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
+        """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
+        progress = run.progress
+        progress.windows = self.windows
+        if self.windows == 0 and not progress.frozen:
+            self._prune_by_magnitude(run, list(run.weights))
+            progress.frozen_at = progress.step
+        if progress.calibrated and statistics is None:
+            warnings.warn(
+                f"the checkpoint was made inside a calibration, after {progress.calibrated} of its steps, and does not "
+                "carry the statistics (torch.distributed.checkpoint leaves them out): the calibration of this window "
+                "begins again, and the solve comes that much later",
+                stacklevel=3,
+            )
+            progress.calibrated = 0
+        self._gather_if_due(run)
+        if run.statistics is not None and statistics is not None:
+            run.statistics.load_state_dict(statistics)
+
+    def before(self, run: Run) -> Moving:  # noqa: ARG002
+        """Do nothing: until the solve, a step is the inner optimizer's own."""
+        return []
+
+    def after(self, run: Run, moving: Moving) -> None:
+        """Do nothing."""
+
+    def advance(self, run: Run, moving: Moving) -> None:  # noqa: ARG002 - all weights are calibrated alike
+        """Count a calibration step, and solve when a window is full."""
+        progress = run.progress
+        if progress.frozen:
+            return
+        if progress.step > self.timeline.start:
+            progress.calibrated += 1
+            if run.statistics is not None:
+                run.statistics.reduce()
+                self._check_hooks_fire(run)
+            if progress.calibrated >= self.timeline.calibration_steps:
+                self._solve(run, run.weights.of_window(progress.windows_solved))
+                self._close_window(run)
+        self._gather_if_due(run)
+
+    def finish(self, run: Run) -> str | None:
+        """Prune what the run has not pruned; return what there is to say about it."""
+        progress = run.progress
+        if progress.frozen:
+            return None
+        waiting = [weight for weight in run.weights if not run.is_pruned(weight)]
+        if run.statistics is not None:
+            run.statistics.reduce()
+        solvable = [weight for weight in waiting if weight.modules and self._unusable(run, weight) is None]
+        rest = [weight for weight in waiting if weight not in solvable]
+        ending = Ending(
+            progress.step,
+            self.timeline.prune_at,
+            progress.calibrated,
+            self.timeline.calibration_steps,
+            by_magnitude=sum(bool(weight.modules) for weight in rest),
+            solved=len(solvable),
+        )
+        if solvable:
+            self._solve(run, solvable)
+        self._prune_by_magnitude(run, rest)
+        run.stop_gathering()
+        progress.windows_solved = self.timeline.windows
+        progress.frozen_at = progress.step
+        return diagnose(ending)
+
+    def verdict(self, run: Run) -> str | None:  # noqa: ARG002
+        """Return None: a run that has not come to its solve is dense, and nobody takes it for more."""
+        return None
+
+    def announce(self, run: Run) -> None:
+        """Put a mask where the inner optimizer has state before its first step."""
+        for weight in run.weights:
+            if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
+                weight.store(run.inner, MASK, run.mask(weight))
+
+    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
+        """Refuse a checkpoint whose windows are cut otherwise, or which is not pruned where this run begins pruned."""
+        if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
+            return
+        under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
+        if under_way and counters["admm_windows"] != self.windows:
+            raise ValueError(
+                f"the checkpoint was made inside a calibration with {counters['admm_windows']} windows, and here are "
+                f"{self.windows}; build ADMMNxM with the statistics_memory of the checkpoint's run"
+            )
+        if self.windows == 0:
+            raise ValueError(
+                f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
+                "begins with pruned weights; give the prune_at of the checkpoint's run"
+            )
+
+    def mask(self, run: Run, weight: Weight) -> Tensor:
+        """Return the mask in force."""
+        return run.mask(weight)
+
+    def auxiliary(self, run: Run, weight: Weight) -> Tensor:
+        """Return z: the pruned weight, or before the solve its projection."""
+        return self._projected(run, weight)[0]
+
+    def target(self, run: Run, weight: Weight) -> Tensor:
+        """Return the same: without statistics, pruning is by magnitude."""
+        return self._projected(run, weight)[0]
+
+    def dual(self, run: Run, weight: Weight) -> Tensor:  # noqa: ARG002
+        """Return zeros: u lives within the solve."""
+        return torch.zeros_like(weight.w)
+
+    def residuals(self, run: Run) -> Residuals:
+        """Measure how far w is from its projection."""
+        weights = list(run.weights)
+        device = weights[0].w.device
+        sums = [primal_sums(weight.w, self.auxiliary(run, weight)).to(device) for weight in weights]
+        table = reduce_sums(sums, [weight.param for weight in weights]).tolist()
+        unknown = [0.0 if run.progress.frozen else float("nan")] * 4
+        return measure({weight.name: [*row, *unknown] for weight, row in zip(weights, table, strict=True)})
+
+    def _projected(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
+        w = weight.w
+        mask = weight.mask(run.inner) if run.is_pruned(weight) else keep_mask(w, weight.spec.pattern, weight.spec.dim)
+        return torch.where(mask, w, torch.zeros_like(w)), mask
+
+    def _gather_if_due(self, run: Run) -> None:
+        progress = run.progress
+        if progress.frozen or run.statistics is not None or progress.step < self.timeline.start:
+            return
+        window = run.weights.of_window(progress.windows_solved)
+        modules = {weight.name: weight.modules for weight in window if weight.modules}
+        if modules:
+            run.statistics = Statistics(modules)
+            run.statistics.attach()
+
+    def _check_hooks_fire(self, run: Run) -> None:
+        assert run.statistics is not None
+        if not run.statistics.moments:
+            raise ValueError(
+                f"calibration step {run.progress.calibrated} has gathered nothing: no selected module saw a training "
+                "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, "
+                "or a graph of it that was recorded earlier (torch.export, CUDA graphs). Give ADMMNxM the model that "
+                "is trained, and record no graph before prune_at, or use ADMMNxM.paper(...)"
+            )
+
+    def _close_window(self, run: Run) -> None:
+        run.stop_gathering()
+        run.progress.calibrated = 0
+        run.progress.windows_solved += 1
+        if run.progress.windows_solved == self.timeline.windows:
+            run.progress.frozen_at = run.progress.step
+
+    def _solve(self, run: Run, weights: Sequence[Weight]) -> None:
+        """Solve the layer problems of some weights; all or none."""
+        for weight in weights:
+            problem = self._unusable(run, weight) if weight.modules else None
+            if problem is not None:
+                raise ValueError(
+                    f"weight {weight.name!r} has no usable statistics at the solve: {problem}. Nothing was changed, "
+                    "and the next step() gathers on and tries again"
+                )
+        check_finite(run, weights)
+        moments = {} if run.statistics is None else run.statistics.moments
+        self._set(run, weights, _solved_by_ranks(weights, moments))
+
+    def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
+        check_finite(run, weights)
+        for weight in weights:
+            z, mask = self._projected(run, weight)
+            weight.replace_value(run.inner, z, mask)
+
+    def _set(self, run: Run, weights: Sequence[Weight], solved: Sequence[Solved]) -> None:
+        for weight, each in zip(weights, solved, strict=True):
+            weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
+            if weight.modules:
+                run.model_errors[weight.name] = each.error
+
+    def _unusable(self, run: Run, weight: Weight) -> str | None:
+        """Return why a weight cannot be solved with what was gathered, and what to do about it; None if it can."""
+        steps = run.progress.calibrated
+        seen = None if run.statistics is None else run.statistics.moments.get(weight.name)
+        dropped = 0 if seen is None else int(seen.dropped)
+        if 2 * dropped > steps:
+            return (
+                f"{dropped} passes through its module had infinite or NaN values in {steps} calibration steps; lower the "
+                "learning rate, or train in bfloat16 instead of float16"
+            )
+        if seen is None or int(seen.tokens) == 0:
+            return (
+                f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training (an "
+                "expert that no token is routed to needs more calibration_steps), or leave it dense by a select rule"
+            )
+        return None
+
+
+def check_finite(run: Run, weights: Sequence[Weight]) -> None:
+    """Refuse weights with NaN or infinite entries, on every rank alike.
+
+    Raises:
+        ValueError: names them.
+    """
+    if not weights:
+        return
+    device = weights[0].w.device
+    counts = [(~weight.w.isfinite()).sum().reshape(1).to(device) for weight in weights]
+    totals = reduce_sums(counts, [weight.param for weight in weights]).flatten().tolist()
+    names = [weight.name for weight, count in zip(weights, totals, strict=True) if count]
+    if names:
+        raise ValueError(
+            f"{len(names)} weights have NaN or infinite entries after step {run.progress.step}: {', '.join(names)}; "
+            "nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip the gradients"
+        )
+
+
+def _solved_by_ranks(weights: Sequence[Weight], moments: dict[str, Moments]) -> list[Solved]:
+    """Solve each weight on one rank, and give the result to all, so that all have the same bits."""
+    rank, world = rank_and_world()
+    wholes: list[Tensor] = []
+    for index, weight in enumerate(weights):
+        whole = full(weight.param.detach())  # a collective where the weight is sharded
+        wholes.append(whole if index % world == rank else torch.empty_like(whole, device="meta"))
+    shared = _SharedFactors()
+    mine = {
+        index: _solve_one(weight, wholes[index], moments.get(weight.name), shared)
+        for index, weight in enumerate(weights)
+        if index % world == rank
+    }
+    return [
+        mine[index] if world == 1 else _shared_result(mine.get(index), weight, wholes[index], index % world)
+        for index, weight in enumerate(weights)
+    ]
+
+
+def _shared_result(mine: Solved | None, weight: Weight, whole: Tensor, source: int) -> Solved:
+    device = weight.w.device
+    value = torch.empty(whole.shape, dtype=whole.dtype, device=device) if mine is None else mine.weight.contiguous()
+    mask = torch.empty(whole.shape, dtype=torch.bool, device=device) if mine is None else mine.mask.contiguous()
+    figures = torch.zeros(2, dtype=torch.float64, device=device)
+    if mine is not None:
+        figures.copy_(torch.tensor([mine.error, mine.rounds]))
+    for t in (value, mask, figures):
+        broadcast(t, source)
+    error, rounds = figures.tolist()
+    return Solved(value, mask, error, int(rounds))
+
+
+class _SharedFactors:
+    """The factorisation of the last matrix of each kind: weights with the same inputs (q, k, v) share it."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Tensor, Factor]] = {}
+
+    def of(self, kind: str, moment: Tensor) -> Factor:
+        last = self._last.get(kind)
+        if last is None or last[0].shape != moment.shape or not torch.equal(last[0], moment):
+            last = self._last[kind] = (moment, factorise(moment, _DAMPING[kind]))
+        return last[1]
+
+
+def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _SharedFactors) -> Solved:
+    spec = weight.spec
+    if moments is None:
+        return solve(whole, spec.pattern, None, None, dim=spec.dim)
+    inputs: Factor | None = shared.of("inputs", moments.inputs)
+    outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
+    if weight.moment_along_group == "outputs":
+        inputs, outputs = outputs, inputs
+    return solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)

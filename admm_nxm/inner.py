@@ -1,0 +1,135 @@
+"""Dealing with the inner optimizer: what can be wrapped, and how its step is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["check_inner", "has_no_effect", "is_capturing", "raw_step", "share_step_hooks"]
+
+
+def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
+    """Refuse what cannot be wrapped.
+
+    Args:
+        inner: the optimizer that the user passed.
+        wrapper: the wrapping class, which cannot be wrapped again.
+
+    Raises:
+        TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
+            dict that cannot be extended.
+        ValueError: ``differentiable=True``.
+    """
+    name = type(inner).__name__
+    if isinstance(inner, type) and issubclass(inner, Optimizer):
+        raise TypeError(f"optimizer is the class {inner.__name__}; pass an instance, {inner.__name__}(params, lr=...)")
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer is a {name}; a torch.optim.Optimizer is needed")
+    if any(isinstance(part, wrapper) for part in _nested(inner)):
+        raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
+    if hasattr(inner, "step_was_skipped"):
+        raise TypeError(
+            f"optimizer is a {name}, which decides by itself whether a step happens; wrap the plain optimizer in "
+            "ADMMNxM first, then pass that to Accelerator.prepare"
+        )
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(inner).__mro__):
+        raise TypeError(
+            f"optimizer is a {name}, which keeps each parameter's state on one rank only; shard with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard) instead, and wrap a plain optimizer"
+        )
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
+    # SAM and its kin step twice, with an evaluation between, whatever the default of their closure.
+    steps_twice = callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None))
+    if steps_twice:
+        raise TypeError(
+            f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other "
+            f"way round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
+        )
+    if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise TypeError(
+            f"{name} needs to call the closure itself; ADMMNxM evaluates it once, first. "
+            "Use an optimizer whose step() works without a closure, such as AdamW"
+        )
+    if any(group.get("differentiable") for group in inner.param_groups):
+        raise ValueError(f"{name} has differentiable=True; masks work in place, so pass differentiable=False")
+    saved = inner.state_dict()
+    if not (isinstance(saved, Mapping) and isinstance(saved.get("state"), Mapping) and saved.get("param_groups")):
+        raise TypeError(
+            f"the state_dict() of {name} has no 'state' and 'param_groups', so a run could not be resumed; wrap the "
+            f"optimizer inside it in ADMMNxM, and put {name} around that"
+        )
+
+
+def _nested(inner: Optimizer) -> list[object]:
+    """The optimizer, and one inside it."""
+    return [inner, *(getattr(inner, name, None) for name in ("optimizer", "base_optimizer", "_base_optimizer"))]
+
+
+def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
+    """Let both optimizers hold the same step hooks, so that a hook fires once, around the whole step, whichever of
+    the two it was registered on."""
+    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        setattr(wrapper, name, inner.__dict__.setdefault(name, OrderedDict()))
+
+
+def raw_step(inner: Optimizer, *, first: bool = False) -> None:
+    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them.
+
+    Args:
+        inner: the inner optimizer.
+        first: whether this is its first step of the run: an optimizer that cannot do without a closure shows it then.
+
+    Raises:
+        TypeError: the first step failed, and the optimizer's ``step`` takes a closure.
+    """
+    patched = inner.__dict__.get("step")
+    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+        patched()  # somebody has put a step of their own on the instance
+        return
+    step: Any = type(inner).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    # What an LR scheduler that was built on the inner optimizer looks at.
+    inner._opt_called = True  # type: ignore[attr-defined]
+    try:
+        step(inner)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        if not first or isinstance(error, torch.OutOfMemoryError) or not _asks_for_closure(inner, error):
+            raise
+        raise TypeError(
+            f"{type(inner).__name__} failed in its first step ({error}), which ADMMNxM calls without a closure, "
+            "because it has evaluated that already. If it cannot step without one, give it ADMMNxM(AdamW(...), model, "
+            "...) as its base optimizer, or use an optimizer whose step() works without a closure"
+        ) from error
+
+
+def _asks_for_closure(inner: Optimizer, error: BaseException) -> bool:
+    """Whether a failed step took a closure and failed in its own code, not in what it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    own = trace is not None and trace.tb_frame.f_locals.get("self") is inner
+    return own and "closure" in inspect.signature(type(inner).step).parameters
+
+
+def has_no_effect(inner: Optimizer) -> bool:
+    """Return whether a step would only create state: all learning rates and all gradients are zero.
+
+    torch.distributed.checkpoint makes such a step before it loads. The gradients are read only if the learning rates
+    are zero, so an ordinary step does not wait for the device.
+    """
+    rates = [group.get("lr") for group in inner.param_groups]
+    if not all(rate is not None and float(rate) == 0.0 for rate in rates):
+        return False
+    gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(gradient.any()) for gradient in gradients)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

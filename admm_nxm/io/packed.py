@@ -1,0 +1,584 @@
+"""Packed safetensors: a sparse model stored without its zeros, and restored bit for bit.
+
+What a packed file looks like is in :mod:`admm_nxm.io.packing`. In a folder packed files end in ``.packed.safetensors``:
+a loader that does not know them finds no weights and says so, where it would otherwise start from random ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import address, is_plain, plain, takes_zeros
+from ..pattern import Pattern
+from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
+from ..sharding import is_sharded
+from ..sparsity import SparsityViolation, cover
+from ..table import format_table
+from .files import (
+    PACKED_SUFFIX,
+    SUFFIX,
+    Checkpoint,
+    atomic_file,
+    atomic_folder,
+    copy_files,
+    open_checkpoint,
+    read_index,
+    refuse_source,
+    stand_ins,
+)
+from .packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
+from .selection_record import read_selection, selection_metadata
+from .tensor_files import CODE_OF, StreamWriter, bytes_of, plan
+
+__all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
+
+Place = Union[str, "os.PathLike[str]"]
+Source = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The size of one packed weight.
+
+    Args:
+        name: its name.
+        shape: its shape.
+        pattern: its pattern.
+        dim: the grouped dimension.
+        dtype: its dtype.
+        bytes_before: its size as it was.
+        bytes_after: its size packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: Pattern
+    dim: int
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Packed size as a share of the size before."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What packing a model saved; prints as a table.
+
+    Args:
+        weights: the packed weights.
+        skipped: what the selection rules asked for but no pattern fits, and why; it is stored as it was.
+        bytes_before: size of all tensors as they were (without the headers of files, some kilobytes).
+        bytes_after: size of all tensors now.
+    """
+
+    weights: tuple[PackedWeight, ...]
+    skipped: tuple[SkippedWeight, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Size of all tensors as a share of the size before."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+
+    def __iter__(self) -> Iterator[PackedWeight]:
+        return iter(self.weights)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                w.name,
+                "x".join(map(str, w.shape)),
+                str(w.pattern),
+                str(w.dtype).removeprefix("torch."),
+                w.bytes_before,
+                w.bytes_after,
+                f"{w.ratio:.1%}",
+            )
+            for w in self.weights
+        ]
+        lines = [format_table(("weight", "shape", "pattern", "dtype", "bytes before", "bytes after", "ratio"), rows)]
+        lines += [f"not packed: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
+        packed = sum(w.bytes_after for w in self.weights) / max(sum(w.bytes_before for w in self.weights), 1)
+        lines.append(f"{len(self.weights)} weights packed to {packed:.1%} of their size")
+        lines.append(f"all tensors: {self.bytes_before:,} bytes before, {self.bytes_after:,} after ({self.ratio:.1%})")
+        return "\n".join(lines)
+
+
+class _Item(NamedTuple):
+    """A tensor of the source, and how its bytes are written unread."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+    write: Callable[[StreamWriter], None]
+
+
+# What a loader would take in a packed folder in place of the packed weights.
+_TAKEN_INSTEAD = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def pack(
+    source: Source,
+    output: Place,
+    pattern: Pattern | str | None = None,
+    *,
+    select: Select | Selection | None = None,
+    overwrite: bool = False,
+) -> PackReport:
+    """Store a sparse model without its zeros.
+
+    The weights that :func:`admm_nxm.verify` counts are packed, the rest is stored as it is. Nothing is lost, see
+    :func:`unpack`. One tensor is in memory at a time.
+
+    Args:
+        source: a model folder, whose other files (config, tokenizer, …) are copied; a .safetensors file; a module; or
+            a state dict.
+        output: the folder for a folder, the file for anything else.
+        pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default. None takes the selection
+            that is recorded with a path, and else means ``"2:4"``.
+        select: rules as for ``ADMMNxM``, or a :class:`admm_nxm.Selection` such as ``optimizer.selection``; they name
+            the weights with their patterns, in place of ``pattern``.
+        overwrite: whether to replace what is at ``output``.
+
+    Returns:
+        The sizes before and after.
+
+    Raises:
+        FileExistsError: something is at ``output``.
+        FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
+        SparsityViolation: a weight violates its pattern; all that do are named, and nothing is written.
+        TypeError: the source is of no known kind, or a state dict holds what is no tensor.
+        ValueError: the source is damaged, packed already or holds no weight to pack; a weight cannot be packed; or the
+            output is the source.
+    """
+    rules = pattern if select is None else select
+    if isinstance(source, (nn.Module, Mapping)):
+        return _pack_tensors(source, Path(output), rules, overwrite)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"cannot pack a {type(source).__name__}; a module, a state dict or a path is needed")
+    with open_checkpoint(source, purpose="pack") as checkpoint:
+        _refuse_index(checkpoint)
+        if checkpoint.packed:
+            raise ValueError(f"{next(iter(checkpoint.packed))} is packed already; unpack it first")
+        tensors = stand_ins(checkpoint)
+        selection, params = cover(tensors, read_selection(checkpoint) if rules is None else rules)
+        names = {id(t): name for name, t in tensors.items()}
+        weights = {names[id(params[weight.name])]: weight for weight in selection}
+        if checkpoint.path.is_dir():
+            others = checkpoint.others()
+            for name in _TAKEN_INSTEAD:
+                if Path(name) in others:
+                    raise ValueError(
+                        f"{checkpoint.path / name} would be taken for the weights of the packed folder, and they are "
+                        f"in {checkpoint.files[0].name}; move it away first"
+                    )
+            with atomic_folder(output, overwrite=overwrite, source=source) as folder:
+                layouts = _layouts(weights, checkpoint.get)
+                _write_folder(checkpoint, others, folder, _packed_name, layouts)
+        else:
+            refuse_source(output, source)
+            _refuse_ordinary_name(Path(output))
+            with atomic_file(output, overwrite=overwrite) as file:
+                layouts = _layouts(weights, checkpoint.get)
+                _write_packed(checkpoint, checkpoint.files[0], file, layouts)
+        before = sum(stored.nbytes for header in checkpoint.headers.values() for stored in header.tensors)
+    return _report(layouts, selection, before)
+
+
+def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
+    """Undo :func:`pack`: the same tensors bit for bit, under the same names, in the same files, with the same metadata.
+
+    Args:
+        source: a packed file or folder.
+        output: the folder for a folder, the file for a file.
+        overwrite: whether to replace what is at ``output``.
+
+    Raises:
+        FileExistsError: something is at ``output``.
+        FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
+        ValueError: the source is damaged, or holds no packed weight, or the output is the source; nothing is written
+            then.
+    """
+    with open_checkpoint(source, purpose="unpack") as checkpoint:
+        _refuse_index(checkpoint)
+        _needs_packed(checkpoint)
+        if checkpoint.path.is_dir():
+            with atomic_folder(output, overwrite=overwrite, source=source) as folder:
+                _write_folder(checkpoint, checkpoint.others(), folder, _dense_name, None)
+        else:
+            refuse_source(output, source)
+            with atomic_file(output, overwrite=overwrite) as file:
+                _write_dense(checkpoint, checkpoint.files[0], file)
+
+
+def load_packed(path: Place) -> dict[str, Tensor]:
+    """Read a packed model into a state dict; :func:`load_packed_model` makes a transformers model of one.
+
+    Args:
+        path: a packed file or folder.
+
+    Returns:
+        All tensors by name, the packed weights unpacked.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: it is damaged, or holds no packed weight.
+    """
+    with open_checkpoint(path, purpose="load") as checkpoint:
+        _needs_packed(checkpoint)
+        tensors = {name: checkpoint.get(name) for name, info in checkpoint.tensors.items() if info.alias_of is None}
+        return {name: tensors[info.alias_of or name] for name, info in checkpoint.tensors.items()}
+
+
+def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
+    """Load a packed folder into a transformers model, without unpacking it on disk.
+
+    Args:
+        path: a packed folder with the model's config.
+        model_class: a class of transformers such as ``AutoModelForSequenceClassification`` or ``LlamaForCausalLM``.
+        options: as for its ``from_pretrained``: entries of the config to override, ``config``, ``dtype`` (the one of
+            the folder, ``"auto"``, by default), ``trust_remote_code``, ``output_loading_info``, ``device_map``, …
+
+    Returns:
+        The model, as ``from_pretrained`` would return it for the folder before packing; with
+        ``output_loading_info=True`` the model and that information.
+
+    Raises:
+        FileNotFoundError: nothing there, or no config.
+        ValueError: it is damaged, or holds no packed weight.
+        TypeError: an option says where the weights are, and they are in the packed folder.
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers import GenerationConfig
+    except ImportError as error:
+        raise ImportError('transformers is needed for this; run: pip install "admm-nxm[hf]"') from error
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model folder (it has no config.json); use load_packed for its tensors")
+    for name in _ELSEWHERE & options.keys():
+        raise TypeError(f"{name}={options[name]!r} says where the weights are, and they are those of {folder}; drop it")
+    state_dict = load_packed(folder)
+    model_class, config, options = _resolve(folder, model_class, options)
+    loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for module in model.modules():
+        named: Any
+        for named in (module, getattr(module, "config", None)):
+            if getattr(named, "name_or_path", "") in (None, "None"):  # from_pretrained noted what it was given, None
+                named.name_or_path = os.fspath(path)
+    generates = model.can_generate() and options.get("generation_config") is None
+    if generates and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return loaded
+
+
+_ELSEWHERE = {"state_dict", "subfolder", "variant", "gguf_file"}
+
+
+def _resolve(folder: Path, model_class: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the class of the model, its config, and the options that are not for the config.
+
+    As the Auto classes and the model classes do it before they look for weights.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    options = dict(options)
+    # These are for the model, also where the config takes an entry of the name.
+    kept: dict[str, Any] = {
+        name: options[name] for name in ("trust_remote_code", "quantization_config") if name in options
+    }
+    dtype = options.pop("torch_dtype", None) if options.get("dtype") is None else options["dtype"]
+    options.pop("torch_dtype", None)
+    options.pop("dtype", None)
+    options.pop("quantization_config", None)
+    trust = {"trust_remote_code": options.pop("trust_remote_code", None)}
+    automatic = hasattr(model_class, "from_config")
+    config = options.pop("config", None)
+    if isinstance(config, PretrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        place = folder if config is None else config
+        loader, extra = (AutoConfig, trust) if automatic else (model_class.config_class, {})
+        config, options = loader.from_pretrained(place, return_unused_kwargs=True, **extra, **options)
+    config.name_or_path = str(folder)  # where code of the model's own lies
+    if automatic:
+        # The Auto classes load from a name only; which class they would choose shows on an empty model.
+        with torch.device("meta"):
+            empty = model_class.from_config(copy.deepcopy(config), **trust)
+        if not isinstance(config, type(empty.config)):
+            config = config.get_text_config()  # they take a part of a model so
+        model_class = type(empty)
+    return model_class, config, {**options, **kept, "dtype": "auto" if dtype is None else dtype}
+
+
+def _pack_tensors(
+    source: nn.Module | Mapping[str, Tensor],
+    output: Path,
+    rules: Pattern | str | Select | Selection | None,
+    overwrite: bool,
+) -> PackReport:
+    named = unwrap_model(source).state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
+    for name, t in named.items():
+        _check_storable(name, t)
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, t in named.items():
+        # The entries of a state dict are new objects, also where two names stand for one tensor.
+        # Without an address of its own (an empty tensor, torchao's training wrappers) it is told by the object.
+        start = address(t)
+        one = (start, t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()) if start else id(t)
+        if first.setdefault(one, name) != name:
+            aliases[name] = first[one]
+    tensors = {name: t for name, t in named.items() if name not in aliases}
+    one_object_each = {name: named[aliases.get(name, name)] for name in named}
+    selection, params = cover(source if isinstance(source, nn.Module) else one_object_each, rules)
+    weights = {aliases.get(name, name): weight for name, weight in _places(selection, params, named)}
+
+    def item(name: str, t: Tensor) -> _Item:
+        size = t.numel() * t.element_size()
+        return _Item(name, CODE_OF[t.dtype], tuple(t.shape), size, lambda writer: writer.put(name, bytes_of(plain(t))))
+
+    items = [item(name, t) for name, t in tensors.items()]
+    _refuse_ordinary_name(output)
+    with atomic_file(output, overwrite=overwrite) as file:
+        layouts = _layouts(weights, lambda name: plain(tensors[name]))
+        _write(file, items, selection_metadata(selection), layouts, aliases, lambda name: plain(tensors[name]))
+    return _report(layouts, selection, sum(i.nbytes for i in items))
+
+
+def _places(
+    selection: Selection, params: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> Iterator[tuple[str, SelectedWeight]]:
+    """Yield where each weight stands in a state dict: as the same object, or by its name if a hook made another one."""
+    names = {id(t): name for name, t in named.items()}
+    by_name: dict[str, Tensor] | None = None
+    for weight in selection:
+        if id(params[weight.name]) in names:
+            yield names[id(params[weight.name])], weight
+            continue
+        by_name = named_tensors(named) if by_name is None else by_name
+        found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]
+        if not found or any(tuple(t.shape) != weight.shape for t in found):
+            raise ValueError(
+                f"weight {weight.name!r} of shape {weight.shape} is not in the module's state dict under this name and "
+                "with this shape, as a state dict hook changes it; pack the state dict that is to be stored, with "
+                "select rules for its names"
+            )
+        for t in found:
+            yield names[id(t)], weight
+
+
+def _check_storable(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name!r} is a {type(t).__name__}, and a safetensors file holds tensors only; leave it out")
+    if not is_sharded(t) and not is_plain(t) and not takes_zeros(t):
+        raise TypeError(
+            f"{name!r} is a {type(t).__name__}, whose values a safetensors file cannot hold as they are; store what it "
+            "stands for: turn it into a plain tensor first"
+        )
+    if is_sharded(t) or t.is_meta or t.layout != torch.strided or t.dtype not in CODE_OF:
+        kind = "spread over several ranks" if is_sharded(t) else f"{t.dtype} of layout {t.layout} on {t.device}"
+        raise TypeError(
+            f"{name!r} is {kind}, and cannot be stored so; gather, materialise or convert it, or save the model with "
+            "save_pretrained and pack the folder"
+        )
+
+
+def _layouts(weights: Mapping[str, SelectedWeight], get: Callable[[str], Tensor]) -> dict[str, Layout]:
+    """Return how each weight is to be packed, or name all that cannot be."""
+    layouts: dict[str, Layout] = {}
+    violations = []
+    for name, weight in weights.items():
+        t = get(name)
+        try:
+            bad, signs = examine(t, weight.pattern, weight.dim)
+            layouts[name] = packed_layout(weight.shape, weight.pattern, weight.dim, t.dtype, signs)
+        except ValueError as error:
+            raise ValueError(f"weight {name!r} cannot be packed: {error}") from None
+        if bad:
+            violations.append(f"{name}: {bad} of {layouts[name].groups} groups exceed {weight.pattern}")
+    if violations:
+        raise SparsityViolation(
+            f"{len(violations)} of {len(weights)} weights violate the pattern, and packing would lose what they hold; "
+            f"prune them first, or choose the weights by select: {'; '.join(violations)}"
+        )
+    return layouts
+
+
+def _report(layouts: Mapping[str, Layout], selection: Selection, before: int) -> PackReport:
+    weights = tuple(
+        PackedWeight(name, lay.shape, lay.pattern, lay.dim, lay.dtype, lay.dense_nbytes, lay.nbytes)
+        for name, lay in layouts.items()
+    )
+    saved = sum(w.bytes_before - w.bytes_after for w in weights)
+    return PackReport(weights, tuple(s for s in selection.skipped if s.wanted), before, before - saved)
+
+
+def _write(
+    file: Path,
+    items: Iterable[_Item],
+    metadata: Mapping[str, str] | None,
+    layouts: Mapping[str, Layout],
+    aliases: Mapping[str, str],
+    get: Callable[[str], Tensor],
+) -> None:
+    """Write a file with packed weights."""
+    items = list(items)
+    parts = []
+    for item in items:
+        if item.name in layouts:
+            for ending, (dtype, shape) in layouts[item.name].parts.items():
+                size = torch.empty(shape, dtype=dtype, device="meta").nbytes
+                parts.append((item.name + ending, CODE_OF[dtype], shape, size))
+        else:
+            parts.append((item.name, item.code, item.shape, item.nbytes))
+    packed = Packed({item.name: layouts[item.name] for item in items if item.name in layouts}, aliases)
+    with StreamWriter(file, plan(parts), {**(metadata or {}), KEY: packed.to_json()}) as writer:
+        for item in items:
+            layout = layouts.get(item.name)
+            if layout is None:
+                item.write(writer)
+                continue
+            one = pack_tensor(get(item.name), layout.pattern, layout.dim, name=item.name)
+            if one.layout != layout:
+                raise ValueError(f"{item.name!r} changed while it was packed; pack the model when nothing writes to it")
+            for ending, part in one.parts.items():
+                writer.put(item.name + ending, bytes_of(part))
+
+
+def _write_packed(checkpoint: Checkpoint, source: Path, file: Path, layouts: Mapping[str, Layout]) -> None:
+    """Write the packed form of one file of a checkpoint."""
+    header = checkpoint.headers[source]
+    if not any(stored.name in layouts for stored in header.tensors):
+        shutil.copyfile(source, file)
+        return
+    items = [
+        _Item(
+            stored.name,
+            stored.code,
+            stored.shape,
+            stored.nbytes,
+            lambda writer, stored=stored: writer.copy(stored.name, source, header.data + stored.start),  # type: ignore[misc]
+        )
+        for stored in header.tensors
+    ]
+    _write(file, items, header.metadata, layouts, {}, checkpoint.get)
+
+
+def _write_dense(checkpoint: Checkpoint, source: Path, file: Path) -> None:
+    """Write one file of a packed checkpoint as it was before."""
+    if source not in checkpoint.packed:
+        shutil.copyfile(source, file)
+        return
+    header = checkpoint.headers[source]
+    stored = {tensor.name: tensor for tensor in header.tensors}
+    infos = [info for info in checkpoint.tensors.values() if info.file == source]
+    tensors = []
+    for info in infos:
+        if info.layout is not None:
+            tensors.append((info.name, CODE_OF[info.dtype], info.shape, info.layout.dense_nbytes))
+        else:
+            like = stored[info.alias_of or info.name]
+            tensors.append((info.name, like.code, like.shape, like.nbytes))
+    with StreamWriter(file, plan(tensors), checkpoint.metadata(source) or None) as writer:
+        for info in infos:
+            if info.layout is not None:
+                writer.put(info.name, bytes_of(checkpoint.get(info.name)))
+            else:
+                writer.copy(info.name, source, header.data + stored[info.alias_of or info.name].start)
+
+
+def _write_folder(
+    checkpoint: Checkpoint,
+    others: Iterable[Path],
+    folder: Path,
+    rename: Callable[[str], str],
+    layouts: Mapping[str, Layout] | None,
+) -> None:
+    """Write a checkpoint's folder anew: packed by the layouts, or as it was before if there are none."""
+    targets = {file: Path(rename(str(file.relative_to(checkpoint.path)))) for file in checkpoint.files}
+    index = checkpoint.index
+    taken = Counter([*others, *targets.values(), *([] if index is None else [Path(rename(index.name))])])
+    twice = sorted(str(place) for place, count in taken.items() if count > 1)
+    if twice:
+        raise ValueError(f"{checkpoint.path} holds both {twice[0]} and a file that would be called so; move one away")
+    copy_files(others, checkpoint.path, folder)
+    for file, target in targets.items():
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        if layouts is None:
+            _write_dense(checkpoint, file, folder / target)
+        else:
+            _write_packed(checkpoint, file, folder / target, layouts)
+    if index is not None:
+        fields = read_index(index)
+        names_after = _names_after(checkpoint, layouts)
+        weight_map: dict[str, str] = {}
+        for tensor, file_name in fields["weight_map"].items():
+            for name in names_after.get((index.parent / file_name, tensor), (tensor,)):
+                if weight_map.setdefault(name, rename(file_name)) != rename(file_name):
+                    raise ValueError(f"two tensors would be called {name!r}, in {file_name} and another; rename one")
+        fields["weight_map"] = weight_map
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        (folder / rename(index.name)).write_text(text, encoding="utf-8")
+
+
+def _names_after(
+    checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None
+) -> dict[tuple[Path, str], tuple[str, ...]]:
+    """Return file and name of a tensor -> the names that the new index has for it, where they are others."""
+    if layouts is not None:
+        return {
+            (checkpoint.tensors[name].file, name): tuple(name + ending for ending in layout.parts)
+            for name, layout in layouts.items()
+        }
+    return {
+        (file, name + ending): (name,)
+        for file, packed in checkpoint.packed.items()
+        for name, layout in packed.weights.items()
+        for ending in layout.parts
+    }
+
+
+def _packed_name(name: str) -> str:
+    return PACKED_SUFFIX.join(name.rsplit(SUFFIX, 1))
+
+
+def _dense_name(name: str) -> str:
+    return SUFFIX.join(name.rsplit(PACKED_SUFFIX, 1))
+
+
+def _refuse_ordinary_name(output: Path) -> None:
+    """Refuse a name under which a loader of the model folder would take packed weights for ordinary ones."""
+    if (output.parent / "config.json").is_file() and not output.name.endswith(PACKED_SUFFIX):
+        raise ValueError(
+            f"{output} stands in a model folder, where a loader would look for ordinary weights in it and start from "
+            f"random ones; name it {output.stem}{PACKED_SUFFIX}, or write it to another folder"
+        )
+
+
+def _refuse_index(checkpoint: Checkpoint) -> None:
+    if checkpoint.path == checkpoint.index:
+        raise ValueError(f"{checkpoint.path} is an index; name its folder, {checkpoint.path.parent}")
+
+
+def _needs_packed(checkpoint: Checkpoint) -> None:
+    if not checkpoint.packed:
+        raise ValueError(f"{checkpoint.path} holds no packed weight; it can be loaded as it is")

@@ -1,0 +1,77 @@
+"""Where a tensor lies, and what can be written into one that is no plain tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .sharding import local
+
+__all__ = ["address", "is_plain", "plain", "takes_zeros"]
+
+
+def address(t: Tensor) -> int:
+    """Return the address of a tensor's first byte (of this rank's part).
+
+    Args:
+        t: any tensor.
+
+    Returns:
+        The address; 0 if the tensor has none of its own, as on meta and in torchao's training wrappers. Two tensors
+        whose address is 0 have nothing to do with each other.
+    """
+    try:
+        return local(t).data_ptr()
+    except RuntimeError:  # sparse layouts and subclasses that are made of several tensors
+        return 0
+
+
+def is_plain(t: Tensor) -> bool:
+    """Return whether a tensor (this rank's part of it) is torch's own and no wrapper around others."""
+    # A subclass of Parameter alone, such as FSDP1's, is gone after detach().
+    return type(local(t).detach()) is Tensor
+
+
+def plain(t: Tensor) -> Tensor:
+    """Return the values of a tensor as a plain one.
+
+    Args:
+        t: any tensor; of a DTensor, this rank's part is read.
+
+    Returns:
+        The tensor itself, detached, if it is plain; else a copy of what it stands for.
+
+    Raises:
+        TypeError: it is of a class that does not tell its values.
+    """
+    part = local(t).detach()
+    if is_plain(part):
+        return part
+    try:
+        return torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:  # as the class likes to say it
+        raise TypeError(f"a tensor of class {type(part).__name__} cannot be read as plain values: {error}") from error
+
+
+def takes_zeros(t: Tensor) -> bool:
+    """Try on a copy whether zeros can be written into a tensor while its other entries stay as they are.
+
+    Args:
+        t: a tensor of floating dtype that :func:`is_plain` denies.
+
+    Returns:
+        Whether they can. torchao's wrappers that quantise in the matrix product only do; its int8 weights do not.
+    """
+    with torch.no_grad():
+        copy = local(t).detach().clone()
+        drop = torch.zeros(copy.shape, dtype=torch.bool, device=copy.device)
+        drop[..., ::2] = True
+        try:
+            before = plain(copy).clone()
+            copy.masked_fill_(drop, 0)
+            copy.mul_(~drop)
+            copy.copy_(plain(copy))
+            after = plain(copy)
+        except (NotImplementedError, RuntimeError, TypeError, AttributeError):  # as the class likes to say it
+            return False
+        return copy.is_meta or torch.equal(after.nan_to_num(), before.masked_fill(drop, 0).nan_to_num())

@@ -1,0 +1,179 @@
+"""Floating-point operations of a model and which weight each belongs to: in a real forward pass, or per token."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..memory import address
+from ..sharding import is_sharded
+
+__all__ = ["count_forward", "forward_note"]
+
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
+# Where the factors stand among the arguments: the rest are biases and settings.
+_FACTORS = {
+    torch.ops.aten.mm: slice(0, 2),
+    torch.ops.aten.bmm: slice(0, 2),
+    torch.ops.aten.addmm: slice(1, 3),
+    torch.ops.aten.baddbmm: slice(1, 3),
+    torch.ops.aten.convolution: slice(0, 2),
+    torch.ops.aten._convolution: slice(0, 2),
+}
+
+
+def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int]]:
+    """Count the FLOPs of one forward pass in evaluation mode, and those of them that each parameter takes part in.
+
+    An operation belongs to the parameter whose memory it reads, be it through a view or a cast, so modules that run
+    twice, tied weights and weights that another module computes with are counted as they are used.
+
+    Args:
+        model: the model; its training flags and ``requires_grad`` are restored afterwards.
+        example: keyword arguments as a mapping, positional ones as a tuple or list, or one tensor.
+
+    Returns:
+        FLOPs in all, and by ``id(parameter)``; parameters that took part in none are missing.
+
+    Raises:
+        TypeError: ``example`` is of another kind.
+        ValueError: the forward pass failed, or a weight is sharded.
+    """
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, _arguments(example))  # see _without_grad
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            raise ValueError(
+                f"weight {name!r} is sharded, and its FLOPs cannot be told from those of its copies; give an example "
+                "with an unsharded model, or none to count per token"
+            )
+    sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
+    counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
+    by_weight = _ByWeight(counter, model)
+    with _evaluating(model), _without_grad(model), torch.no_grad(), counter, by_weight:
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            text = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"the forward pass on example= failed with {type(error).__name__}: {text}; give the arguments of "
+                "the model's forward as a dict, a tuple or a tensor, on the model's device"
+            ) from error
+    return counter.get_total_flops(), by_weight.flops
+
+
+def forward_note(total: int, by_weight: Mapping[int, int]) -> str:
+    """Say what a forward pass spent outside the weights' matrix products.
+
+    >>> forward_note(100, {1: 90})
+    '10.00% of the FLOPs belong to no parameter: products of activations, as in attention'
+    """
+    rest = total - sum(by_weight.values())
+    share = rest / total if total else 0.0
+    return f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
+
+
+def _arguments(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if torch.is_tensor(example):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise TypeError(
+        f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
+        "needed"
+    )
+
+
+def _sdpa_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object) -> int:
+    """Return the FLOPs of the scores and of the sums of values; shapes (batch, heads, length, width)."""
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[-2] * (width + value[-1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, without the fused kernels of torch's own Transformer layers.
+
+    Those do a whole layer in one operation, which no FLOP counter can look into.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _without_grad(model: nn.Module) -> Iterator[None]:
+    """Switch ``requires_grad`` off: even under no_grad a view has it from its base.
+
+    On inputs of a module that have it torch's counter sets a hook, which fails for such a view.
+    """
+    params = [param for param in model.parameters() if param.requires_grad and param.is_leaf]
+    try:
+        for param in params:
+            param.requires_grad_(False)
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
+class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds what each operation cost to the parameter that it reads."""
+
+    def __init__(self, counter: FlopCounterMode, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: dict[int, int] = {}
+        self._counter = counter
+        self._spans: list[tuple[int, int, int]] = []  # first byte, byte after the last, id of the parameter
+        self._copies: list[Tensor] = []  # alive, lest their memory be given to another tensor
+        for param in model.parameters():
+            self._add(param, id(param))
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self._counter.get_total_flops()
+        out = func(*args, **(kwargs or {}))
+        spent = self._counter.get_total_flops() - before
+        packet: Any = getattr(func, "overloadpacket", None)
+        copied = packet in _COPIES
+        if spent or copied:
+            # The weight is the last factor that is a parameter: the one before may be a learned query.
+            factors = args[_FACTORS.get(packet, slice(None))]
+            owners = [self._owner(t) for t in factors if torch.is_tensor(t)]
+            owner = next((found for found in reversed(owners) if found is not None), None)
+            if owner is not None:
+                self.flops[owner] = self.flops.get(owner, 0) + spent
+                if copied:
+                    self._copies.append(out)
+                    self._add(out, owner)
+        return out
+
+    def _add(self, t: Tensor, owner: int) -> None:
+        start = address(t)
+        if start:
+            bisect.insort(self._spans, (start, start + t.numel() * t.element_size(), owner))
+
+    def _owner(self, t: Tensor) -> int | None:
+        """Return the parameter in whose memory ``t`` starts."""
+        start = address(t)
+        at = bisect.bisect_right(self._spans, start, key=lambda span: span[0]) - 1
+        if at < 0 or start >= self._spans[at][1]:
+            return None
+        return self._spans[at][2]

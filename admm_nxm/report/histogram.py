@@ -1,0 +1,183 @@
+"""Histograms of weights, counted exactly and a part at a time, so that a large model needs no second copy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from ..io.verify import open_target
+from ..selection import Selection, named_tensors, select_weights
+from ..sharding import is_sharded
+
+__all__ = ["Chosen", "Counts", "Weights", "count_pairs"]
+
+Weights = Union[nn.Module, Mapping[str, Tensor], Tensor, str, "PathLike[str]"]
+Chosen = Union[Selection, str, Collection[str], None]  # noqa: UP007 - evaluated at run time
+
+_PART = 1 << 22  # entries counted at a time: 32 MiB in float64
+
+
+@dataclass
+class Counts:
+    """Two models' weights of one picture, counted into the same bins.
+
+    Args:
+        names: the weights that were counted together.
+        edges: bounds of the bins, ascending, float64; each bin holds its lower bound, the last its upper one as well.
+        counts: how many non-zero entries fall into each bin, before and after, int64.
+        zeros: how many entries are zero, before and after.
+        beyond: how many entries lie outside of all bins, before and after.
+        total: how many entries there are.
+    """
+
+    names: tuple[str, ...]
+    edges: Tensor
+    counts: tuple[Tensor, Tensor]
+    zeros: list[int] = field(default_factory=lambda: [0, 0])
+    beyond: list[int] = field(default_factory=lambda: [0, 0])
+    total: int = 0
+
+
+@dataclass
+class _Reader:
+    """The tensors of one side by name; ``like`` knows shapes only, where they are read from a file."""
+
+    like: Mapping[str, Tensor]
+    get: Callable[[str], Tensor]
+
+
+def count_pairs(
+    before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
+) -> dict[str, Counts]:
+    """Count the weights of two models.
+
+    Args:
+        before: a module, a state dict, a tensor, or the path of a checkpoint.
+        after: the same model later, of any of these kinds.
+        select: which weights, see :func:`admm_nxm.report.plots.plot_weights`.
+        label: name -> the picture that the weight belongs to.
+        bins: how many bins each picture has, between -4 and 4 times the root mean square of its non-zero entries.
+
+    Returns:
+        Picture -> its counts, in the order of the weights.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
+    """
+    with _open(before, "before") as old, _open(after, "after") as new:
+        names = _choose(old.like, select)
+        for name in names:
+            shape, there = tuple(old.like[name].shape), new.like.get(name)
+            if there is None:
+                raise ValueError(f"weight {name!r} is in before and not in after; two states of one model are needed")
+            if tuple(there.shape) != shape:
+                raise ValueError(f"weight {name!r} has shape {shape} before and {tuple(there.shape)} after")
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(label(name), []).append(name)
+        return {key: _count(members, (old, new), bins) for key, members in groups.items()}
+
+
+def _count(names: list[str], sides: tuple[_Reader, _Reader], bins: int) -> Counts:
+    # Two passes: the bins depend on all weights of the picture, and these need not fit into memory.
+    sums = [[0.0, 0, 0.0], [0.0, 0, 0.0]]
+    for name in names:
+        for number, side in enumerate(sides):
+            for part in _parts(side, name):
+                largest = float(part.abs().max())
+                if not math.isfinite(largest):
+                    raise ValueError(
+                        f"weight {name!r} has NaN or infinite entries {('before', 'after')[number]}; "
+                        "choose others by select="
+                    )
+                row = sums[number]
+                row[:] = row[0] + float(part.square().sum()), row[1] + int(part.count_nonzero()), max(row[2], largest)
+    spread = max(4 * math.sqrt(squares / count) if count else 0.0 for squares, count, _ in sums)
+    limit = min(spread, max(row[2] for row in sums)) or 1.0  # nothing but zeros: any range will do
+    edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
+    edges[-1] = limit
+    found = Counts(tuple(names), edges, (torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64)))
+    for name in names:
+        for number, side in enumerate(sides):
+            for part in _parts(side, name):
+                values = part[part != 0]
+                inside = values[values.abs() <= limit]
+                # The index of the last edge that is not above the value.
+                index = torch.bucketize(inside, edges.to(inside.device), right=True) - 1
+                counted = torch.bincount(index.clamp_(max=bins - 1), minlength=bins)
+                found.counts[number].add_(counted.cpu())
+                found.zeros[number] += part.numel() - values.numel()
+                found.beyond[number] += values.numel() - inside.numel()
+        found.total += math.prod(sides[0].like[name].shape)
+    return found
+
+
+def _parts(side: _Reader, name: str) -> Iterator[Tensor]:
+    tensor = side.get(name).detach()
+    if is_sharded(tensor):
+        raise ValueError(
+            f"weight {name!r} is sharded over processes; save a full state dict and give its path, or pass full tensors"
+        )
+    if tensor.is_meta:
+        raise ValueError(f"weight {name!r} is on the meta device and has no entries; load the weights first")
+    # A view if it can be: parts of a flattened copy would hold a second copy of the largest weight.
+    flat = tensor.reshape(-1)
+    for part in torch.split(flat, _PART):
+        if part.numel():
+            yield part.to(torch.float64) if part.device.type != "mps" else part.cpu().to(torch.float64)
+
+
+@contextmanager
+def _open(target: Weights, side: str) -> Iterator[_Reader]:
+    if isinstance(target, Tensor):
+        yield _Reader({"weight": target}, {"weight": target}.__getitem__)
+        return
+    if not isinstance(target, (nn.Module, Mapping, str, PathLike)):
+        raise TypeError(
+            f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
+        )
+    with open_target(target, "plot") as opened:
+        # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
+        tensors = named_tensors(opened.named)
+        yield _Reader(tensors, lambda name: opened.read(tensors[name]))
+
+
+def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
+    floating = [name for name, t in tensors.items() if t.is_floating_point()]
+    if set(tensors) == {"weight"} and select is None:
+        if not floating:
+            raise ValueError(
+                f"there is nothing to count: before is {tensors['weight'].dtype}; a tensor of floating dtype is needed"
+            )
+        return floating
+    if select is None:
+        selection, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
+        return [weight.name for weight in selection]
+    if isinstance(select, Selection):
+        wanted = [next((n for n in (w.name, *w.aliases) if n in tensors), w.name) for w in select]
+    elif isinstance(select, str):
+        try:
+            expression = re.compile(select)
+        except re.error as error:
+            raise ValueError(f"select={select!r} is no regular expression: {error}") from None
+        wanted = [name for name in floating if expression.fullmatch(name)]
+        if not wanted:
+            raise ValueError(f"select={select!r} matches none of the {len(floating)} weights, such as {floating[:1]}")
+    elif isinstance(select, Collection):
+        wanted = list(select)
+    else:
+        raise TypeError(f"select={select!r} must be a regular expression, names, or a Selection")
+    for name in wanted:
+        if name not in tensors:
+            raise ValueError(f"select names weight {name!r}, and before has no such weight")
+    if not wanted:
+        raise ValueError("select names no weight: there is nothing to count")
+    return wanted

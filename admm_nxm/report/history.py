@@ -1,0 +1,195 @@
+"""What a run measured on its way, as rows like those of Trainer's log history."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..io.files import atomic_file
+from ..optimizer import ADMMNxM
+
+__all__ = ["Recorder", "Row", "load_history"]
+
+Row = dict[str, Any]
+
+_OWN = (
+    "step",
+    "admm/primal_residual",
+    "admm/dual_residual",
+    "admm/mask_churn",
+    "admm/rho",
+    "admm/phase",
+    "admm/frozen_at",
+)
+
+
+class Recorder:
+    """Notes where a run stands, whenever the loop asks for it.
+
+    Each row has the keys that :class:`admm_nxm.integrations.transformers.ADMMTrainer` logs, and two more: the phase,
+    and the step at which the mask froze. :func:`admm_nxm.report.plots.plot_history` draws either.
+
+    Args:
+        optimizer: the ADMMNxM, or what Accelerate has made of it.
+        rows: rows to go on from, such as :func:`load_history` returns when a run is resumed.
+
+    Raises:
+        TypeError: there is no ADMMNxM in ``optimizer``.
+
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+    >>> optimizer = ADMMNxM(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=20)
+    >>> recorder = Recorder(optimizer)
+    >>> for step in range(1, 21):
+    ...     loss = model(torch.ones(3, 1, 8)).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     if step % 5 == 0:
+    ...         row = recorder.record(loss)
+    >>> [(row["step"], row["admm/phase"]) for row in recorder.rows]
+    [(5, 'constrained'), (10, 'constrained'), (15, 'constrained'), (20, 'frozen')]
+    """
+
+    rows: list[Row]
+    """One mapping a reading, in the order of the readings."""
+
+    def __init__(self, optimizer: Any, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        found = optimizer
+        while found is not None and not isinstance(found, ADMMNxM):
+            found = getattr(found, "optimizer", None)
+        if found is None:
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; an ADMMNxM, or what Accelerate has made of one, is needed"
+            )
+        self._optimizer: ADMMNxM = found
+        self.rows = [dict(row) for row in rows]
+
+    def record(self, loss: float | torch.Tensor | None = None, **more: Any) -> Row:
+        """Append a row with the present figures.
+
+        A reading waits for the device and passes over all prunable weights, so take one every so many steps and not in
+        each. Where weights are sharded it is a collective: every rank has to call it.
+
+        Args:
+            loss: the loss of the step, a number or a tensor with one entry.
+            more: further figures, such as ``eval_accuracy=0.9``; numbers, tensors with one entry, strings, booleans.
+
+        Returns:
+            The row, which is also the last of :attr:`rows`. A figure that is not known yet (the dual residual and the
+            churn before the mask has first moved) is left out, as in Trainer's log.
+
+        Raises:
+            TypeError: a figure is of another kind.
+            ValueError: a tensor has more than one entry, or a name is one of those that the recorder fills in.
+        """
+        for name in more:
+            if name in _OWN:
+                raise ValueError(f"{name!r} is filled in by the recorder; give the figure another name")
+        given = {name: _plain(name, value) for name, value in {"loss": loss, **more}.items() if value is not None}
+        optimizer = self._optimizer
+        now = optimizer.residuals()
+        counters = optimizer.param_groups[0]
+        row: Row = {"step": int(counters["admm_step"]), **given}
+        figures = {
+            "admm/primal_residual": now.primal,
+            "admm/dual_residual": now.dual,
+            "admm/mask_churn": now.mask_churn,
+            "admm/rho": optimizer.rho,
+        }
+        row.update({name: value for name, value in figures.items() if not math.isnan(value)})
+        row["admm/phase"] = optimizer.phase
+        if optimizer.frozen:
+            row["admm/frozen_at"] = int(counters["admm_frozen_at"])
+        self.rows.append(row)
+        return row
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the rows as JSON lines, one a row; what was there is replaced in one go.
+
+        Args:
+            path: the file, such as ``history.jsonl``. In a run of many processes one of them should write.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written; what was there is left as it was.
+        """
+        path = Path(path)
+        # As in Trainer's own files, NaN and Infinity are spelled out: a run that blew up should show it.
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        with atomic_file(path, overwrite=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+
+def load_history(path: str | PathLike[str]) -> list[Row]:
+    """Read the history of a run from a file.
+
+    Args:
+        path: JSON lines, as :meth:`Recorder.save` writes them, or the ``trainer_state.json`` of a Trainer's checkpoint.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else; the message names the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no history: it is not text in UTF-8 ({error.reason})") from None
+    if path.suffix == ".json":
+        return _rows_of_trainer_state(path, text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number} is no JSON object; a file written by Recorder.save, or Trainer's "
+                "trainer_state.json, is needed"
+            )
+        rows.append(row)
+    return rows
+
+
+def _rows_of_trainer_state(path: Path, text: str) -> list[Row]:
+    state = _parse(text)
+    rows = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"{path} has no log_history; Trainer's trainer_state.json is needed, or the .jsonl of a Recorder"
+        )
+    return rows
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # the latter: brackets nested by the thousand
+        return None
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; one entry is needed: take its mean()")
+        value = value.item()
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    try:  # numpy's scalars, and whatever else calls itself a number
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; a number, a tensor with one entry or a string is needed"
+        ) from None

@@ -1,0 +1,489 @@
+"""A model's sparsity in full: every group counted, what sparse tensor cores can take, and the share of its FLOPs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..grouping import grouped, joint_name, starred, such_as
+from ..io.verify import Target, open_target
+from ..memory import address
+from ..pattern import Pattern
+from ..selection import (
+    Select,
+    Selection,
+    SkippedWeight,
+    is_conv1d,
+    is_embedding,
+    named_tensors,
+    select_weights,
+    unwrap_model,
+)
+from ..sparsity import SparsityReport, WeightReport, check_weights
+from ..table import format_table
+from .tensor_cores import BACKENDS, Backend, obstacles
+
+__all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "sparsity_report"]
+
+PER_TOKEN = "token"
+PER_PASS = "forward pass"
+
+
+@dataclass(frozen=True)
+class ModelWeight(WeightReport):
+    """The count of one covered weight, what it costs and who can speed it up.
+
+    Args:
+        dtype: its dtype.
+        flops: its part of the model's FLOPs; None if it was not counted.
+        tensor_cores: for each backend of torch's semi-structured tensors why it cannot take the weight as it is, or
+            None if it can.
+    """
+
+    dtype: torch.dtype
+    flops: int | None
+    tensor_cores: Mapping[Backend, str | None]
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """The backends that can take it as it is."""
+        return tuple(backend for backend, reason in self.tensor_cores.items() if reason is None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of :meth:`ModelReport.to_dict`."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": _dtype_name(self.dtype),
+            "pattern": str(self.pattern),
+            "dim": self.dim,
+            "groups": self.groups,
+            "bad_groups": self.bad_groups,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "parameters": self.numel,
+            "flops": self.flops,
+            "tensor_cores": dict(self.tensor_cores),
+        }
+
+
+@dataclass(frozen=True)
+class DenseWeight(SkippedWeight):
+    """A parameter that no pattern covers.
+
+    Args:
+        flops: its part of the model's FLOPs; None if it was not counted.
+    """
+
+    flops: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of :meth:`ModelReport.to_dict`."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "reason": self.reason,
+            "wanted": self.wanted,
+            "parameters": self.numel,
+            "flops": self.flops,
+        }
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part of a model.
+
+    Args:
+        weights: how many weights.
+        parameters: how many parameters these have.
+        parameter_share: share of all the model's parameters.
+        flops: how many FLOPs these take.
+        flop_share: share of all the model's FLOPs; 0.0 where none were counted.
+    """
+
+    weights: int
+    parameters: int
+    parameter_share: float
+    flops: int
+    flop_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of :meth:`ModelReport.to_dict`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.weights} weights, {self.parameter_share:.2%} of the parameters, {self.flop_share:.2%} of the FLOPs"
+        )
+
+
+@dataclass(frozen=True)
+class ModelReport(SparsityReport):
+    """A :class:`SparsityReport` with everything else that a model's sparsity is judged by; prints as tables.
+
+    Args:
+        weights: the covered weights.
+        skipped: what the selection rules asked for but no pattern fits, and why.
+        dense: every parameter that is not covered, those of ``skipped`` among them, and why.
+        flops: FLOPs of the whole model, per ``flops_per``; a multiplication and an addition are two.
+        flops_per: ``"forward pass"`` where an example was given, else ``"token"``.
+        notes: how the FLOPs were counted and what they leave out.
+    """
+
+    weights: tuple[ModelWeight, ...]
+    dense: tuple[DenseWeight, ...] = ()
+    flops: int = 0
+    flops_per: str = PER_TOKEN
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole model, tied ones once."""
+        return sum(weight.numel for weight in self.weights) + sum(weight.numel for weight in self.dense)
+
+    @property
+    def covered(self) -> Share:
+        """The weights that a pattern was asked of, whether they hold it or not."""
+        return self._share(self.weights)
+
+    @property
+    def holding(self) -> Share:
+        """The weights that hold their pattern in every group."""
+        return self._share(weight for weight in self.weights if weight.ok)
+
+    def tensor_cores(self, backend: Backend | None = None) -> Share:
+        """Return the weights that sparse tensor cores can take as they are.
+
+        Args:
+            backend: one backend; None for those that any of them can take.
+        """
+        return self._share(w for w in self.weights if (w.backends if backend is None else backend in w.backends))
+
+    def _share(self, weights: Iterable[ModelWeight]) -> Share:
+        weights = tuple(weights)
+        parameters = sum(weight.numel for weight in weights)
+        flops = sum(weight.flops or 0 for weight in weights)
+        return Share(
+            len(weights),
+            parameters,
+            parameters / self.parameters if self.parameters else 0.0,
+            flops,
+            flops / self.flops if self.flops else 0.0,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values.
+
+        Returns:
+            A dictionary with these keys, which later versions keep:
+
+            - ``ok``: whether every covered weight holds its pattern.
+            - ``sparsity``: share of zeros over the covered weights.
+            - ``parameters``, ``flops``, ``flops_per``: those of the whole model, and ``"token"`` or
+              ``"forward pass"``.
+            - ``totals``: ``covered``, ``holding``, ``tensor_cores`` (by any backend), ``cutlass`` and ``cusparselt``,
+              each with ``weights``, ``parameters``, ``parameter_share``, ``flops`` and ``flop_share``.
+            - ``weights``: a list with ``name``, ``shape``, ``dtype``, ``pattern``, ``dim``, ``groups``,
+              ``bad_groups``, ``zeros``, ``sparsity``, ``parameters``, ``flops`` (null: not counted) and
+              ``tensor_cores`` (backend -> reason, or null if it can take the weight).
+            - ``dense``: a list with ``name``, ``shape``, ``reason``, ``wanted`` (the rules asked for it and no
+              pattern fits), ``parameters`` and ``flops``.
+            - ``notes``: a list of sentences on how the FLOPs were counted.
+        """
+        totals = {"covered": self.covered, "holding": self.holding, "tensor_cores": self.tensor_cores()}
+        return {
+            "ok": self.ok,
+            "sparsity": self.sparsity,
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "flops_per": self.flops_per,
+            "totals": {
+                name: share.to_dict()
+                for name, share in (*totals.items(), *((backend, self.tensor_cores(backend)) for backend in BACKENDS))
+            },
+            "weights": [weight.to_dict() for weight in self.weights],
+            "dense": [weight.to_dict() for weight in self.dense],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return :meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            format_table(*part) if isinstance(part, tuple) else "\n".join(part) for part in self._parts()
+        )
+
+    def _parts(self) -> list[list[str] | tuple[Sequence[str], list[Sequence[object]]]]:
+        """Return what is printed: lists of lines, and tables as (headers, rows)."""
+        parts: list[list[str] | tuple[Sequence[str], list[Sequence[object]]]] = [self._summary()]
+        headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
+        parts.append(([*headers, *BACKENDS], [self._row(group) for group in grouped(self.weights, _alike)]))
+        refused = [
+            f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
+            for backend in BACKENDS
+            for group in grouped(self.weights, partial(_reason, backend))
+            if group[0].tensor_cores[backend] is not None
+        ]
+        if refused:
+            parts.append(refused)
+        if self.dense:
+            rows: list[Sequence[object]] = [
+                (
+                    group[0].reason,
+                    len(group),
+                    sum(weight.numel for weight in group),
+                    self._flop_share(group),
+                    such_as([weight.name for weight in group]),
+                )
+                for group in grouped(self.dense, lambda weight: weight.reason)
+            ]
+            parts.append((["left dense", "tensors", "parameters", "FLOPs", "such as"], rows))
+        if self.notes:
+            parts.append(list(self.notes))
+        return parts
+
+    def _summary(self) -> list[str]:
+        verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
+        return [
+            f"model: {self.parameters:,} parameters, {self.flops:,} FLOPs a {self.flops_per}",
+            f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
+            f"sparse tensor cores take {self.tensor_cores()}",
+        ]
+
+    def _row(self, group: Sequence[ModelWeight]) -> Sequence[object]:
+        first = group[0]
+        return (
+            joint_name([weight.name for weight in group]),
+            len(group),
+            "x".join(map(str, first.shape)),
+            _dtype_name(first.dtype),
+            str(first.pattern),
+            f"{sum(w.zeros for w in group) / max(1, sum(w.numel for w in group)):.2%}",
+            sum(w.groups for w in group),
+            sum(w.bad_groups for w in group),
+            self._flop_share(group),
+            *("yes" if first.tensor_cores[backend] is None else "no" for backend in BACKENDS),
+        )
+
+    def _flop_share(self, group: Sequence[ModelWeight] | Sequence[DenseWeight]) -> str:
+        counted = [weight.flops for weight in group if weight.flops is not None]
+        if not counted:
+            return "not counted"
+        return f"{sum(counted) / self.flops if self.flops else 0.0:.2%}"
+
+
+def _reason(backend: Backend, weight: ModelWeight) -> str | None:
+    return weight.tensor_cores[backend]
+
+
+def _alike(weight: ModelWeight) -> object:
+    refused = tuple(reason is None for reason in weight.tensor_cores.values())
+    return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sparsity_report(
+    target: Target, pattern: Pattern | str | Select | Selection | None = None, *, example: object = None
+) -> ModelReport:
+    """Count every group of every covered weight, the FLOPs, and what sparse tensor cores can take.
+
+    Args:
+        target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
+            a path, and else means ``"2:4"``.
+        example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
+            tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are
+            those of the linear layers per token: 2 for each entry of the weight of an ``nn.Linear``, a ``Conv1D`` or
+            an ``nn.MultiheadAttention`` (of each matrix that is no embedding by its name, where only names are at
+            hand), and products of activations with each other, as in attention, are left out.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: nothing at that path.
+        TypeError: the target or the example is of no known kind.
+        ValueError: as for :func:`admm_nxm.verify`; an example without a module, or one that the module does not take.
+
+    >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(32, 16)
+    >>> report = sparsity_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
+    >>> report.ok, report.weights[0].backends, report.flops
+    (True, ('cutlass', 'cusparselt'), 4096)
+    """
+    if example is not None and not isinstance(target, nn.Module):
+        raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
+    with open_target(target, "report on") as opened:
+        named = opened.named
+        selection, params = opened.cover(pattern)
+        dtypes: dict[str, torch.dtype] = {}
+
+        def get(name: str) -> Tensor:
+            t = opened.read(params[name])
+            dtypes[name] = t.dtype
+            return t
+
+        counts = check_weights(selection, get)
+    costs = _count_flops(named, example)
+    sums_over = _reduction_dims(named, selection)
+    weights = []
+    for count in counts:
+        key = _identity(params[count.name])
+        dtype = dtypes[count.name]
+        reasons = obstacles(count.shape, dtype, count.pattern, count.dim, sums_over.get(key))
+        if not count.ok:
+            bad = f"{count.bad_groups} of {count.groups} groups exceed {count.pattern}: finalize or project it first"
+            reasons = {backend: reason or bad for backend, reason in reasons.items()}
+        of_count = {field.name: getattr(count, field.name) for field in fields(count)}
+        weights.append(ModelWeight(**of_count, dtype=dtype, flops=costs.of(key), tensor_cores=reasons))
+    dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
+    notes = list(costs.notes)
+    uncounted = [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]
+    if uncounted:
+        notes.append(
+            f"the FLOPs of {len(uncounted)} tensors of no linear layer are not counted ({such_as(uncounted)}); an "
+            "example would count them"
+        )
+    return ModelReport(
+        weights=tuple(weights),
+        skipped=counts.skipped,
+        dense=dense,
+        flops=costs.total,
+        flops_per=costs.per,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """FLOPs of a model, in all and by the identity of each weight."""
+
+    total: int
+    by_weight: Mapping[object, int]
+    per: str
+    notes: tuple[str, ...]
+    missing: int | None = None
+
+    def of(self, key: object) -> int | None:
+        return self.by_weight.get(key, self.missing)
+
+
+_Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
+
+
+def _identity(t: Tensor) -> object:
+    """Return what tells a weight from others: its memory, which tied weights share even in a state dict."""
+    start = address(t)
+    return (start, tuple(t.shape)) if start else id(t)
+
+
+def _is_weight(t: Tensor) -> bool:
+    """Return whether a tensor of a state dict counts as parameters: no counters and positions."""
+    return t.is_floating_point() or t.is_complex() or (t.element_size() == 1 and t.dtype != torch.bool)
+
+
+def _dense(named: _Named, selection: Selection, covered: set[object], costs: _Costs) -> tuple[DenseWeight, ...]:
+    """Return all weights that are not covered, tied ones once."""
+    known = {skipped.name: skipped for skipped in selection.skipped}
+    names: dict[object, list[str]] = {}
+    shapes: dict[object, tuple[int, ...]] = {}
+    for name, t in named_tensors(named).items():
+        if _is_weight(t) and (key := _identity(t)) not in covered:
+            names.setdefault(key, []).append(name)
+            shapes[key] = tuple(t.shape)
+    dense = []
+    for key, found in names.items():
+        why = next((known[name] for name in found if name in known), None)
+        reason, wanted = ("not named by the selection", False) if why is None else (why.reason, why.wanted)
+        dense.append(DenseWeight(found[0], shapes[key], reason, wanted, costs.of(key)))
+    return tuple(dense)
+
+
+def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
+    """Return the dimension that the layer of each covered weight sums over, whatever dimension it is grouped along."""
+    wanted = {name for weight in selection for name in (weight.name, *weight.aliases)}
+    try:
+        usual, tensors = select_weights(
+            named, select=lambda name, _: "1:1" if name in wanted else None, ineligible="skip", trainable=False
+        )
+    except ValueError:  # a tied weight that has no one such dimension: the selection was told which to take
+        return {}
+    return {_identity(tensors[weight.name]): weight.dim for weight in usual}
+
+
+def _count_flops(named: _Named, example: object) -> _Costs:
+    if not isinstance(named, nn.Module):
+        return _flops_of_names(named)
+    model = unwrap_model(named)
+    if example is None:
+        return _flops_of_layers(model)
+    from .flops import count_forward, forward_note  # costs an import that reports without an example do without
+
+    total, by_id = count_forward(model, example)
+    by_weight = {_identity(p): by_id[id(p)] for p in model.parameters() if id(p) in by_id}
+    return _Costs(total, by_weight, PER_PASS, (forward_note(total, by_id),), missing=0)
+
+
+def _flops_of_layers(model: nn.Module) -> _Costs:
+    """Count two FLOPs for each entry of a linear layer's weight, wherever the layer stands in the model."""
+    by_weight: dict[object, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        linear = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
+        for param in module._parameters.values():
+            if param is None:
+                continue
+            key = _identity(param)
+            if linear and param.ndim == 2:
+                by_weight[key] = by_weight.get(key, 0) + 2 * param.numel()
+            elif param.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                by_weight.setdefault(key, 0)
+    return _Costs(
+        sum(by_weight.values()),
+        by_weight,
+        PER_TOKEN,
+        notes=(
+            (
+                "FLOPs are those of the linear layers for one token, each layer once; products of activations, as in "
+                "attention, are left out; give an example to count a forward pass"
+            ),
+        ),
+    )
+
+
+def _flops_of_names(tensors: Mapping[str, Tensor]) -> _Costs:
+    """Count two FLOPs for each entry of a matrix that is no embedding by its name."""
+    by_weight: dict[object, int] = {}
+    for name, t in tensors.items():
+        key = _identity(t)
+        if t.ndim < 2 or is_embedding(name, None):
+            by_weight.setdefault(key, 0)
+        elif t.ndim == 2 and _is_weight(t):
+            by_weight[key] = by_weight.get(key, 0) + 2 * t.numel()
+    return _Costs(
+        sum(by_weight.values()),
+        by_weight,
+        PER_TOKEN,
+        notes=(
+            (
+                "FLOPs are those of the matrices for one token, told from embeddings by their names; products of "
+                "activations, as in attention, and a head that is stored as its embedding only are left out; give the "
+                "module and an example to count a forward pass"
+            ),
+        ),
+    )

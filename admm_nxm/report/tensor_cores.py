@@ -1,0 +1,180 @@
+"""Can sparse tensor cores take a weight through torch's semi-structured tensors, and if not, why not.
+
+Torch has two backends for them, CUTLASS and cuSPARSELt. Both compress a matrix of shape (output, input) along its
+inputs, each for some dtypes and for multiples of some shape only. What a GPU itself must be for them is a matter of
+:mod:`admm_nxm.export.semi_structured`; here everything is read off the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..pattern import Pattern
+
+__all__ = ["BACKENDS", "Backend", "hardware_pattern", "implies", "obstacle", "obstacles", "shape_multiples"]
+
+Backend = Literal["cutlass", "cusparselt"]
+
+BACKENDS: tuple[Backend, ...] = ("cutlass", "cusparselt")
+"""The backends of torch's semi-structured tensors."""
+
+_TWO_OF_FOUR, _ONE_OF_TWO = Pattern(2, 4), Pattern(1, 2)
+
+# Multiples that a weight of shape (output, input) needs, as torch 2.13 has them. Used where torch no longer says.
+_MULTIPLES: Mapping[Backend, Mapping[torch.dtype, tuple[int, int]]] = {
+    "cutlass": {
+        torch.int8: (16, 128),
+        torch.float16: (32, 64),
+        torch.bfloat16: (32, 64),
+        torch.float32: (32, 32),
+    },
+    "cusparselt": {
+        torch.float8_e4m3fn: (32, 32),
+        torch.int8: (32, 32),
+        torch.float16: (16, 16),
+        torch.bfloat16: (16, 16),
+    },
+}
+
+
+def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
+    """Return what the numbers of outputs and inputs of a weight must be multiples of, as the installed torch has it.
+
+    Args:
+        backend: ``"cutlass"`` or ``"cusparselt"``.
+
+    Returns:
+        dtype -> (multiple of the outputs, multiple of the inputs). Other dtypes the backend does not take.
+
+    Raises:
+        ValueError: no such backend.
+
+    >>> shape_multiples("cutlass")[torch.bfloat16], shape_multiples("cusparselt")[torch.bfloat16]
+    ((32, 64), (16, 16))
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
+    # Torch keeps them in a private attribute of a public class: a later version may have it elsewhere.
+    found: Any = getattr(_tensor_class(backend), "_DTYPE_SHAPE_CONSTRAINTS", None)
+    try:
+        multiples = {dtype: (int(rule.sparse_min_rows), int(rule.sparse_min_cols)) for dtype, rule in found.items()}
+    except (AttributeError, TypeError):
+        multiples = {}
+    return multiples or dict(_MULTIPLES[backend])
+
+
+def _tensor_class(backend: Backend) -> type[torch.Tensor] | None:
+    return getattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}", None)
+
+
+def hardware_pattern(dtype: torch.dtype) -> Pattern:
+    """Return the pattern that sparse tensor cores compute with in a dtype: 1:2 in float32 and 2:4 in narrower ones.
+
+    >>> str(hardware_pattern(torch.float16)), str(hardware_pattern(torch.float32))
+    ('2:4', '1:2')
+    """
+    # In float32, torch packs pairs and drops the second of two non-zeros without a word.
+    return _ONE_OF_TWO if dtype == torch.float32 else _TWO_OF_FOUR
+
+
+def implies(pattern: Pattern, required: Pattern) -> bool:
+    """Return whether every weight that satisfies one pattern satisfies another.
+
+    Args:
+        pattern: what the weight satisfies.
+        required: what is asked of it, with groups that start where the weight does.
+
+    Returns:
+        True if each aligned group of ``required`` has at most its ``keep`` non-zeros, however those of ``pattern``
+        lie.
+
+    >>> two_of_four = Pattern(2, 4)
+    >>> [p for p in ("2:4", "1:4", "1:2", "2:8", "4:8", "4:16") if implies(Pattern.parse(p), two_of_four)]
+    ['2:4', '1:4', '1:2', '2:8']
+    """
+    # The two grids repeat after their least common multiple.
+    for start in range(0, math.lcm(pattern.group, required.group), required.group):
+        stop = start + required.group
+        most = 0
+        for group in range(start // pattern.group, math.ceil(stop / pattern.group)):
+            overlap = min(stop, (group + 1) * pattern.group) - max(start, group * pattern.group)
+            most += min(pattern.keep, overlap)
+        if most > required.keep:
+            return False
+    return True
+
+
+def obstacle(
+    backend: Backend,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    pattern: Pattern | str,
+    dim: int = -1,
+    reduction_dim: int | None = None,
+) -> str | None:
+    """Return why a backend cannot take a weight, with the remedy; None if it can.
+
+    Whether the weight really holds the pattern is another question: :func:`admm_nxm.verify` counts that.
+
+    Args:
+        backend: ``"cutlass"`` or ``"cusparselt"``.
+        shape: shape of the weight as it is stored.
+        dtype: its dtype.
+        pattern: the pattern that it holds, or its spelling.
+        dim: the grouped dimension. Of a matrix stored as (input, output), where it is the first, the transpose is
+            what would be compressed.
+        reduction_dim: the dimension that its layer sums over; None if that is the grouped one.
+
+    Returns:
+        A short reason, or None.
+
+    Raises:
+        ValueError: no such backend, or an unknown pattern.
+
+    >>> obstacle("cutlass", (384, 1536), torch.bfloat16, "2:4") is None
+    True
+    >>> obstacle("cutlass", (384, 1536), torch.float32, "2:4")
+    'float32 needs 1:2, which 2:4 does not imply: cast to bfloat16 or float16'
+    >>> obstacle("cutlass", (384, 48), torch.bfloat16, "2:4")
+    '384 x 48 is no multiple of 32 x 64: pad the layer'
+    """
+    multiples = shape_multiples(backend)
+    pattern = Pattern.parse(pattern)
+    if len(shape) != 2:
+        return f"{len(shape)} dimensions: only matrices are taken"
+    if reduction_dim is not None and reduction_dim % 2 != dim % 2:
+        return f"grouped along dim {dim % 2}, but the layer sums over dim {reduction_dim % 2}: prune along that one"
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in multiples:
+        return f"{name}: cast to bfloat16 or float16"
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return f"{name}: torch takes it in torch._scaled_mm only, not in a layer; cast to bfloat16 or float16"
+    required = hardware_pattern(dtype)
+    if not implies(pattern, required):
+        if dtype == torch.float32 and implies(pattern, _TWO_OF_FOUR):
+            return f"{name} needs {required}, which {pattern} does not imply: cast to bfloat16 or float16"
+        return f"{pattern} does not imply {_TWO_OF_FOUR}: prune to {_TWO_OF_FOUR}"
+    inputs, outputs = shape[dim % 2], shape[1 - dim % 2]
+    of_outputs, of_inputs = multiples[dtype]
+    if outputs % of_outputs or inputs % of_inputs or not outputs or not inputs:
+        return f"{outputs} x {inputs} is no multiple of {of_outputs} x {of_inputs}: pad the layer"
+    return None
+
+
+def obstacles(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    pattern: Pattern | str,
+    dim: int = -1,
+    reduction_dim: int | None = None,
+) -> dict[Backend, str | None]:
+    """Return for each backend why it cannot take a weight, None where it can; arguments as for :func:`obstacle`.
+
+    >>> obstacles((48, 16), torch.float16, "2:4")
+    {'cutlass': '48 x 16 is no multiple of 32 x 64: pad the layer', 'cusparselt': None}
+    """
+    return {backend: obstacle(backend, shape, dtype, pattern, dim, reduction_dim) for backend in BACKENDS}

@@ -1,0 +1,164 @@
+"""What a run consists of: one object, changed in place and never replaced.
+
+Frameworks make proxies of an optimizer that share its attributes as they were at one moment (Lightning, Fabric). What
+changes during a run therefore lies in an object that all of them hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .progress import Progress
+from .residuals import Residuals
+from .selection import Selection
+from .statistics import Statistics
+from .weights import MASK, Weight, Weights
+
+__all__ = ["Run", "WStep"]
+
+
+@dataclass
+class Run:
+    """The state of a run that is not in the inner optimizer.
+
+    Args:
+        inner: the inner optimizer.
+        selection: what is pruned, and what is not and why.
+        weights: the prunable weights.
+        progress: the counters.
+        statistics: A and G of the window under calibration; None outside of it.
+        model_errors: name -> model error of each solved weight.
+        movement: paper's form: name -> the figures of the last z-step.
+        freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
+        announced: whether a warning about the freeze was given.
+        refusal: why ``step()`` is refused at the moment; None if it is not.
+    """
+
+    inner: Optimizer
+    selection: Selection
+    weights: Weights
+    progress: Progress
+    statistics: Statistics | None = None
+    model_errors: dict[str, float] = field(default_factory=dict)
+    movement: dict[str, Tensor] = field(default_factory=dict)
+    freeze_sums: Tensor | None = None
+    announced: bool = False
+    refusal: str | None = None
+
+    def is_pruned(self, weight: Weight) -> bool:
+        """Return whether a weight's mask is in force."""
+        progress = self.progress
+        return progress.frozen or (progress.windows_solved > 0 and weight.window < progress.windows_solved)
+
+    def pruned(self) -> list[Weight]:
+        """Return the weights whose masks are in force."""
+        if not self.progress.frozen and not self.progress.windows_solved:
+            return []
+        return [weight for weight in self.weights if self.is_pruned(weight)]
+
+    def mask(self, weight: Weight) -> Tensor:
+        """Return this rank's part of a weight's mask, which keeps all before the weight is pruned."""
+        return weight.mask(self.inner) if self.is_pruned(weight) else torch.ones_like(weight.w, dtype=torch.bool)
+
+    def stop_gathering(self) -> None:
+        """Take the hooks off, and drop the statistics."""
+        if self.statistics is not None:
+            self.statistics.detach()
+            self.statistics = None
+
+    def forget(self) -> None:
+        """Drop everything that is not in the inner optimizer, for a run that begins again or that is loaded."""
+        self.stop_gathering()
+        self.model_errors.clear()
+        self.movement.clear()
+        self.freeze_sums = None
+        self.announced = False
+
+    def store_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Put masks beside the inner optimizer's own state, after the step in which that was created.
+
+        A weight that is not pruned gets a mask that keeps all: loaders that fill a state dict in place must find the
+        key in every phase.
+
+        Args:
+            masks: name -> mask, of the pruned weights.
+        """
+        for weight in self.weights:
+            if weight.gradient is not None and weight.stored(self.inner, MASK) is None:
+                mask = masks.get(weight.name)
+                weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
+        if self.progress.step == 0:
+            # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
+            # has none of its own.
+            for group in self.inner.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.inner.state.setdefault(p, {})
+
+
+Moving = list[tuple[Weight, Tensor]]
+"""The weights that take part in a step of the paper's form, each with its v."""
+
+
+class WStep(Protocol):
+    """ADMM's w-step in the life of a run: what it does around each step of the inner optimizer."""
+
+    @property
+    def name(self) -> Literal["exact", "optimizer"]:
+        """Its name, as the user gives it."""
+
+    @property
+    def prune_at(self) -> int:
+        """The step after which the last weights are pruned."""
+
+    @property
+    def windows(self) -> int:
+        """How many windows of weights are solved one after the other; 0 if none is."""
+
+    def phase(self, run: Run) -> str:
+        """Return the name of the phase."""
+
+    def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
+        """Start a run, or go on with one that was loaded, with the statistics of its checkpoint."""
+
+    def before(self, run: Run) -> Moving:
+        """Do what comes before the inner optimizer's step."""
+
+    def after(self, run: Run, moving: Moving) -> None:
+        """Do what comes after it, also in a trial step that only creates state."""
+
+    def advance(self, run: Run, moving: Moving) -> None:
+        """Do what the step that has just been counted brings with it."""
+
+    def finish(self, run: Run) -> str | None:
+        """Prune what is not pruned; return what there is to say about it."""
+
+    def verdict(self, run: Run) -> str | None:
+        """Return, once, what there is to say about the freeze on this rank, for a run that may end here."""
+
+    def announce(self, run: Run) -> None:
+        """Let loaders that fill a state dict in place find the keys, where the inner optimizer has state already."""
+
+    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:
+        """Refuse the counters of a checkpoint from which this run cannot go on."""
+
+    def mask(self, run: Run, weight: Weight) -> Tensor:
+        """Return this rank's part of the mask."""
+
+    def auxiliary(self, run: Run, weight: Weight) -> Tensor:
+        """Return this rank's part of z."""
+
+    def dual(self, run: Run, weight: Weight) -> Tensor:
+        """Return this rank's part of u."""
+
+    def target(self, run: Run, weight: Weight) -> Tensor:
+        """Return this rank's part of what the weight would be if it were pruned now."""
+
+    def residuals(self, run: Run) -> Residuals:
+        """Measure how far w is from z; a collective where weights are sharded."""

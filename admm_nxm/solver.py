@@ -1,0 +1,434 @@
+"""The layer problem: the best NxM weight of one layer in the metric of its second moments, as pure functions.
+
+For a weight W0 (rows x columns, grouped along its columns) and the second moments A (columns x columns) and
+G (rows x rows), it solves
+
+    minimise  tr(G (W - W0) A (W - W0)^T)   subject to   W has at most `keep` non-zeros in each group
+
+by ADMM with an exact w-step, followed by least squares on the mask that ADMM has found.
+
+Sources: Boyd et al. 2011, section 3.1.1 and 3.4.1 (scaled ADMM with a rising rho); Martens and Grosse 2015,
+arXiv 1503.05671 (the Kronecker-factored metric); Meng et al. 2024, ALPS, arXiv 2406.07831 (ADMM with A alone, a rising
+rho, and conjugate gradients on the mask).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pattern import Pattern
+from .projection import keep_mask
+
+__all__ = ["INPUT_DAMPING", "OUTPUT_DAMPING", "Factor", "Solved", "factorise", "model_error", "solve"]
+
+INPUT_DAMPING = 0.01
+OUTPUT_DAMPING = 0.1
+
+# The eigendecomposition fails on some matrices of low rank. Each further try adds this many times more damping.
+_MORE_DAMPING = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A second moment made ready for :func:`solve`: damped, scaled to a unit diagonal, and eigendecomposed.
+
+    Make it once with :func:`factorise` for weights that share their input, such as those of query, key and value.
+
+    Args:
+        scale: roots of the damped diagonal, (d,), up to a power of two that is common to all.
+        matrix: the damped moment divided by ``scale`` on both sides, (d, d); None if it is the identity.
+        values: eigenvalues of ``matrix``, (d,), none below zero; ones if it is the identity.
+        vectors: its eigenvectors as columns, (d, d); None if it is the identity.
+    """
+
+    scale: Tensor
+    matrix: Tensor | None
+    values: Tensor
+    vectors: Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factor:
+        """Return the factor on ``device`` in ``dtype``."""
+
+        def moved(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, dtype)
+
+        return Factor(
+            self.scale.to(device, dtype), moved(self.matrix), self.values.to(device, dtype), moved(self.vectors)
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The outcome of :func:`solve`.
+
+    Args:
+        weight: the pruned weight, in the shape, dtype and device of the dense one; zero off the mask.
+        mask: True = kept, exactly ``keep`` in each group.
+        error: the model error in the damped metric, the one that was minimised: the quadratic loss at the pruned
+            weight as a share of the loss at zero. 0 if nothing is lost.
+        rounds: rounds of ADMM.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    error: float
+    rounds: int
+
+
+def factorise(moment: Tensor, damping: float) -> Factor:
+    """Damp a second moment, scale it to a unit diagonal, and eigendecompose it.
+
+    Args:
+        moment: symmetric positive semidefinite matrix, (d, d), of any floating dtype; float64 is factorised as such,
+            anything else in float32. Its overall size does not matter: a sum over tokens serves as well as a mean.
+        damping: the share of the mean diagonal that is added to the diagonal.
+
+    Returns:
+        The factor. A moment that is zero tells nothing, and counts as the identity.
+
+    Raises:
+        ValueError: ``moment`` is no square matrix, not symmetric, not finite, or has a negative diagonal; ``damping`` is
+            not a positive number; or no eigendecomposition could be had, with more damping neither.
+    """
+    if not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping={damping!r} is not above zero; choose a small share, such as {INPUT_DAMPING}")
+    _check_moment(moment, "the moment")
+    matrix = moment.detach().to(_compute_dtype(moment.dtype))
+    diagonal = matrix.diagonal()
+    largest = float(diagonal.max()) if diagonal.numel() else 0.0
+    if largest == 0.0:
+        return _identity(torch.ones_like(diagonal))
+    matrix = _times_power_of_two(matrix, -math.frexp(largest)[1])
+    mean = float(matrix.diagonal().mean(dtype=torch.float64))
+    if _is_diagonal(matrix):
+        return _identity((matrix.diagonal() + damping * mean).sqrt())
+    for more in _MORE_DAMPING:
+        scale = (matrix.diagonal() + damping * more * mean).sqrt()
+        scaled = (matrix / scale).div_(scale[:, None])
+        scaled.fill_diagonal_(1.0)
+        for dtype in dict.fromkeys((scaled.dtype, torch.float64)):
+            try:
+                values, vectors = torch.linalg.eigh(scaled.to(dtype))
+            except torch.linalg.LinAlgError:
+                continue
+            if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
+                return Factor(scale, scaled, values.to(scaled.dtype).clamp_min_(0.0), vectors.to(scaled.dtype))
+    raise ValueError(
+        f"no eigendecomposition of a second moment of shape {tuple(moment.shape)}, with damping up to "
+        f"{damping * _MORE_DAMPING[-1]:g} neither; gather it from more tokens, or raise the damping"
+    )
+
+
+def model_error(
+    weight: Tensor, pruned: Tensor, inputs: Tensor | None, outputs: Tensor | None = None, *, dim: int = -1
+) -> float:
+    """Measure the quadratic loss at ``pruned`` as a share of the loss at zero, ``tr(G D A D^T) / tr(G W A W^T)``.
+
+    Args:
+        weight: the dense weight W, 2-D (of any shape if both moments are None).
+        pruned: the pruned weight of the same shape; D is the difference.
+        inputs: A, the second moment along ``dim``; None for the identity.
+        outputs: G, the second moment along the other dimension; None for the identity.
+        dim: the grouped dimension.
+
+    Returns:
+        The model error in the raw moments, without damping: 0 if nothing is lost, 1 if all is.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if weight.shape != pruned.shape:
+        raise ValueError(f"the dense weight has shape {tuple(weight.shape)}, the pruned one {tuple(pruned.shape)}")
+    _check_weight(weight, dim, inputs, outputs)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        dense = weight.detach().double()
+        change = pruned.detach().double() - dense
+        if weight.ndim == 2 and dim % 2 == 0:
+            dense, change = dense.T, change.T
+
+        def loss(w: Tensor) -> float:
+            product = w if inputs is None else w @ inputs.double()
+            return float(((product if outputs is None else outputs.double() @ product) * w).sum())
+
+        at_zero = loss(dense)
+        return max(loss(change), 0.0) / at_zero if at_zero > 0 else 0.0
+
+
+def solve(
+    weight: Tensor,
+    pattern: Pattern | str,
+    inputs: Tensor | Factor | None,
+    outputs: Tensor | Factor | None = None,
+    *,
+    dim: int = -1,
+    input_damping: float = INPUT_DAMPING,
+    output_damping: float = OUTPUT_DAMPING,
+    rho: float = 0.003,
+    growth: float = 1.15,
+    rounds: int = 60,
+    tolerance: float = 1e-4,
+) -> Solved:
+    """Find the NxM weight that loses least in the metric of (A, G).
+
+    Args:
+        weight: the dense weight, 2-D; with neither moment, of any shape.
+        pattern: a Pattern or its spelling.
+        inputs: A, the second moment along ``dim``, raw or made ready by :func:`factorise`; None for the identity.
+        outputs: G, the second moment along the other dimension, likewise.
+        dim: the grouped dimension.
+        input_damping: the share of A's mean diagonal that is added to it, if it comes raw.
+        output_damping: the same for G.
+        rho: the first penalty, in the scaling where A and G have unit diagonals.
+        growth: the factor by which rho grows from round to round.
+        rounds: at most so many rounds; they end before where the mask stands still.
+        tolerance: the least-squares problem on the mask is solved until an iteration gains less than this share of
+            the loss that remains.
+
+    Returns:
+        The pruned weight with its mask, never worse in the damped metric than least squares on the masks of magnitude
+        and of magnitude times ``sqrt(diag A)``. With neither moment: exactly :func:`admm_nxm.project`.
+
+    Raises:
+        TypeError: ``weight`` is no floating-point tensor.
+        IndexError: ``dim`` is out of range.
+        ValueError: shapes do not fit, the weight or a moment is not finite, or an option is out of range.
+
+    Source: see the head of this module.
+    """
+    pattern = Pattern.parse(pattern)
+    _check_options(rho, growth, rounds, tolerance)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        dense = weight.detach()
+        by_magnitude = keep_mask(dense, pattern, dim)
+        _check_weight(dense, dim, inputs, outputs)
+        projected = torch.where(by_magnitude, dense, torch.zeros((), dtype=dense.dtype, device=dense.device))
+        if not bool(torch.isfinite(dense).all()):
+            raise ValueError(f"the weight of shape {tuple(dense.shape)} holds values that are not finite")
+        if torch.equal(projected, dense):
+            return Solved(dense.clone(), by_magnitude, 0.0, 0)
+        if inputs is None and outputs is None:
+            return Solved(projected, by_magnitude, _share_lost(dense, by_magnitude), 0)
+        dtype = _compute_dtype(dense.dtype)
+        a = _factor(inputs, dense.shape[dim], input_damping, dense.device, dtype)
+        g = _factor(outputs, dense.shape[1 - dim % 2], output_damping, dense.device, dtype)
+        transposed = dim % 2 == 0
+        if transposed:
+            dense, by_magnitude = dense.T, by_magnitude.T
+        exponent = math.frexp(float(dense.abs().max()))[1]
+        normal = _times_power_of_two(dense.to(dtype), -exponent)
+        if a.matrix is None and g.matrix is None:
+            # Nothing couples two weights: what is kept stays as it is.
+            mask = keep_mask(normal * (a.scale / a.scale.max()), pattern)
+            error = _share_lost(normal * a.scale * g.scale[:, None], mask)
+            best, count = torch.where(mask, dense, torch.zeros((), dtype=dense.dtype, device=dense.device)), 0
+        else:
+            problem = _Problem(normal * a.scale * g.scale[:, None], a, g)
+            mask, start, count = _admm(problem, pattern, rho, growth, rounds)
+            candidate = _refit(problem, mask, start, tolerance)
+            del start
+            for other in (by_magnitude.contiguous(), keep_mask(problem.weight, pattern)):
+                candidate = _better(candidate, _refit(problem, other, problem.weight, tolerance, candidate.loss))
+            mask = candidate.mask
+            error = float(candidate.loss.sum()) / float((problem.weight * problem.metric(problem.weight)).sum())
+            best = _times_power_of_two(candidate.weight / a.scale / g.scale[:, None], exponent)
+            limits = torch.finfo(weight.dtype)
+            best = best.clamp_(limits.min, limits.max).to(weight.dtype)
+        if transposed:
+            best, mask = best.T.contiguous(), mask.T.contiguous()
+        return Solved(best, mask, max(error, 0.0), count)
+
+
+class _Problem:
+    """The layer problem with both moments scaled to unit diagonals, and the weight with them."""
+
+    def __init__(self, weight: Tensor, a: Factor, g: Factor) -> None:
+        self.weight = weight
+        self.a = a
+        self.g = g
+        self.rows_couple = g.matrix is not None
+
+    def metric(self, x: Tensor) -> Tensor:
+        """Return G x A."""
+        if self.a.matrix is not None:
+            x = x @ self.a.matrix
+        return x if self.g.matrix is None else self.g.matrix @ x
+
+    def resolve(self, x: Tensor, rho: float) -> Tensor:
+        """Return ``(G (x) A + rho)^-1 rho`` applied to x, in the eigenbasis."""
+        a, g = self.a, self.g
+        if a.vectors is not None:
+            x = x @ a.vectors
+        if g.vectors is not None:
+            x = g.vectors.T @ x
+        if self.rows_couple:
+            x = x / torch.outer(g.values / rho, a.values).add_(1.0)
+        else:
+            x = x / (a.values / rho + 1.0)
+        if g.vectors is not None:
+            x = g.vectors @ x
+        return x if a.vectors is None else x @ a.vectors.T
+
+    def total(self, x: Tensor) -> Tensor:
+        """Add up what belongs to one independent problem: each row, or all of them."""
+        return x.sum(dim=1, keepdim=True) if not self.rows_couple else x.sum().view(1, 1)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight that is feasible, with what it loses."""
+
+    weight: Tensor
+    mask: Tensor
+    loss: Tensor  # of each independent problem, (rows, 1) or (1, 1)
+
+
+def _admm(problem: _Problem, pattern: Pattern, rho: float, growth: float, rounds: int) -> tuple[Tensor, Tensor, int]:
+    """Alternate the exact w-step, the projection and the dual step until the mask stands still.
+
+    v = z - u in one buffer: z is v on the mask, and u is -v off it.
+    """
+    weight = problem.weight
+    mask = keep_mask(weight, pattern)
+    v = weight * mask
+    done = 0
+    for done in range(1, rounds + 1):
+        w = problem.resolve(v - weight, rho).add_(weight)
+        w -= v.masked_fill_(mask, 0.0)  # w + u
+        before, mask = mask, keep_mask(w, pattern)
+        v = torch.where(mask, w, w * (-1.0 / growth))
+        rho *= growth
+        if torch.equal(before, mask):
+            break
+    return mask, v * mask, done
+
+
+def _refit(
+    problem: _Problem, mask: Tensor, start: Tensor, tolerance: float, rival: Tensor | None = None, limit: int = 200
+) -> _Candidate:
+    """Solve the least-squares problem on ``mask`` by preconditioned conjugate gradients, from ``start`` on.
+
+    With the loss of a rival it gives up as soon as it is clear that the rival cannot be reached.
+    """
+    kept = mask.to(start.dtype)
+    x = start * kept
+    r = problem.metric(problem.weight - x)
+    loss = problem.total((problem.weight - x) * r)
+    r *= kept
+    z = problem.resolve(r, _PRECONDITIONER) * kept
+    direction = z
+    slope = problem.total(r * z)
+    still = 0
+    for _ in range(limit):
+        curved = problem.metric(direction) * kept
+        step = _ratio(slope, problem.total(direction * curved))
+        gain = step * slope
+        loss = loss - gain
+        x += step * direction
+        r -= step * curved
+        still = still + 1 if float(gain.sum()) <= tolerance * float(loss.sum()) else 0
+        if still == 2 or (rival is not None and bool((loss - 20 * gain > rival).all())):
+            break
+        z = problem.resolve(r, _PRECONDITIONER) * kept
+        before, slope = slope, problem.total(r * z)
+        direction = z + _ratio(slope, before) * direction
+    return _Candidate(x, mask, loss.clamp_min(0.0))
+
+
+_PRECONDITIONER = 0.03
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, torch.zeros_like(above))
+
+
+def _better(first: _Candidate, second: _Candidate) -> _Candidate:
+    """Choose the lower loss, in each independent problem."""
+    wins = second.loss < first.loss
+    return _Candidate(
+        torch.where(wins, second.weight, first.weight),
+        torch.where(wins, second.mask, first.mask),
+        torch.where(wins, second.loss, first.loss),
+    )
+
+
+def _identity(scale: Tensor) -> Factor:
+    return Factor(scale, None, torch.ones_like(scale), None)
+
+
+def _factor(
+    moment: Tensor | Factor | None, size: int, damping: float, device: torch.device, dtype: torch.dtype
+) -> Factor:
+    if moment is None:
+        return _identity(torch.ones(size, device=device, dtype=dtype))
+    if isinstance(moment, Tensor):
+        moment = factorise(moment, damping)
+    return moment.to(device, dtype)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _times_power_of_two(t: Tensor, exponent: int) -> Tensor:
+    """Multiply by ``2**exponent``, in two steps because one factor alone could overflow."""
+    half = exponent // 2
+    return t * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _is_diagonal(matrix: Tensor) -> bool:
+    return bool(torch.count_nonzero(matrix) == torch.count_nonzero(matrix.diagonal()))
+
+
+def _share_lost(weight: Tensor, mask: Tensor) -> float:
+    squares = weight.to(torch.float64).square()
+    return float(squares.masked_fill(mask, 0.0).sum() / squares.sum())
+
+
+def _check_options(rho: float, growth: float, rounds: int, tolerance: float) -> None:
+    if not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"rho={rho!r} is not above zero; choose a small number, such as 0.003")
+    if not (math.isfinite(growth) and growth >= 1):
+        raise ValueError(f"growth={growth!r} is below 1; rho must not fall: choose a factor such as 1.15")
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds!r} is below 1; choose a number such as 60")
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise ValueError(f"tolerance={tolerance!r} is not above zero; choose a small number, such as 1e-4")
+
+
+def _check_weight(weight: Tensor, dim: int, inputs: Tensor | Factor | None, outputs: Tensor | Factor | None) -> None:
+    if inputs is None and outputs is None:
+        return
+    if weight.ndim != 2:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} cannot be solved with second moments: two dimensions are needed; "
+            "pass inputs=None and outputs=None to project it"
+        )
+    sides = (("inputs", inputs, weight.shape[dim]), ("outputs", outputs, weight.shape[1 - dim % 2]))
+    for name, moment, size in sides:
+        if moment is None:
+            continue
+        if isinstance(moment, Tensor):
+            _check_moment(moment, name)
+        found = len(moment) if isinstance(moment, Tensor) else len(moment.scale)
+        if found != size:
+            raise ValueError(
+                f"{name} has {found} rows, but the weight of shape {tuple(weight.shape)}, grouped along dim={dim}, "
+                f"needs {size}"
+            )
+
+
+def _check_moment(moment: Tensor, name: str) -> None:
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(moment.shape)}; a square matrix is needed")
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError(f"{name} holds values that are not finite")
+    if bool((moment.diagonal() < 0).any()):
+        raise ValueError(f"{name} has a negative number on its diagonal: it is no second moment")
+    if not torch.allclose(
+        moment, moment.T, rtol=1e-3, atol=1e-3 * float(moment.diagonal().max()) if len(moment) else 0
+    ):
+        raise ValueError(f"{name} is not symmetric: it is no second moment")

@@ -1,0 +1,297 @@
+"""The prunable weights of a run: one object each, known by its name in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checks import at_least
+from .projection import keep_mask, zero_outside
+from .selection import SelectedWeight, Selection, clean_name, is_conv1d
+from .sharding import check_sharding, local, wrap_like
+from .statistics import bytes_needed, can_be_observed
+
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "keep_to_masks", "windows_of"]
+
+MASK = "admm_mask"
+"""Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
+weight is pruned."""
+
+CONSENSUS = "admm_consensus"
+"""Key of v = z - u, in the paper's form."""
+
+WITHOUT_STATISTICS = "no module hook reaches it: pruned by magnitude"
+"""The note in the selection's printout of a weight for which A and G cannot be gathered."""
+
+_ONE_WINDOW_UP_TO = 256 * 10**6
+
+_Link = tuple[dict[str, Any], str, Any]
+"""A dictionary of a module, a key in it, and what it held there."""
+
+
+@dataclass
+class Weight:
+    """A prunable weight, its present parameter object, and its state.
+
+    Args:
+        spec: name, shape, pattern and grouped dimension.
+        param: the parameter that the model holds under that name.
+        modules: the modules that compute with it and can be observed; empty if A and G cannot be gathered.
+        moment_along_group: which second moment runs along the grouped dimension, that of the inputs as a rule.
+        window: number of the window in which it is calibrated and solved; -1 for the first solve that comes.
+    """
+
+    spec: SelectedWeight
+    param: Tensor
+    modules: tuple[nn.Module, ...] = ()
+    moment_along_group: Literal["inputs", "outputs"] = "inputs"
+    window: int = 0
+    maximize: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return self.spec.name
+
+    @property
+    def w(self) -> Tensor:
+        """This rank's part of the weight."""
+        return local(self.param.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """This rank's part of the gradient."""
+        return None if self.param.grad is None else local(self.param.grad)
+
+    def stored(self, inner: Optimizer, key: str) -> Tensor | None:
+        """Return this rank's part of a state tensor of ours; None before the weight's first step."""
+        t = inner.state[self.param].get(key) if self.param in inner.state else None
+        return None if t is None else local(t)
+
+    def store(self, inner: Optimizer, key: str, part: Tensor) -> None:
+        """Put a state tensor of ours beside the inner optimizer's own."""
+        inner.state[self.param][key] = wrap_like(part, self.param)
+
+    def mask(self, inner: Optimizer) -> Tensor:
+        """Return this rank's part of the mask of a pruned weight."""
+        stored = self.stored(inner, MASK)
+        # A weight without a step of its own has not moved since it was pruned: its mask can be read off it.
+        return keep_mask(self.w, self.spec.pattern, self.spec.dim) if stored is None else stored
+
+    def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
+        """Set the weight and its mask, and every second set of weights that the inner optimizer keeps.
+
+        Schedule-free optimizers and their kin average or look back to weights of their own. A state tensor that lies
+        within half the weight's norm of the weight is such a copy: momentum never does. It starts again from the new
+        value, and masked gradients keep it feasible from there.
+
+        Args:
+            inner: the inner optimizer.
+            value: this rank's part of the new value, zero outside the mask.
+            mask: this rank's part of the mask.
+        """
+        w = self.w
+        state = inner.state.get(self.param, {})
+        for key, entry in state.items():
+            if key in (MASK, CONSENSUS) or not torch.is_tensor(entry) or entry is self.param:
+                continue
+            t = local(entry)
+            plain = type(t) is Tensor and t.is_floating_point() and t.shape == w.shape
+            if plain and (t.float() - w.float()).norm() < 0.5 * w.float().norm():
+                t.copy_(value)
+        w.copy_(value)
+        stored = self.stored(inner, MASK)
+        if stored is not None:
+            stored.copy_(mask)
+
+
+class Weights:
+    """The prunable weights, found again by name whatever happens to the model.
+
+    Args:
+        selection: what is pruned.
+        params: name -> parameter.
+        model: the module that holds them, without its wrappers; None if only names and tensors are known.
+    """
+
+    def __init__(self, selection: Selection, params: Mapping[str, Tensor], model: nn.Module | None) -> None:
+        self.model = model
+        self.each = [Weight(spec, params[spec.name]) for spec in selection]
+        self._links: list[_Link] = []
+        if model is not None:
+            self._locate()
+            for weight in self.each:
+                weight.modules, weight.moment_along_group = _observers(self._owners[weight.name], weight.spec.dim)
+
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, name: str) -> Weight:
+        """Return the weight called ``name`` (or one of whose other names it is)."""
+        for weight in self.each:
+            if name == weight.name or name in weight.spec.aliases:
+                return weight
+        raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.each)}")
+
+    def _locate(self) -> None:
+        """Find each weight's parameter in the model by its name, and remember the way there."""
+        assert self.model is not None
+        found: dict[str, tuple[Tensor, nn.Module, list[_Link]]] = {}
+        for name, param, owner, way in _places(self.model, "", []):
+            found.setdefault(name, (param, owner, way))
+        self._owners: dict[str, list[nn.Module]] = {}
+        links: dict[tuple[int, str], _Link] = {}
+        for weight in self.each:
+            names = (weight.name, *weight.spec.aliases)
+            missing = [name for name in names if name not in found]
+            if missing:
+                raise ValueError(
+                    f"weight {missing[0]!r} is no longer in the model: its layer was replaced or removed. Build "
+                    "ADMMNxM again around the inner optimizer with the model as it is now"
+                )
+            if len({id(found[name][0]) for name in names}) > 1:
+                raise ValueError(
+                    f"weights {' = '.join(names)} were one tensor at construction and are no longer; tie them again, "
+                    "or build ADMMNxM again with the model as it is now"
+                )
+            weight.param = found[weight.name][0]
+            self._owners[weight.name] = [found[name][1] for name in names]
+            for name in names:
+                links.update({(id(d), key): (d, key, value) for d, key, value in found[name][2]})
+        self._links = list(links.values())
+
+    def rebind(self, inner: Optimizer) -> None:
+        """Look up each weight's parameter as it is now, and check that the inner optimizer still holds it.
+
+        Parameter objects may be exchanged (FSDP2 through Accelerate does it before the first step); what was flattened,
+        replaced or taken out of the groups is noticed here.
+
+        Args:
+            inner: the inner optimizer.
+
+        Raises:
+            ValueError: a weight is gone, or it is not held, or it has another shape.
+        """
+        if any(d.get(key) is not value for d, key, value in self._links):
+            self._locate()
+        groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+        for weight in self.each:
+            group = groups.get(id(weight.param))
+            if group is None:
+                self._refuse_unheld(weight, inner)
+            weight.maximize = bool(group.get("maximize", False))  # type: ignore[union-attr]
+            if tuple(weight.param.shape) != weight.spec.shape:
+                raise ValueError(
+                    f"weight {weight.name!r} had shape {weight.spec.shape} at construction and now has "
+                    f"{tuple(weight.param.shape)}: it was flattened or partitioned, and its groups are torn apart. "
+                    "Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+                )
+
+    def _refuse_unheld(self, weight: Weight, inner: Optimizer) -> None:
+        if self.model is None:
+            why = (
+                "its parameter object was exchanged, and ADMMNxM was built from names and tensors, so it cannot find "
+                "the new one; pass the model itself"
+            )
+        else:
+            why = (
+                "it was taken out of param_groups, or the model was given another tensor (load_state_dict with "
+                "assign=True, a replaced layer, sharding after the optimizer was built). Put the model's present "
+                "parameter back into the inner optimizer, or build both optimizers again"
+            )
+        raise ValueError(f"the inner {type(inner).__name__} no longer holds prunable weight {weight.name!r}: {why}")
+
+    def check_placement(self) -> None:
+        """Refuse a weight whose groups lie on several ranks."""
+        for weight in self.each:
+            check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
+
+    def assign_windows(self, memory: int | None) -> int:
+        """Cut the observed weights into windows whose statistics fit the memory; return how many there are.
+
+        Args:
+            memory: bytes that A and G may take at a time; None for 4 a prunable weight, and at least 256 MB.
+        """
+        if memory is None:
+            memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
+        at_least("statistics_memory", memory, 1)
+        observed = [weight for weight in self.each if weight.modules]
+        needs = [bytes_needed(weight.modules[0]) for weight in observed]
+        windows = windows_of(needs, memory)
+        for weight in self.each:
+            weight.window = -1
+        for weight, window in zip(observed, windows, strict=True):
+            weight.window = window
+        return max(windows, default=0) + 1
+
+    def of_window(self, window: int) -> list[Weight]:
+        """Return the weights that one window's solve prunes: those that need no statistics come first."""
+        return [w for w in self.each if w.window == window or (window == 0 and w.window < 0)]
+
+    def note_unobserved(self, selection: Selection) -> Selection:
+        """Return the selection with a note on each weight that is solved without statistics."""
+        unobserved = {weight.name for weight in self.each if not weight.modules}
+        return replace(
+            selection,
+            weights=tuple(
+                replace(spec, note=WITHOUT_STATISTICS) if spec.name in unobserved else spec
+                for spec in selection.weights
+            ),
+        )
+
+
+def keep_to_masks(tensors: Sequence[Tensor | None], masks: Sequence[Tensor]) -> None:
+    """Zero what the masks do not keep, in place; None is passed over."""
+    for t, mask in zip(tensors, masks, strict=True):
+        if t is not None:
+            zero_outside(t, mask)
+
+
+def windows_of(needs: Sequence[int], memory: float) -> list[int]:
+    """Cut a sequence of weights into runs whose needs add up to at most ``memory``; one that needs more is alone.
+
+    Args:
+        needs: bytes of each weight's statistics, in model order.
+        memory: bytes allowed at a time.
+
+    Returns:
+        The number of the window of each.
+
+    >>> windows_of([3, 3, 3, 9, 1], memory=6)
+    [0, 0, 1, 2, 3]
+    """
+    windows: list[int] = []
+    current, used = 0, 0
+    for need in needs:
+        if used and used + need > memory:
+            current, used = current + 1, 0
+        windows.append(current)
+        used += need
+    return windows
+
+
+def _places(module: nn.Module, prefix: str, links: list[_Link]) -> Iterator[tuple[str, Tensor, nn.Module, list[_Link]]]:
+    """Walk through a model: clean name, parameter, owner, and the way to it."""
+    for key, param in module._parameters.items():
+        if param is not None:
+            yield clean_name(prefix + key), param, module, [*links, (module._parameters, key, param)]
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _places(child, f"{prefix}{key}.", [*links, (module._modules, key, child)])
+
+
+def _observers(owners: list[nn.Module], dim: int) -> tuple[tuple[nn.Module, ...], Literal["inputs", "outputs"]]:
+    """Return the modules whose passes give A and G, and which of the two runs along the grouped dimension."""
+    observed = tuple(dict.fromkeys(owner for owner in owners if can_be_observed(owner)))
+    if not observed:
+        return (), "inputs"
+    input_dim = 0 if is_conv1d(observed[0]) else 1
+    return observed, "inputs" if dim == input_dim else "outputs"
