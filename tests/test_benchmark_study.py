@@ -238,6 +238,12 @@ def test_a_continued_run_has_the_bits_of_one_from_the_start(tmp_path: Path) -> N
         assert torch.equal(module.weight, continued[-1][name])
 
 
+def test_a_run_that_does_not_end_in_its_pattern_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "asp", methods.Dense)
+    with pytest.raises(RuntimeError, match="did not end in its pattern"):
+        run(spec("asp", "2:4"), tmp_path)
+
+
 def test_runs_that_begin_differently_are_refused(tmp_path: Path) -> None:
     other = plans.Spec("topics", 6, "2:4", "asp", 8, 1e-2, STEPS)
     with pytest.raises(ValueError, match="begin alike"):

@@ -24,7 +24,7 @@ from admm_nxm.solver import model_error
 from admm_nxm.statistics import Moments, Statistics
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from sparsegpt import sparsegpt
+from sparsegpt import sparsegpt  # type: ignore[import-not-found,unused-ignore]
 
 Setting = Mapping[str, Any]
 
@@ -312,7 +312,8 @@ def magnitude(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tenso
 
 def by_sparsegpt(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:
     """Apply SparseGPT's update."""
-    return sparsegpt(weight, moments.inputs, pattern)
+    pruned, mask = sparsegpt(weight, moments.inputs, pattern)
+    return pruned, mask
 
 
 def by_solve(
