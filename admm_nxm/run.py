@@ -148,9 +148,7 @@ class WStep(Protocol):
     def announce(self, run: Run) -> None:
         """Let loaders that fill a state dict in place find the keys, where the inner optimizer has state already."""
 
-    def check_resume(
-        self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None
-    ) -> None:
+    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse the counters and the statistics of a checkpoint from which this run cannot go on."""
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
