@@ -131,8 +131,8 @@ class ExactStep:
                 weight.store(run.inner, MASK, run.mask(weight))
 
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
-        """Refuse a checkpoint whose windows are cut otherwise, whose statistics do not fit, or which is not pruned where
-        this run begins pruned."""
+        """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
+        weights where this run begins with them."""
         if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]

@@ -318,7 +318,9 @@ class ADMMNxM(Optimizer):
             keep_to_masks([weight.gradient for weight in pruned], masks)
             moving = self._w_step.before(run)
             raw_step(self.inner, first=first)
-            keep_to_masks([weight.w for weight in pruned], masks)
+            for weight, mask in zip(pruned, masks, strict=True):
+                held = [weight.w, *weight.copies(self.inner)]
+                keep_to_masks(held, [mask] * len(held))
             run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)))
             self._w_step.after(run, moving)
             if not trial:  # torch.distributed.checkpoint steps with zero gradients at a zero rate, to learn the keys

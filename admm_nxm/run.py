@@ -79,6 +79,8 @@ class Run:
         self.movement.clear()
         self.freeze_sums = None
         self.announced = False
+        for weight in self.weights:
+            weight.copy_keys = None
 
     def store_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.

@@ -1,7 +1,8 @@
-"""Lines 9 and 10 of the contract: mixed precision, clipping, accumulation, checkpointed activations, several forwards."""
+"""Lines 9 and 10 of the contract: mixed precision, and what a loop does before ``step()``."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -309,3 +310,34 @@ def test_c10_a_backward_pass_without_gradients_for_some(build: Build) -> None:
         optimizer.step()
     assert optimizer.frozen
     assert optimizer.finalize().ok
+
+
+@pytest.mark.parametrize(
+    ("unseen", "step", "message"),
+    [
+        (("up", "down"), 15, "calibration step 1 has gathered nothing"),
+        (("down",), 17, r"'blocks\.0\.down\.weight' has no usable statistics.*no token with a gradient in 3"),
+    ],
+)
+def test_c10_a_weight_that_calibration_never_sees_is_named(unseen: tuple[str, ...], step: int, message: str) -> None:
+    """Its module is by-passed: the weight is used, and the module never called."""
+    net = make_net()
+    optimizer = admm(net, select={r"blocks\.0\..*weight": "1:4"})
+    for name in unseen:
+        module = net.blocks[0].get_submodule(name)
+        net.blocks[0].__dict__[name] = functools.partial(bypass, module)
+    for done, x in enumerate(batches(STEPS)):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        if done + 1 == step:
+            before = weights_of(net)
+            with pytest.raises(ValueError, match=message):
+                optimizer.step()
+            assert not optimizer.frozen
+            assert not torch.equal(net.head.weight, before["head.weight"])  # the inner step itself is done
+            break
+        optimizer.step()
+
+
+def bypass(module: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module.weight, module.bias)
