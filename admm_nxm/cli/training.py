@@ -37,12 +37,12 @@ from ..report.plots import plot_history, plot_model_error, plot_sparsity, plot_w
 from ..selection import Selection, select_weights
 from ..sparsity import SparsityReport
 from .classifier import find_device, length_limit, load_classifier, load_tokenizer, quiet
+from .commands import as_dict
 from .console import Result, note, plain
 from .errors import InputError, blaming
 from .options import Rules
 from .progress import StepProgress
 from .texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
-from .verify import as_dict
 
 __all__ = ["Settings", "train"]
 
@@ -83,17 +83,7 @@ class _Texts:
 
 
 def train(settings: Settings) -> Result:
-    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved.
-
-    Args:
-        settings: what the user chose.
-
-    Returns:
-        The figures, and status 1 if the saved weights violate the pattern.
-
-    Raises:
-        InputError: what the user can mend; nothing is left of the output then.
-    """
+    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved."""
     started = time.perf_counter()
     device = _check(settings)
     with ExitStack() as stack:
