@@ -37,7 +37,7 @@ class Run:
         movement: paper's form: name -> the figures of the last z-step.
         freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
         announced: whether a warning about the freeze was given.
-        lent: whether the model holds projected weights at the moment.
+        refusal: why ``step()`` is refused at the moment; None if it is not.
     """
 
     inner: Optimizer
@@ -49,7 +49,7 @@ class Run:
     movement: dict[str, Tensor] = field(default_factory=dict)
     freeze_sums: Tensor | None = None
     announced: bool = False
-    lent: bool = False
+    refusal: str | None = None
 
     def is_pruned(self, weight: Weight) -> bool:
         """Return whether a weight's mask is in force."""
@@ -89,11 +89,12 @@ class Run:
         Args:
             masks: name -> mask, of the pruned weights.
         """
+        first = self.progress.step == 0
         for weight in self.weights:
-            if weight.gradient is not None and weight.stored(self.inner, MASK) is None:
+            if weight.gradient is not None and (first or weight.stored(self.inner, MASK) is None):
                 mask = masks.get(weight.name)
                 weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
-        if self.progress.step == 0:
+        if first:
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.
             for group in self.inner.param_groups:
@@ -145,8 +146,8 @@ class WStep(Protocol):
     def announce(self, run: Run) -> None:
         """Let loaders that fill a state dict in place find the keys, where the inner optimizer has state already."""
 
-    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:
-        """Refuse the counters of a checkpoint from which this run cannot go on."""
+    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
+        """Refuse the counters and the statistics of a checkpoint from which this run cannot go on."""
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
         """Return this rank's part of the mask."""

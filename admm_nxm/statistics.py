@@ -38,12 +38,15 @@ class Moments:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
         outputs: G, the sum of g g^T, (d_out, d_out), of the same dtype; None where only A is gathered.
         tokens: how many tokens the sums are over, int64, 0-d.
-        dropped: how many passes were left out because x or g was not finite, int64, 0-d.
+        passes: how many passes there were, those that were dropped included, int64, 0-d. One step has several of them
+            with accumulated gradients, in several processes, and where a module is called several times.
+        dropped: how many of them were left out because x or g was not finite, int64, 0-d.
     """
 
     inputs: Tensor
     outputs: Tensor | None
     tokens: Tensor
+    passes: Tensor
     dropped: Tensor
 
     @property
@@ -119,6 +122,7 @@ class Statistics:
         _EAGER.enter()
         # Also if nobody detaches, because a run was given up.
         self._stay_eager = weakref.finalize(self, _EAGER.leave)
+        self._stay_eager.atexit = False
         for name, modules in self.modules.items():
             for module in modules:
                 # Before other hooks: what tensor parallelism makes of the output is not the output.
@@ -144,18 +148,19 @@ class Statistics:
             return
         self._make_partial()
         moments = [self._moments_of(name) for name in self.modules]
-        counts = torch.stack([count for one in moments for count in (one.tokens, one.dropped)])
+        counts = torch.stack([count for one in moments for count in (one.tokens, one.passes, one.dropped)])
         sums = [matrix for one in moments for matrix in (one.inputs, one.outputs) if matrix is not None]
         pending = [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in (counts, *sums)]
         for work in pending:
             work.wait()
-        for one, (tokens, dropped) in zip(moments, counts.view(-1, 2), strict=True):
+        for one, (tokens, passes, dropped) in zip(moments, counts.view(-1, 3), strict=True):
             one.tokens.copy_(tokens)
+            one.passes.copy_(passes)
             one.dropped.copy_(dropped)
         self._equal = True
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the moments by weight name, each as ``inputs``, ``outputs``, ``tokens`` and ``dropped``, not copied.
+        """Return the moments by weight name, with the names of their fields, not copied.
 
         With several processes, call :meth:`reduce` first: the state of one is then the state of all.
         """
@@ -170,19 +175,34 @@ class Statistics:
         Raises:
             ValueError: a name that is not among the modules, or tensors that do not fit the module. Nothing is loaded.
         """
+        self.check(state)
         loaded = {}
         for name, tensors in state.items():
-            if name not in self.modules:
-                raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             loaded[name] = self._new_moments(name)
-            expected = {key: tuple(tensor.shape) for key, tensor in loaded[name].tensors.items()}
-            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            if found != expected:
-                raise ValueError(f"statistics of {name!r} have the shapes {found}; this model needs {expected}")
             for key, tensor in loaded[name].tensors.items():
                 tensor.copy_(tensors[key])
         self.moments = loaded
         self._equal = True
+
+    def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuse what :meth:`load_state_dict` cannot load.
+
+        Args:
+            state: moments by weight name.
+
+        Raises:
+            ValueError: a name that is not among the modules, or tensors that do not fit the module.
+        """
+        for name, tensors in state.items():
+            if name not in self.modules:
+                raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
+            d_in, d_out = _sizes(self.modules[name][0])
+            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "passes": (), "dropped": ()}
+            if self.outputs:
+                expected["outputs"] = (d_out, d_out)
+            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            if found != expected:
+                raise ValueError(f"statistics of {name!r} have the shapes {found}; this model needs {expected}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the moments; their hooks are not attached.
@@ -216,6 +236,7 @@ class Statistics:
             if moments.outputs is not None and gradient is not None:
                 _add_products(moments.outputs, torch.where(finite, gradient, 0))
             moments.tokens.add_(counted.sum().to(moments.tokens.device))
+            moments.passes.add_(1)
             moments.dropped.add_((~finite).to(moments.dropped.device))
 
     def _thin(self, t: Tensor) -> Tensor:
@@ -247,8 +268,7 @@ class Statistics:
         return Moments(
             torch.zeros(d_in, d_in, dtype=dtype, device=device),
             torch.zeros(d_out, d_out, dtype=dtype, device=device) if self.outputs else None,
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
+            *(torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)),
         )
 
     def _make_partial(self) -> None:

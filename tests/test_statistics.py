@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import json
 import math
 import os
 import pickle
@@ -65,6 +67,7 @@ def agrees(moments: Moments, passes: list[Pass], rtol: float = 1e-5) -> None:
     a, g, tokens = by_hand(passes)
     assert tokens > 0
     assert moments.tokens.item() == tokens
+    assert moments.passes.item() == len(passes)
     assert moments.dropped.item() == 0
     assert moments.outputs is not None
     for found, wanted in ((moments.inputs, a), (moments.outputs, g)):
@@ -461,6 +464,28 @@ def test_scaled_losses_scale_g_alone(power: int) -> None:
         assert torch.equal(one.outputs * 4.0**power, other.outputs)
 
 
+def test_a_step_that_the_grad_scaler_skips_is_dropped() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    before = copy.deepcopy(model.state_dict())
+
+    def run(m: nn.Module) -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(m(text()).square().sum() * 100).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            changed = not torch.equal(m.get_parameter("up.weight"), before["up.weight"])
+            steps.append(changed)
+
+    steps: list[bool] = []
+    one = gathered(model, run).moments["up"]
+    assert steps == [False, True]
+    assert (one.passes.item(), one.dropped.item(), one.tokens.item()) == (2, 1, 15)
+    assert all(tensor.isfinite().all() for tensor in one.tensors.values())
+
+
 # --------------------------------------------------------------------------------------------------- what is not finite
 
 
@@ -483,8 +508,8 @@ def test_a_pass_that_is_not_finite_is_dropped_and_counted(where: str, value: flo
 
     found = gathered(module, run).moments[""]
     wanted = gathered(module, lambda m: m(good).sum().backward()).moments[""]
-    assert found.dropped.item() == 1
-    assert wanted.dropped.item() == 0
+    assert (found.passes.item(), found.dropped.item()) == (2, 1)
+    assert (wanted.passes.item(), wanted.dropped.item()) == (1, 0)
     for key in ("inputs", "outputs", "tokens"):
         assert torch.equal(found.tensors[key], wanted.tensors[key]), key
 
@@ -1003,5 +1028,18 @@ def tensor_parallel(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_the_default_cap_is_used() -> None:
-    assert Statistics({"w": nn.Linear(2, 2)}).max_tokens == statistics.MAX_TOKENS
+# -------------------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_of_a_calibration_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks" / "speed"))
+        calibration = importlib.import_module("calibration")
+    assert calibration.run(["--tiny", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["options"]["max_tokens"] == statistics.MAX_TOKENS == Statistics({"w": nn.Linear(2, 2)}).max_tokens
+    assert found["layers"] == 2 * 6
+    # q, k, v, output: 64 and 64; up and down: 64 and 256
+    assert found["bytes"]["statistics"] == 2 * 4 * (4 * (64**2 + 64**2) + 2 * (64**2 + 256**2))
+    kept = found["bytes"]["kept for the backward pass"]
+    assert kept["ordinary"] == kept["calibration"] > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -59,26 +61,24 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
 
 
-def a_count(text: str) -> int:
-    """Read a whole number of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise typer.BadParameter(f"{text} is no whole number of at least 1")
-    return number
+def _whole_number(allowed: range, described: str) -> Callable[[str], int]:
+    """Return what reads a whole number and refuses all others."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = allowed.start - 1
+        if number not in allowed:
+            raise typer.BadParameter(f"{text} is no whole number {described}")
+        return number
+
+    return read
 
 
-def a_seed(text: str) -> int:
-    """Read a seed that torch and numpy take."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 2**32:
-        raise typer.BadParameter(f"{text} is no whole number from 0 to {2**32 - 1}")
-    return number
+a_count = _whole_number(range(1, sys.maxsize), "of at least 1")
+a_seed = _whole_number(range(2**32), f"from 0 to {2**32 - 1}")
+"""A seed that torch and numpy take."""
 
 
 def a_rate(text: str) -> float:

@@ -336,7 +336,8 @@ def _collecting(notes: list[str]) -> Iterator[None]:
 def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[str, Any]:
     """Test the model, and the guess that needs none: always the label most frequent in training."""
     with quiet():
-        predicted = trainer.predict(texts.test).predictions
+        test: Any = texts.test  # a list does for a dataset
+        predicted = trainer.predict(test).predictions
     logits = predicted[0] if isinstance(predicted, tuple) else predicted
     truth = [row["labels"] for row in texts.test]
     guess = Counter(row["labels"] for row in texts.train).most_common(1)[0][0]
