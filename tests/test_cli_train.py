@@ -212,7 +212,7 @@ def test_rules_choose_weights(arguments, capsys):
     assert call(capsys, *command)[0] == 0
     report = verify("out")
     assert report.ok
-    assert len(report.weights) == 2
+    assert len(report.weights) == 3
     assert report.sparsity == 0.75
     assert not verify("out", "2:4").ok  # the rest stayed dense
 

@@ -82,11 +82,7 @@ a_seed = _whole_number(range(2**32), f"from 0 to {2**32 - 1}")
 
 
 def a_rate(text: str) -> float:
-    """Read a learning rate.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+    """Read a learning rate."""
     try:
         number = float(text)
     except ValueError:
@@ -97,18 +93,7 @@ def a_rate(text: str) -> float:
 
 
 def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern | None, Rules | None]:
-    """Read ``--pattern`` and ``--select``.
-
-    Args:
-        pattern: as given, None if it was not.
-        select: as given.
-
-    Returns:
-        The pattern, None if none was given; the rules, None if there are none.
-
-    Raises:
-        InputError: a spelling that is not understood, or both options.
-    """
+    """Read ``--pattern`` and ``--select``; each is None if it was not given."""
     if select and pattern is not None:
         raise InputError(
             f"--pattern {pattern} and --select exclude each other, as each --select has a pattern of its own; "

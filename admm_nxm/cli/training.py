@@ -37,12 +37,12 @@ from ..report.plots import plot_history, plot_model_error, plot_sparsity, plot_w
 from ..selection import Selection, select_weights
 from ..sparsity import SparsityReport
 from .classifier import find_device, length_limit, load_classifier, load_tokenizer, quiet
+from .commands import as_dict
 from .console import Result, note, plain
 from .errors import InputError, blaming
 from .options import Rules
 from .progress import StepProgress
 from .texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
-from .verify import as_dict
 
 __all__ = ["Settings", "train"]
 
@@ -83,17 +83,7 @@ class _Texts:
 
 
 def train(settings: Settings) -> Result:
-    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved.
-
-    Args:
-        settings: what the user chose.
-
-    Returns:
-        The figures, and status 1 if the saved weights violate the pattern.
-
-    Raises:
-        InputError: what the user can mend; nothing is left of the output then.
-    """
+    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved."""
     started = time.perf_counter()
     device = _check(settings)
     with ExitStack() as stack:
@@ -346,7 +336,8 @@ def _collecting(notes: list[str]) -> Iterator[None]:
 def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[str, Any]:
     """Test the model, and the guess that needs none: always the label most frequent in training."""
     with quiet():
-        predicted = trainer.predict(texts.test).predictions
+        test: Any = texts.test  # a list does for a dataset
+        predicted = trainer.predict(test).predictions
     logits = predicted[0] if isinstance(predicted, tuple) else predicted
     truth = [row["labels"] for row in texts.test]
     guess = Counter(row["labels"] for row in texts.train).most_common(1)[0][0]

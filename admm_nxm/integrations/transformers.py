@@ -85,8 +85,9 @@ class ADMMConfig:
 
     def __post_init__(self) -> None:
         _read_pattern("pattern", self.pattern)
-        self.select, self.dims = _read_mapping("select", self.select), _read_mapping("dims", self.dims)
-        for expression, pattern in (self.select or {}).items():
+        rules = self.select = _read_mapping("select", self.select)
+        self.dims = _read_mapping("dims", self.dims)
+        for expression, pattern in (rules or {}).items():
             if pattern is not None:
                 _read_pattern(f"select[{expression!r}]", pattern)
         if self.prune_ratio is not None and self.prune_at is not None:
@@ -208,7 +209,8 @@ class ADMMTrainerMixin(_Base):
         Returns:
             The wrapped optimizer.
         """
-        return ADMMNxM(optimizer, self.model, **self.admm_config.options(total_steps))
+        model: Any = self.model
+        return ADMMNxM(optimizer, model, **self.admm_config.options(total_steps))
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Note the length of the run: transformers before 5 makes the optimizer before its state has it."""
@@ -220,7 +222,7 @@ class ADMMTrainerMixin(_Base):
 
     def _create_and_wrap(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let Trainer, or whoever overrides it, make the optimizer, and wrap it once the length is known."""
-        made = create(*args, **kwargs)
+        made: Any = create(*args, **kwargs)
         made = self.optimizer if made is None else made
         total_steps = int(self._announced_steps or self.state.max_steps)
         if total_steps < 1:
