@@ -3,7 +3,6 @@ the ordinary forward and backward passes of a model."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +20,8 @@ __all__ = ["MAX_TOKENS", "Moments", "Statistics", "bytes_needed", "can_be_observ
 MAX_TOKENS = 2048
 """Tokens of one pass through one module that count, by default: what a step costs stays in proportion on devices whose
 float32 products are slow, and 16 steps give ten times as many tokens as most layers are wide."""
+
+_GOLDEN = 2654435769  # 2**32 over the golden ratio
 
 # Subclasses of nn.Linear with a forward of their own that is the linear map all the same: (package, class).
 _LINEAR_MAPS = {
@@ -74,8 +75,8 @@ class Statistics:
         modules: the modules of each weight, by the weight's name; several modules that share the weight count as one.
         outputs: whether G is gathered. Without it nothing needs a backward pass: A is formed in the forward pass, with
             or without gradients, and every token counts.
-        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, every
-            k-th is taken, with a k that meets all positions of the sequence alike.
+        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, as
+            many are taken, evenly spread and the same ones in every run.
 
     Raises:
         ValueError: no modules; a module that cannot be observed; modules of one weight that differ in size;
@@ -225,17 +226,17 @@ class Statistics:
             moments.dropped.add_((~finite).to(moments.dropped.device))
 
     def _thin(self, t: Tensor) -> Tensor:
-        """Return the tokens of ``t`` as rows, at most ``max_tokens``, a view if possible; twice is the same as once."""
+        """Return the tokens of ``t`` as rows, at most ``max_tokens``. Twice is the same as once."""
         rows = t.reshape(-1, t.shape[-1])
-        count = rows.shape[0]
-        if count <= self.max_tokens:
+        count, most = rows.shape[0], self.max_tokens
+        if count <= most:
             return rows
-        # Sequences lie behind one another. A stride that has no divisor in common with their length meets each of
-        # their positions; the length divides the count.
-        stride = math.ceil(count / self.max_tokens)
-        while math.gcd(stride, count) > 1:
-            stride += 1
-        return rows[::stride]
+        # One from each of as many equal parts. Which one, the multiples of the golden ratio say: a fixed place would
+        # meet the same positions in all sequences where a sequence is a whole number of parts.
+        part = torch.arange(most, device=rows.device)
+        start = part * count // most
+        size = (part + 1) * count // most - start
+        return rows[start + (part * _GOLDEN % 2**32 * size >> 32)]
 
     def _moments_of(self, name: str, like: Tensor | None = None) -> Moments:
         if name not in self.moments:
