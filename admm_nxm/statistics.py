@@ -205,25 +205,24 @@ class Statistics:
         if self._equal:
             self._make_partial()
         moments = self._moments_of(name, x)
-        with torch.autocast(x.device.type, enabled=False):
-            peaks = x.abs().amax(1)
-            if gradient is None:
-                alive = torch.ones_like(peaks, dtype=torch.bool)
-            else:
-                gradient = self._thin(_plain(gradient))
-                gradient_peaks = gradient.abs().amax(1)
-                alive = gradient_peaks != 0
-                peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
-            # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
-            finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
-            counted = alive & finite
-            # Chosen, not multiplied by 0: what stands at padding need not be finite.
-            _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
-            if moments.outputs is not None and gradient is not None:
-                _add_products(moments.outputs, torch.where(finite, gradient, 0))
-            moments.tokens.add_(counted.sum().to(moments.tokens.device))
-            moments.passes.add_(1)
-            moments.dropped.add_((~finite).to(moments.dropped.device))
+        peaks = x.abs().amax(1)
+        if gradient is None:
+            alive = torch.ones_like(peaks, dtype=torch.bool)
+        else:
+            gradient = self._thin(_plain(gradient))
+            gradient_peaks = gradient.abs().amax(1)
+            alive = gradient_peaks != 0
+            peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
+        # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
+        finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
+        counted = alive & finite
+        # Chosen, not multiplied by 0: what stands at padding need not be finite.
+        _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
+        if moments.outputs is not None and gradient is not None:
+            _add_products(moments.outputs, torch.where(finite, gradient, 0))
+        moments.tokens.add_(counted.sum().to(moments.tokens.device))
+        moments.passes.add_(1)
+        moments.dropped.add_((~finite).to(moments.dropped.device))
 
     def _thin(self, t: Tensor) -> Tensor:
         """Return the tokens of ``t`` as rows, at most ``max_tokens``. Twice is the same as once."""
@@ -406,7 +405,7 @@ _EAGER = _Eager()
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
-    """Add the sum of r r^T over the rows to the total."""
+    """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
     total.addmm_(rows.T, rows)
 
