@@ -3,7 +3,6 @@ the ordinary forward and backward passes of a model."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +20,8 @@ __all__ = ["MAX_TOKENS", "Moments", "Statistics", "bytes_needed", "can_be_observ
 MAX_TOKENS = 2048
 """Tokens of one pass through one module that count, by default: what a step costs stays in proportion on devices whose
 float32 products are slow, and 16 steps give ten times as many tokens as most layers are wide."""
+
+_GOLDEN = 2654435769  # 2**32 over the golden ratio
 
 # Subclasses of nn.Linear with a forward of their own that is the linear map all the same: (package, class).
 _LINEAR_MAPS = {
@@ -74,8 +75,8 @@ class Statistics:
         modules: the modules of each weight, by the weight's name; several modules that share the weight count as one.
         outputs: whether G is gathered. Without it nothing needs a backward pass: A is formed in the forward pass, with
             or without gradients, and every token counts.
-        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, every
-            k-th is taken, with a k that meets all positions of the sequence alike.
+        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, as
+            many are taken, evenly spread and the same ones in every run.
 
     Raises:
         ValueError: no modules; a module that cannot be observed; modules of one weight that differ in size;
@@ -219,38 +220,37 @@ class Statistics:
         if self._equal:
             self._make_partial()
         moments = self._moments_of(name, x)
-        with torch.autocast(x.device.type, enabled=False):
-            peaks = x.abs().amax(1)
-            if gradient is None:
-                alive = torch.ones_like(peaks, dtype=torch.bool)
-            else:
-                gradient = self._thin(_plain(gradient))
-                gradient_peaks = gradient.abs().amax(1)
-                alive = gradient_peaks != 0
-                peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
-            # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
-            finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
-            counted = alive & finite
-            # Chosen, not multiplied by 0: what stands at padding need not be finite.
-            _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
-            if moments.outputs is not None and gradient is not None:
-                _add_products(moments.outputs, torch.where(finite, gradient, 0))
-            moments.tokens.add_(counted.sum().to(moments.tokens.device))
-            moments.passes.add_(1)
-            moments.dropped.add_((~finite).to(moments.dropped.device))
+        peaks = x.abs().amax(1)
+        if gradient is None:
+            alive = torch.ones_like(peaks, dtype=torch.bool)
+        else:
+            gradient = self._thin(_plain(gradient))
+            gradient_peaks = gradient.abs().amax(1)
+            alive = gradient_peaks != 0
+            peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
+        # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
+        finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
+        counted = alive & finite
+        # Chosen, not multiplied by 0: what stands at padding need not be finite.
+        _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
+        if moments.outputs is not None and gradient is not None:
+            _add_products(moments.outputs, torch.where(finite, gradient, 0))
+        moments.tokens.add_(counted.sum().to(moments.tokens.device))
+        moments.passes.add_(1)
+        moments.dropped.add_((~finite).to(moments.dropped.device))
 
     def _thin(self, t: Tensor) -> Tensor:
-        """Return the tokens of ``t`` as rows, at most ``max_tokens``, a view if possible; twice is the same as once."""
+        """Return the tokens of ``t`` as rows, at most ``max_tokens``. Twice is the same as once."""
         rows = t.reshape(-1, t.shape[-1])
-        count = rows.shape[0]
-        if count <= self.max_tokens:
+        count, most = rows.shape[0], self.max_tokens
+        if count <= most:
             return rows
-        # Sequences lie behind one another. A stride that has no divisor in common with their length meets each of
-        # their positions; the length divides the count.
-        stride = math.ceil(count / self.max_tokens)
-        while math.gcd(stride, count) > 1:
-            stride += 1
-        return rows[::stride]
+        # One from each of as many equal parts. Which one, the multiples of the golden ratio say: a fixed place would
+        # meet the same positions in all sequences where a sequence is a whole number of parts.
+        part = torch.arange(most, device=rows.device)
+        start = part * count // most
+        size = (part + 1) * count // most - start
+        return rows[start + (part * _GOLDEN % 2**32 * size >> 32)]
 
     def _moments_of(self, name: str, like: Tensor | None = None) -> Moments:
         if name not in self.moments:
@@ -420,7 +420,7 @@ _EAGER = _Eager()
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
-    """Add the sum of r r^T over the rows to the total."""
+    """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
     total.addmm_(rows.T, rows)
 
