@@ -113,7 +113,7 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
         )
     statistics, errors = parts.extra.get("statistics"), parts.extra.get("model_errors", {})
     if statistics is not None:
-        _check_statistics(statistics, run.weights.of_window(int(counters["admm_windows_solved"])))
+        _check_statistics(statistics)
     if not isinstance(errors, Mapping) or not all(isinstance(error, (int, float)) for error in errors.values()):
         raise ValueError("the checkpoint's model errors are no mapping to numbers: the checkpoint is damaged")
     return Loaded(parts.inner, {**counters, "admm_selection": number}, own, statistics, dict(errors))
@@ -230,31 +230,19 @@ def _is_pruned(run: Run, weight: Weight, counters: Mapping[str, int | float]) ->
     return counters["admm_frozen_at"] >= 0 or (solved > 0 and weight.window < solved)
 
 
-def _check_statistics(statistics: object, weights: Iterable[Weight]) -> None:
-    """Refuse statistics that are not those of the weights of a window."""
-    known = {weight.name: weight for weight in weights if weight.modules}
-    entries = statistics.items() if isinstance(statistics, Mapping) else [(None, None)]
+def _check_statistics(statistics: object) -> None:
+    """Refuse statistics that are damaged; whether they fit, the w-step looks at."""
+    entries = statistics.items() if isinstance(statistics, Mapping) else [("the weights", None)]
     for name, moments in entries:
-        weight = known.get(name) if isinstance(name, str) else None
         problem = None
         if not isinstance(moments, Mapping) or not all(isinstance(t, Tensor) for t in moments.values()):
-            problem = "they are no mapping to tensors: the checkpoint is damaged"
-        elif weight is None:
-            problem = "that weight is not under calibration here; build ADMMNxM with the statistics_memory of that run"
-        else:
-            dim = weight.spec.dim
-            along, across = weight.spec.shape[dim], weight.spec.shape[1 - dim]
-            d_in, d_out = (along, across) if weight.moment_along_group == "inputs" else (across, along)
-            shapes = {"inputs": (d_in, d_in), "outputs": (d_out, d_out), "tokens": (), "dropped": ()}
-            found = {key: tuple(t.shape) for key, t in moments.items()}
-            if found != shapes:
-                problem = f"their shapes are {found}, and must be {shapes}"
-            elif not all(bool(t.isfinite().all()) for t in moments.values() if not t.is_meta):
-                problem = "they have NaN or infinite entries: the checkpoint is damaged; resume from an earlier one"
-            elif any(t.is_meta or t.layout != torch.strided or t.is_complex() for t in moments.values()):
-                problem = "they have no data: the checkpoint is damaged"
+            problem = "are no mapping to tensors: the checkpoint is damaged"
+        elif any(t.is_meta or t.layout != torch.strided or t.is_complex() for t in moments.values()):
+            problem = "have no data: the checkpoint is damaged"
+        elif not all(bool(t.isfinite().all()) for t in moments.values()):
+            problem = "have NaN or infinite entries: the checkpoint is damaged; resume from an earlier one"
         if problem is not None:
-            raise ValueError(f"the checkpoint's statistics of {name!r} cannot be taken up: {problem}")
+            raise ValueError(f"the checkpoint's statistics of {name!r} {problem}")
 
 
 def _check_entry(

@@ -51,7 +51,7 @@ class ExactStep:
         """Return the name of the phase."""
         if run.progress.frozen:
             return "frozen"
-        return "dense" if run.statistics is None else "calibration"
+        return "dense" if run.progress.step < self.timeline.start else "calibration"
 
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
@@ -60,6 +60,8 @@ class ExactStep:
         if self.windows == 0 and not progress.frozen:
             self._prune_by_magnitude(run, list(run.weights))
             progress.frozen_at = progress.step
+        if progress.step < self.timeline.start:
+            progress.calibrated = 0  # the run was made longer: its calibration comes later
         if progress.calibrated and statistics is None:
             warnings.warn(
                 f"the checkpoint was made inside a calibration, after {progress.calibrated} of its steps, and does not "
@@ -69,9 +71,7 @@ class ExactStep:
             )
             progress.calibrated = 0
         self._gather_if_due(run)
-        if run.statistics is None:
-            progress.calibrated = 0  # a longer run than that of the checkpoint: its calibration comes later
-        elif statistics is not None:
+        if run.statistics is not None and statistics is not None:
             run.statistics.load_state_dict(statistics)
 
     def before(self, run: Run) -> Moving:  # noqa: ARG002
@@ -86,16 +86,14 @@ class ExactStep:
         progress = run.progress
         if progress.frozen:
             return
-        if run.statistics is not None:
-            run.statistics.reduce()
+        if progress.step > self.timeline.start:
             progress.calibrated += 1
-            self._check_hooks_fire(run)
+            if run.statistics is not None:
+                run.statistics.reduce()
+                self._check_hooks_fire(run)
             if progress.calibrated >= self.timeline.calibration_steps:
                 self._solve(run, run.weights.of_window(progress.windows_solved))
                 self._close_window(run)
-        elif progress.step >= self.timeline.prune_at:  # no module of any selected weight can be observed
-            self._prune_by_magnitude(run, list(run.weights))
-            self._close_window(run)
         self._gather_if_due(run)
 
     def finish(self, run: Run) -> str | None:
@@ -104,10 +102,10 @@ class ExactStep:
         if progress.frozen:
             return None
         waiting = [weight for weight in run.weights if not run.is_pruned(weight)]
-        seen = {} if run.statistics is None else run.statistics.moments
-        solvable = [weight for weight in waiting if weight.name in seen and int(seen[weight.name].tokens)]
-        known = {weight.name for weight in solvable}
-        rest = [weight for weight in waiting if weight.name not in known]
+        if run.statistics is not None:
+            run.statistics.reduce()
+        solvable = [weight for weight in waiting if weight.modules and self._unusable(run, weight) is None]
+        rest = [weight for weight in waiting if weight not in solvable]
         ending = Ending(
             progress.step,
             self.timeline.prune_at,
@@ -134,9 +132,10 @@ class ExactStep:
             if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
                 weight.store(run.inner, MASK, run.mask(weight))
 
-    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
-        """Refuse a checkpoint whose windows are cut otherwise, or which is not pruned where this run begins pruned."""
-        if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
+    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
+        """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
+        weights where this run begins with them."""
+        if counters["admm_frozen_at"] >= 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
         if under_way and counters["admm_windows"] != self.windows:
@@ -144,11 +143,14 @@ class ExactStep:
                 f"the checkpoint was made inside a calibration with {counters['admm_windows']} windows, and here are "
                 f"{self.windows}; build ADMMNxM with the statistics_memory of the checkpoint's run"
             )
-        if self.windows == 0:
+        if self.windows == 0 and counters["admm_step"] > 0:
             raise ValueError(
                 f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
                 "begins with pruned weights; give the prune_at of the checkpoint's run"
             )
+        gatherer = self._gatherer(run, int(counters["admm_windows_solved"]))
+        if statistics is not None and gatherer is not None:
+            gatherer.check(statistics)
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
         """Return the mask in force."""
@@ -184,15 +186,20 @@ class ExactStep:
         progress = run.progress
         if progress.frozen or run.statistics is not None or progress.step < self.timeline.start:
             return
-        window = run.weights.of_window(progress.windows_solved)
-        observed = {weight.name: weight.modules for weight in window if weight.modules}
-        if observed:
-            run.statistics = Statistics(observed)
+        run.statistics = self._gatherer(run, progress.windows_solved)
+        if run.statistics is not None:
             run.statistics.attach()
+
+    def _gatherer(self, run: Run, window: int) -> Statistics | None:
+        modules = {weight.name: weight.modules for weight in run.weights.of_window(window) if weight.modules}
+        return Statistics(modules) if modules else None
 
     def _check_hooks_fire(self, run: Run) -> None:
         assert run.statistics is not None
-        if not run.statistics.moments:
+        moments = run.statistics.moments
+        # Several processes have added up by now, which makes a zero of what nobody has seen.
+        several = rank_and_world()[1] > 1 and run.progress.calibrated == 1
+        if not moments or (several and not any(int(one.tokens) for one in moments.values())):
             raise ValueError(
                 f"calibration step {run.progress.calibrated} has gathered nothing: no selected module saw a training "
                 "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, "
@@ -209,10 +216,15 @@ class ExactStep:
 
     def _solve(self, run: Run, weights: Sequence[Weight]) -> None:
         """Solve the layer problems of some weights; all or none."""
-        assert run.statistics is not None
-        moments = run.statistics.moments
-        self._check_statistics(run, weights, moments)
+        for weight in weights:
+            problem = self._unusable(run, weight) if weight.modules else None
+            if problem is not None:
+                raise ValueError(
+                    f"weight {weight.name!r} has no usable statistics at the solve: {problem}. Nothing was changed, "
+                    "and the next step() gathers on and tries again"
+                )
         check_finite(run, weights)
+        moments = {} if run.statistics is None else run.statistics.moments
         self._set(run, weights, _solved_by_ranks(weights, moments))
 
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
@@ -227,29 +239,22 @@ class ExactStep:
             if weight.modules:
                 run.model_errors[weight.name] = each.error
 
-    def _check_statistics(self, run: Run, weights: Sequence[Weight], moments: dict[str, Moments]) -> None:
+    def _unusable(self, run: Run, weight: Weight) -> str | None:
+        """Return why a weight cannot be solved with what was gathered, and what to do about it; None if it can."""
         steps = run.progress.calibrated
-        for weight in weights:
-            if not weight.modules:
-                continue
-            seen = moments.get(weight.name)
-            dropped = 0 if seen is None else int(seen.dropped)
-            if seen is None or int(seen.tokens) == 0 or 2 * dropped > steps:
-                what = (
-                    f"{dropped} passes with infinite or NaN values in {steps} calibration steps"
-                    if dropped
-                    else f"no token with a gradient in {steps} calibration steps"
-                )
-                remedy = (
-                    "lower the learning rate, or train in bfloat16 instead of float16"
-                    if dropped
-                    else "let it take part in training (an expert that no token is routed to needs more "
-                    "calibration_steps), or leave it dense by a select rule"
-                )
-                raise ValueError(
-                    f"weight {weight.name!r} has no usable statistics at the solve: its module saw {what}. Nothing was "
-                    f"changed, and the next step() gathers on and tries again. Remedy: {remedy}"
-                )
+        seen = None if run.statistics is None else run.statistics.moments.get(weight.name)
+        if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
+            return (
+                f"{int(seen.dropped)} of {int(seen.passes)} passes through its module had infinite or NaN values; "
+                "lower the learning rate, or train in bfloat16 instead of float16"
+            )
+        if seen is None or int(seen.tokens) == 0:
+            return (
+                f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training "
+                "(an expert that no token is routed to needs more calibration_steps), or leave it dense by a select "
+                "rule"
+            )
+        return None
 
 
 def check_finite(run: Run, weights: Sequence[Weight]) -> None:

@@ -14,7 +14,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .checks import at_least
 from .exact import ExactStep, check_finite
 from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
@@ -23,19 +22,12 @@ from .progress import Figures, Progress
 from .projection import keep_mask, project
 from .residuals import Residuals
 from .run import Run, WStep
-from .schedules import (
-    FEW_CALIBRATION_STEPS,
-    Penalty,
-    Schedule,
-    UpdateSchedule,
-    make_plan,
-    make_timeline,
-)
+from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
 from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
 from .sharding import local, reduce_sums, wrap_like
 from .sparsity import SparsityReport, check_weights
 from .statistics import refuse_compiled
-from .weights import CONSENSUS, MASK, Weight, Weights, default_statistics_memory, keep_to_masks
+from .weights import CONSENSUS, MASK, Weight, Weights, keep_to_masks
 
 __all__ = ["ADMMNxM", "ConvergenceWarning"]
 
@@ -136,15 +128,10 @@ class ADMMNxM(Optimizer):
         step: WStep
         if exact:
             refuse_compiled(model)  # type: ignore[arg-type]
-            windows = weights.assign_windows(_memory(statistics_memory, weights))
+            windows = weights.assign_windows(statistics_memory)
             timeline = make_timeline(total_steps, prune_at, calibration_steps, windows)
-            if calibration_steps is None and timeline.calibration_steps < FEW_CALIBRATION_STEPS:
-                warnings.warn(
-                    f"the run is short: A and G are gathered in {timeline.calibration_steps} steps for each of "
-                    f"{windows} windows, fewer than {FEW_CALIBRATION_STEPS}. For a result that counts, train longer, "
-                    "or give calibration_steps",
-                    stacklevel=2,
-                )
+            if calibration_steps is None and timeline.few_calibration_steps is not None:
+                warnings.warn(timeline.few_calibration_steps, stacklevel=2)
             step = ExactStep(timeline)
             selection = weights.note_unobserved(selection)
         else:
@@ -305,11 +292,13 @@ class ADMMNxM(Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            RuntimeError: within :meth:`projected`, or a CUDA graph is being captured before the masks are frozen.
+            RuntimeError: within :meth:`projected`, after :meth:`unwrap`, or a CUDA graph is being captured before the
+                masks are frozen.
             ValueError: a weight is no longer where it was, has no statistics at the solve, or is not finite.
         """
         run = self._run
-        run.refuse_if_lent("step")
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -320,16 +309,18 @@ class ADMMNxM(Optimizer):
             trial = first and has_no_effect(self.inner)
             if first:
                 run.weights.check_placement()
-                self._begin()  # anew after unwrap(); changes nothing otherwise
             if not run.progress.frozen:
                 self._refuse_to_be_captured()
             pruned = run.pruned()
-            masks = [weight.mask(self.inner) for weight in pruned]
+            # Before the first step, weights may have been loaded since a trial step stored masks.
+            masks = [weight.mask_in_value() if first else weight.mask(self.inner) for weight in pruned]
             # Gradients as well, so that no momentum builds up where nothing may move.
             keep_to_masks([weight.gradient for weight in pruned], masks)
             moving = self._w_step.before(run)
             raw_step(self.inner, first=first)
-            keep_to_masks([weight.w for weight in pruned], masks)
+            for weight, mask in zip(pruned, masks, strict=True):
+                held = [weight.w, *weight.copies(self.inner)]
+                keep_to_masks(held, [mask] * len(held))
             run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)))
             self._w_step.after(run, moving)
             if not trial:  # torch.distributed.checkpoint steps with zero gradients at a zero rate, to learn the keys
@@ -364,11 +355,12 @@ class ADMMNxM(Optimizer):
                 pattern when they were projected.
 
         Raises:
-            RuntimeError: within :meth:`projected`.
+            RuntimeError: within :meth:`projected`, or after :meth:`unwrap`.
             ValueError: a prunable weight has a NaN or an infinity, or is no longer held; nothing is changed then.
         """
         run = self._run
-        run.refuse_if_lent("finalize")
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         run.weights.rebind(self.inner)
         check_finite(run, list(run.weights))
         if run.progress.frozen:
@@ -396,7 +388,7 @@ class ADMMNxM(Optimizer):
         """Take ADMM off, and leave nothing of it in the inner optimizer's state.
 
         For a run that goes on without ADMM, or begins again with other settings. The weights stay as they are: sparse,
-        if they were pruned, and nothing holds them there any more. The wrapper starts anew if it is stepped again.
+        if they were pruned, and nothing holds them there any more. This wrapper cannot be stepped again.
 
         Returns:
             The inner optimizer.
@@ -408,6 +400,7 @@ class ADMMNxM(Optimizer):
                 state.pop(key, None)
         run.progress.clear()
         run.forget()
+        run.refusal = "ADMM was taken off with unwrap(); step the inner optimizer, or build ADMMNxM around it again"
         return self.inner
 
     def _begin(self, statistics: Mapping[str, Any] | None = None) -> None:
@@ -472,6 +465,7 @@ class ADMMNxM(Optimizer):
             model_error=sum(errors.values()) / len(errors) if errors else None,
             model_errors=errors,
             rho=run.progress.rho,
+            frozen_at=run.progress.frozen_at if run.progress.frozen else None,
         )
 
     @torch.no_grad()
@@ -538,7 +532,7 @@ class ADMMNxM(Optimizer):
         On leaving, the weights are back bit for bit. Needs memory for a copy of the prunable weights.
         """
         run = self._run
-        if run.lent or run.progress.frozen:
+        if run.refusal is not None or run.progress.frozen:
             yield
             return
         run.weights.rebind(self.inner)
@@ -547,11 +541,11 @@ class ADMMNxM(Optimizer):
             for weight in run.weights:
                 backup[weight.name] = weight.w.clone()
                 weight.w.copy_(self._w_step.target(run, weight))
-        run.lent = True
+        run.refusal = "the model holds its projected weights; leave the projected() block first"
         try:
             yield
         finally:
-            run.lent = False
+            run.refusal = None
             with torch.no_grad():
                 for weight in run.weights:
                     weight.w.copy_(backup[weight.name])
@@ -603,7 +597,7 @@ class ADMMNxM(Optimizer):
         run = self._run
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
-        self._w_step.check_resume(run, loaded.counters)
+        self._w_step.check_resume(run, loaded.counters, loaded.statistics)
         load_or_restore(self.inner, loaded.inner)
         run.forget()
         run.progress.load(loaded.counters)
@@ -615,11 +609,3 @@ class ADMMNxM(Optimizer):
         self._begin(loaded.statistics)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-def _memory(statistics_memory: int | None, weights: Weights) -> float:
-    """Return how many bytes A and G may take at a time."""
-    if statistics_memory is None:
-        return default_statistics_memory(weights)
-    at_least("statistics_memory", statistics_memory, 1)
-    return statistics_memory

@@ -116,7 +116,12 @@ class PenaltyStep:
                     if weight.stored(run.inner, key) is None:
                         weight.store(run.inner, key, part)
 
-    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:  # noqa: ARG002
+    def check_resume(
+        self,
+        run: Run,  # noqa: ARG002
+        counters: Mapping[str, int | float],
+        statistics: Mapping[str, Any] | None,  # noqa: ARG002
+    ) -> None:
         """Refuse a checkpoint whose rho would fall."""
         step, rho = int(counters["admm_step"]), counters["admm_rho"]
         if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:

@@ -37,7 +37,7 @@ class Run:
         movement: paper's form: name -> the figures of the last z-step.
         freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
         announced: whether a warning about the freeze was given.
-        lent: whether the model holds projected weights at the moment.
+        refusal: why ``step()`` and ``finalize()`` are refused at the moment; None if it is not.
     """
 
     inner: Optimizer
@@ -49,16 +49,7 @@ class Run:
     movement: dict[str, Tensor] = field(default_factory=dict)
     freeze_sums: Tensor | None = None
     announced: bool = False
-    lent: bool = False
-
-    def refuse_if_lent(self, method: str) -> None:
-        """Refuse what cannot be done within ``projected()``.
-
-        Raises:
-            RuntimeError: the model holds its projected weights.
-        """
-        if self.lent:
-            raise RuntimeError(f"the model holds its projected weights; leave the projected() block before {method}()")
+    refusal: str | None = None
 
     def is_pruned(self, weight: Weight) -> bool:
         """Return whether a weight's mask is in force."""
@@ -88,6 +79,8 @@ class Run:
         self.movement.clear()
         self.freeze_sums = None
         self.announced = False
+        for weight in self.weights:
+            weight.copy_keys = None
 
     def store_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.
@@ -98,11 +91,12 @@ class Run:
         Args:
             masks: name -> mask, of the pruned weights.
         """
+        first = self.progress.step == 0
         for weight in self.weights:
-            if weight.gradient is not None and weight.stored(self.inner, MASK) is None:
+            if weight.gradient is not None and (first or weight.stored(self.inner, MASK) is None):
                 mask = masks.get(weight.name)
                 weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
-        if self.progress.step == 0:
+        if first:
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.
             for group in self.inner.param_groups:
@@ -154,8 +148,8 @@ class WStep(Protocol):
     def announce(self, run: Run) -> None:
         """Let loaders that fill a state dict in place find the keys, where the inner optimizer has state already."""
 
-    def check_resume(self, run: Run, counters: Mapping[str, int | float]) -> None:
-        """Refuse the counters of a checkpoint from which this run cannot go on."""
+    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
+        """Refuse the counters and the statistics of a checkpoint from which this run cannot go on."""
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
         """Return this rank's part of the mask."""

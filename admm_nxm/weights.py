@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import at_least
 from .projection import keep_mask, zero_outside
 from .selection import SelectedWeight, Selection, clean_name, is_conv1d
 from .sharding import check_sharding, local, wrap_like
 from .statistics import bytes_needed, can_be_observed
 
-__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "default_statistics_memory", "keep_to_masks", "windows_of"]
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "keep_to_masks", "windows_of"]
 
 MASK = "admm_mask"
 """Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
@@ -43,6 +43,8 @@ class Weight:
         modules: the modules that compute with it and can be observed; empty if A and G cannot be gathered.
         moment_along_group: which second moment runs along the grouped dimension, that of the inputs as a rule.
         window: number of the window in which it is calibrated and solved; -1 for the first solve that comes.
+        maximize: whether the inner optimizer ascends along its gradient.
+        copy_keys: where the inner optimizer's state has further sets of this weight; None if nobody has looked yet.
     """
 
     spec: SelectedWeight
@@ -51,6 +53,7 @@ class Weight:
     moment_along_group: Literal["inputs", "outputs"] = "inputs"
     window: int = 0
     maximize: bool = False
+    copy_keys: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -79,15 +82,34 @@ class Weight:
     def mask(self, inner: Optimizer) -> Tensor:
         """Return this rank's part of the mask of a pruned weight."""
         stored = self.stored(inner, MASK)
-        # A weight without a step of its own has not moved since it was pruned: its mask can be read off it.
-        return keep_mask(self.w, self.spec.pattern, self.spec.dim) if stored is None else stored
+        # A weight without a step of its own has not moved since it was pruned.
+        return self.mask_in_value() if stored is None else stored
 
-    def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
-        """Set the weight and its mask, and every second set of weights that the inner optimizer keeps.
+    def mask_in_value(self) -> Tensor:
+        """Return this rank's part of the mask that can be read off a pruned weight, its value."""
+        return keep_mask(self.w, self.spec.pattern, self.spec.dim)
+
+    def copies(self, inner: Optimizer) -> list[Tensor]:
+        """Return this rank's part of every second set of the weight that the inner optimizer keeps.
 
         Schedule-free optimizers and their kin average or look back to weights of their own. A state tensor that lies
-        within half the weight's norm of the weight is such a copy: momentum never does. It starts again from the new
-        value, and masked gradients keep it feasible from there.
+        within half the weight's norm of the weight is such a copy: momentum never does. Who has a copy is found out
+        once, which waits for the device.
+        """
+        state = inner.state.get(self.param, {})
+        if self.copy_keys is None:
+            self.copy_keys = tuple(key for key, entry in state.items() if self._is_copy(key, entry))
+        return [local(state[key]) for key in self.copy_keys if key in state]
+
+    def _is_copy(self, key: str, entry: object) -> bool:
+        if key in (MASK, CONSENSUS) or not isinstance(entry, Tensor) or entry is self.param:
+            return False
+        t, w = local(entry), self.w
+        plain = type(t) is Tensor and t.is_floating_point() and t.shape == w.shape
+        return plain and bool((t.float() - w.float()).norm() < 0.5 * w.float().norm())
+
+    def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
+        """Set the weight and its mask; second sets of weights make the same move, and are masked.
 
         Args:
             inner: the inner optimizer.
@@ -95,14 +117,9 @@ class Weight:
             mask: this rank's part of the mask.
         """
         w = self.w
-        state = inner.state.get(self.param, {})
-        for key, entry in state.items():
-            if key in (MASK, CONSENSUS) or not torch.is_tensor(entry) or entry is self.param:
-                continue
-            t = local(entry)
-            plain = type(t) is Tensor and t.is_floating_point() and t.shape == w.shape
-            if plain and (t.float() - w.float()).norm() < 0.5 * w.float().norm():
-                t.copy_(value)
+        for t in self.copies(inner):
+            t.add_((value - w).to(t.dtype))
+            zero_outside(t, mask)
         w.copy_(value)
         stored = self.stored(inner, MASK)
         if stored is not None:
@@ -212,8 +229,15 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: float) -> int:
-        """Cut the observed weights into windows whose statistics fit the memory; return how many there are."""
+    def assign_windows(self, memory: int | None) -> int:
+        """Cut the observed weights into windows whose statistics fit the memory; return how many there are.
+
+        Args:
+            memory: bytes that A and G may take at a time; None for 4 a prunable weight, and at least 256 MB.
+        """
+        if memory is None:
+            memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
+        at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
         needs = [bytes_needed(weight.modules[0]) for weight in observed]
         windows = windows_of(needs, memory)
@@ -267,11 +291,6 @@ def windows_of(needs: Sequence[int], memory: float) -> list[int]:
         windows.append(current)
         used += need
     return windows
-
-
-def default_statistics_memory(weights: Weights) -> int:
-    """Return the memory that A and G may take at a time: 4 bytes a prunable weight, and 256 MB in any case."""
-    return max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in weights))
 
 
 def _places(module: nn.Module, prefix: str, links: list[_Link]) -> Iterator[tuple[str, Tensor, nn.Module, list[_Link]]]:

@@ -106,11 +106,10 @@ ANYTHING = st.none() | st.integers() | st.floats() | st.text(max_size=3) | st.bo
 def test_any_counters_are_taken_or_refused(counters: dict[str, Any]) -> None:
     try:
         found = counters_of({"param_groups": [{"params": [], **counters}]})
-    except ValueError as error:
-        assert "damaged" in str(error)
-    else:
-        assert found.keys() == COUNTERS.keys()
-        assert all(type(found[key]) is type(COUNTERS[key]) for key in COUNTERS)
+    except ValueError:
+        return
+    assert found.keys() == COUNTERS.keys()
+    assert all(type(found[key]) is type(COUNTERS[key]) for key in COUNTERS)
 
 
 # ---------------------------------------------------------------- figures
@@ -134,6 +133,7 @@ def test_figures_of_a_run_in_each_phase() -> None:
         phase="frozen",
         step=34,
         windows_solved=1,
+        frozen_at=34,
         sparsity=0.5,
         model_error=found.model_error,
         model_errors=errors,
