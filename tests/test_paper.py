@@ -53,9 +53,7 @@ class Both:
     def __init__(self, module: OneWeight, pattern: Pattern, rho: Any, every: Any, prune_at: int) -> None:
         self.module = module
         inner = torch.optim.SGD(module.parameters(), lr=LR, foreach=False)
-        self.optimizer = ADMMNxM.paper(
-            inner, module, pattern=pattern, rho=rho, update_every=every, prune_at=prune_at
-        )
+        self.optimizer = ADMMNxM.paper(inner, module, pattern=pattern, rho=rho, update_every=every, prune_at=prune_at)
         plan: Plan = self.optimizer._w_step.plan  # type: ignore[attr-defined]
         self.reference = ReferenceADMM(module.weight, pattern, plan, LR)
 
@@ -105,7 +103,9 @@ class Stairs:
 
 
 STAIRS = st.builds(
-    Stairs, st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=4).map(sorted).map(tuple), st.integers(1, 6)
+    Stairs,
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=4).map(sorted).map(tuple),
+    st.integers(1, 6),
 )
 
 
@@ -249,7 +249,9 @@ def test_no_penalty_is_the_inner_optimizer_up_to_the_freeze() -> None:
 def test_a_maximising_optimizer_is_pulled_toward_the_pattern_too() -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.1, maximize=True)
-    optimizer = ADMMNxM.paper(inner, net, rho=1.0, update_every=Every(5, dual_start=None), total_steps=200, prune_at=200)
+    optimizer = ADMMNxM.paper(
+        inner, net, rho=1.0, update_every=Every(5, dual_start=None), total_steps=200, prune_at=200
+    )
     before = optimizer.residuals().primal
     for x in batches(100):
         optimizer.zero_grad()
