@@ -14,6 +14,8 @@ RESTLESS = 0.1
 
 _WHY_RESTLESS = "the dual was at work while the mask moved, and u grows by w until pruned weights out-rank kept ones"
 
+_LEAVE_OUT = "leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait"
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -42,18 +44,26 @@ def diagnose(ending: Ending) -> str | None:
         return None
     done = []
     if ending.by_magnitude:
-        done.append(f"{ending.by_magnitude} weights were pruned by magnitude, without statistics")
+        done.append(f"{_weights(ending.by_magnitude)} pruned by magnitude, without statistics")
     if ending.solved:
         done.append(
-            f"{ending.solved} weights were solved from {ending.calibrated} of {ending.calibration_steps} calibration "
-            "steps"
+            f"{_weights(ending.solved)} solved from {ending.calibrated} of {ending.calibration_steps} calibration steps"
         )
+    late = ending.step >= ending.prune_at
+    remedy = (
+        f"follow the error that step() raised after step {ending.prune_at}"
+        if late
+        else "train to the end, or give the true number of optimizer steps as total_steps, or an earlier prune_at"
+    )
     return (
         f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
-        f"{ending.prune_at}: {' and '.join(done)}, and no step has trained what was kept. Accuracy measured before "
-        "does not hold. Remedy: train to the end, or give the true number of optimizer steps as total_steps, or an "
-        "earlier prune_at"
+        f"{ending.prune_at}{', but the solve had failed' if late else ''}: {' and '.join(done)}, and no step has "
+        f"trained what was kept. Accuracy measured before does not hold. Remedy: {remedy}"
     )
+
+
+def _weights(count: int) -> str:
+    return "1 weight was" if count == 1 else f"{count} weights were"
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,14 @@ def diagnose_paper(ending: PaperEnding) -> str | None:
     if not far and ending.churn <= RESTLESS:
         return None
     if not far:
-        why = _WHY_RESTLESS if ending.dual_in_use else "the learning rate is high up to the freeze"
+        why, first = "the learning rate is high up to the freeze", ""
+        if ending.dual_in_use:
+            why, first = _WHY_RESTLESS, f"{_LEAVE_OUT}, "
         return (
             f"the mask had not settled: the last z-step before the freeze replaced {ending.churn:.0%} of the kept "
             f"places (more than {RESTLESS:.0%}), so the frozen mask is the one that happened to be there. Likely "
-            f"cause: {why}. Remedy: leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait, "
-            "let the learning rate decay before prune_at, or use the exact w-step, ADMMNxM(...)"
+            f"cause: {why}. Remedy: {first}let the learning rate decay before prune_at, or use the exact w-step, "
+            "ADMMNxM(...)"
         )
     if ending.rho == 0:
         cause = "no penalty was in force (rho = 0), so this is one-shot magnitude pruning"
@@ -109,17 +121,14 @@ def diagnose_paper(ending: PaperEnding) -> str | None:
         remedy = "train it, or leave it dense by a select rule"
     elif ending.churn > RESTLESS and ending.dual_in_use:
         cause = f"the last z-step still replaced {ending.churn:.0%} of the kept places: {_WHY_RESTLESS}"
-        remedy = (
-            "leave the dual out (update_every=Every(interval, dual_start=None)) or let it wait until the mask has "
-            "settled, or use the exact w-step, ADMMNxM(...)"
-        )
+        remedy = f"{_LEAVE_OUT} until the mask has settled, or use the exact w-step, ADMMNxM(...)"
     else:
         cause = (
             f"the penalty in the gradient (rho = {ending.rho:.3g}) has not brought the pruned weights to zero in "
             f"{ending.step} steps of {ending.inner}; a step moves a weight by no more than about the learning rate "
             "under Adam and its kin, and by learning rate * rho * distance under SGD"
         )
-        remedy = "use a larger rho, a longer run or a larger learning rate, or the exact w-step, ADMMNxM(...)"
+        remedy = "use a larger rho, a longer run or a larger learning rate, or use the exact w-step, ADMMNxM(...)"
     which = f"{ending.worst_name!r}, by" if ending.worst_name else "one weight, by"
     return (
         f"the run has not reached its pattern: projecting the weights changed them by {ending.residual:.1%} of their "

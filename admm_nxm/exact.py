@@ -51,7 +51,7 @@ class ExactStep:
         """Return the name of the phase."""
         if run.progress.frozen:
             return "frozen"
-        return "dense" if run.statistics is None else "calibration"
+        return "dense" if run.progress.step < self.timeline.start else "calibration"
 
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
@@ -84,10 +84,11 @@ class ExactStep:
         progress = run.progress
         if progress.frozen:
             return
-        if run.statistics is not None:
-            run.statistics.reduce()
+        if progress.step > self.timeline.start:
             progress.calibrated += 1
-            self._check_hooks_fire(run)
+            if run.statistics is not None:
+                run.statistics.reduce()
+                self._check_hooks_fire(run)
             if progress.calibrated >= self.timeline.calibration_steps:
                 self._solve(run, run.weights.of_window(progress.windows_solved))
                 self._close_window(run)
@@ -102,9 +103,10 @@ class ExactStep:
         if progress.frozen:
             return None
         waiting = [weight for weight in run.weights if not run.is_pruned(weight)]
-        seen = {} if run.statistics is None else run.statistics.moments
-        solvable = [weight for weight in waiting if weight.name in seen]
-        rest = [weight for weight in waiting if weight.name not in seen]
+        if run.statistics is not None:
+            run.statistics.reduce()
+        solvable = [weight for weight in waiting if weight.modules and self._unusable(run, weight) is None]
+        rest = [weight for weight in waiting if weight not in solvable]
         ending = Ending(
             progress.step,
             self.timeline.prune_at,
@@ -147,8 +149,9 @@ class ExactStep:
                 f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
                 "begins with pruned weights; give the prune_at of the checkpoint's run"
             )
-        if statistics:
-            self._gatherer(run, int(counters["admm_windows_solved"])).check(statistics)
+        gatherer = self._gatherer(run, int(counters["admm_windows_solved"]))
+        if statistics is not None and gatherer is not None:
+            gatherer.check(statistics)
 
     def mask(self, run: Run, weight: Weight) -> Tensor:
         """Return the mask in force."""
@@ -187,10 +190,12 @@ class ExactStep:
         if not any(weight.modules for weight in run.weights):
             return  # they are pruned by magnitude, which needs no calibration
         run.statistics = self._gatherer(run, progress.windows_solved)
-        run.statistics.attach()
+        if run.statistics is not None:
+            run.statistics.attach()
 
-    def _gatherer(self, run: Run, window: int) -> Statistics:
-        return Statistics({weight.name: weight.modules for weight in run.weights.of_window(window) if weight.modules})
+    def _gatherer(self, run: Run, window: int) -> Statistics | None:
+        modules = {weight.name: weight.modules for weight in run.weights.of_window(window) if weight.modules}
+        return Statistics(modules) if modules else None
 
     def _check_hooks_fire(self, run: Run) -> None:
         assert run.statistics is not None
@@ -211,10 +216,15 @@ class ExactStep:
 
     def _solve(self, run: Run, weights: Sequence[Weight]) -> None:
         """Solve the layer problems of some weights; all or none."""
-        assert run.statistics is not None
-        moments = run.statistics.moments
-        self._check_statistics(run, weights, moments)
+        for weight in weights:
+            problem = self._unusable(run, weight) if weight.modules else None
+            if problem is not None:
+                raise ValueError(
+                    f"weight {weight.name!r} has no usable statistics at the solve: {problem}. Nothing was changed, "
+                    "and the next step() gathers on and tries again"
+                )
         check_finite(run, weights)
+        moments = {} if run.statistics is None else run.statistics.moments
         self._set(run, weights, _solved_by_ranks(weights, moments))
 
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
@@ -229,29 +239,22 @@ class ExactStep:
             if weight.modules:
                 run.model_errors[weight.name] = each.error
 
-    def _check_statistics(self, run: Run, weights: Sequence[Weight], moments: dict[str, Moments]) -> None:
+    def _unusable(self, run: Run, weight: Weight) -> str | None:
+        """Return why a weight cannot be solved with what was gathered, and what to do about it; None if it can."""
         steps = run.progress.calibrated
-        for weight in weights:
-            if not weight.modules:
-                continue
-            seen = moments.get(weight.name)
-            dropped = 0 if seen is None else int(seen.dropped)
-            if seen is None or int(seen.tokens) == 0 or 2 * dropped > steps:
-                what = (
-                    f"{dropped} passes with infinite or NaN values in {steps} calibration steps"
-                    if dropped
-                    else f"no token with a gradient in {steps} calibration steps"
-                )
-                remedy = (
-                    "lower the learning rate, or train in bfloat16 instead of float16"
-                    if dropped
-                    else "let it take part in training (an expert that no token is routed to needs more "
-                    "calibration_steps), or leave it dense by a select rule"
-                )
-                raise ValueError(
-                    f"weight {weight.name!r} has no usable statistics at the solve: its module saw {what}. Nothing was "
-                    f"changed, and the next step() gathers on and tries again. Remedy: {remedy}"
-                )
+        seen = None if run.statistics is None else run.statistics.moments.get(weight.name)
+        if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
+            return (
+                f"{int(seen.dropped)} of {int(seen.passes)} passes through its module had infinite or NaN values; "
+                "lower the learning rate, or train in bfloat16 instead of float16"
+            )
+        if seen is None or int(seen.tokens) == 0:
+            return (
+                f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training "
+                "(an expert that no token is routed to needs more calibration_steps), or leave it dense by a select "
+                "rule"
+            )
+        return None
 
 
 def check_finite(run: Run, weights: Sequence[Weight]) -> None:

@@ -14,7 +14,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .checks import at_least
 from .exact import ExactStep, check_finite
 from .inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
 from .paper import PenaltyStep
@@ -23,19 +22,12 @@ from .progress import Figures, Progress
 from .projection import keep_mask, project
 from .residuals import Residuals
 from .run import Run, WStep
-from .schedules import (
-    FEW_CALIBRATION_STEPS,
-    Penalty,
-    Schedule,
-    UpdateSchedule,
-    make_plan,
-    make_timeline,
-)
+from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
 from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
 from .sharding import local, reduce_sums, wrap_like
 from .sparsity import SparsityReport, check_weights
 from .statistics import refuse_compiled
-from .weights import CONSENSUS, MASK, Weight, Weights, default_statistics_memory, keep_to_masks
+from .weights import CONSENSUS, MASK, Weight, Weights, keep_to_masks
 
 __all__ = ["ADMMNxM", "ConvergenceWarning"]
 
@@ -136,15 +128,10 @@ class ADMMNxM(Optimizer):
         step: WStep
         if exact:
             refuse_compiled(model)  # type: ignore[arg-type]
-            windows = weights.assign_windows(_memory(statistics_memory, weights))
+            windows = weights.assign_windows(statistics_memory)
             timeline = make_timeline(total_steps, prune_at, calibration_steps, windows)
-            if calibration_steps is None and timeline.calibration_steps < FEW_CALIBRATION_STEPS:
-                warnings.warn(
-                    f"the run is short: A and G are gathered in {timeline.calibration_steps} steps for each of "
-                    f"{windows} windows, fewer than {FEW_CALIBRATION_STEPS}. For a result that counts, train longer, "
-                    "or give calibration_steps",
-                    stacklevel=2,
-                )
+            if calibration_steps is None and timeline.few_calibration_steps is not None:
+                warnings.warn(timeline.few_calibration_steps, stacklevel=2)
             step = ExactStep(timeline)
             selection = weights.note_unobserved(selection)
         else:
@@ -305,12 +292,13 @@ class ADMMNxM(Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            RuntimeError: within :meth:`projected`, or a CUDA graph is being captured before the masks are frozen.
+            RuntimeError: within :meth:`projected`, after :meth:`unwrap`, or a CUDA graph is being captured before the
+                masks are frozen.
             ValueError: a weight is no longer where it was, has no statistics at the solve, or is not finite.
         """
         run = self._run
-        if run.lent:
-            raise RuntimeError("the model holds its projected weights; leave the projected() block before step()")
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -397,7 +385,7 @@ class ADMMNxM(Optimizer):
         """Take ADMM off, and leave nothing of it in the inner optimizer's state.
 
         For a run that goes on without ADMM, or begins again with other settings. The weights stay as they are: sparse,
-        if they were pruned, and nothing holds them there any more. The wrapper starts anew if it is stepped again.
+        if they were pruned, and nothing holds them there any more. This wrapper cannot be stepped again.
 
         Returns:
             The inner optimizer.
@@ -409,6 +397,7 @@ class ADMMNxM(Optimizer):
                 state.pop(key, None)
         run.progress.clear()
         run.forget()
+        run.refusal = "ADMM was taken off with unwrap(); step the inner optimizer, or build ADMMNxM around it again"
         return self.inner
 
     def _begin(self, statistics: Mapping[str, Any] | None = None) -> None:
@@ -473,6 +462,7 @@ class ADMMNxM(Optimizer):
             model_error=sum(errors.values()) / len(errors) if errors else None,
             model_errors=errors,
             rho=run.progress.rho,
+            frozen_at=run.progress.frozen_at if run.progress.frozen else None,
         )
 
     @torch.no_grad()
@@ -539,7 +529,7 @@ class ADMMNxM(Optimizer):
         On leaving, the weights are back bit for bit. Needs memory for a copy of the prunable weights.
         """
         run = self._run
-        if run.lent or run.progress.frozen:
+        if run.refusal is not None or run.progress.frozen:
             yield
             return
         run.weights.rebind(self.inner)
@@ -548,11 +538,11 @@ class ADMMNxM(Optimizer):
             for weight in run.weights:
                 backup[weight.name] = weight.w.clone()
                 weight.w.copy_(self._w_step.target(run, weight))
-        run.lent = True
+        run.refusal = "the model holds its projected weights; leave the projected() block before step()"
         try:
             yield
         finally:
-            run.lent = False
+            run.refusal = None
             with torch.no_grad():
                 for weight in run.weights:
                     weight.w.copy_(backup[weight.name])
@@ -616,11 +606,3 @@ class ADMMNxM(Optimizer):
         self._begin(loaded.statistics)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-def _memory(statistics_memory: int | None, weights: Weights) -> float:
-    """Return how many bytes A and G may take at a time."""
-    if statistics_memory is None:
-        return default_statistics_memory(weights)
-    at_least("statistics_memory", statistics_memory, 1)
-    return statistics_memory

@@ -142,6 +142,7 @@ class Figures:
             that at zero; None before the solve, and where a checkpoint did not carry it.
         model_errors: the same for each solved weight, by name.
         rho: penalty in force in the paper's form; 0 otherwise.
+        frozen_at: the step after which the last mask was set; None before.
     """
 
     phase: str
@@ -156,3 +157,4 @@ class Figures:
     model_error: float | None
     model_errors: Mapping[str, float] = field(default_factory=dict)
     rho: float = 0.0
+    frozen_at: int | None = None

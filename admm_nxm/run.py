@@ -37,7 +37,7 @@ class Run:
         movement: paper's form: name -> the figures of the last z-step.
         freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
         announced: whether a warning about the freeze was given.
-        lent: whether the model holds projected weights at the moment.
+        refusal: why ``step()`` is refused at the moment; None if it is not.
     """
 
     inner: Optimizer
@@ -49,7 +49,7 @@ class Run:
     movement: dict[str, Tensor] = field(default_factory=dict)
     freeze_sums: Tensor | None = None
     announced: bool = False
-    lent: bool = False
+    refusal: str | None = None
 
     def is_pruned(self, weight: Weight) -> bool:
         """Return whether a weight's mask is in force."""

@@ -37,7 +37,7 @@ PAPER_PRUNE_AT_PERCENT = 70
 CALIBRATION_STEPS = 16
 """Calibration steps of one window, where the run is long enough."""
 
-FEW_CALIBRATION_STEPS = 8
+_FEW_CALIBRATION_STEPS = 8
 """Below this many, a default gets a warning."""
 
 
@@ -61,6 +61,17 @@ class Timeline:
     def start(self) -> int:
         """The number of finished steps at which calibration begins."""
         return self.prune_at - self.windows * self.calibration_steps
+
+    @property
+    def few_calibration_steps(self) -> str | None:
+        """What to say of a default that leaves too few calibration steps; None if there are enough."""
+        if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
+            return None
+        return (
+            f"the run is short: A and G are gathered in {self.calibration_steps} steps for each of {self.windows} "
+            f"windows, fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or give "
+            "calibration_steps"
+        )
 
 
 def make_timeline(

@@ -30,7 +30,6 @@ __all__ = [
     "is_conv1d",
     "is_embedding",
     "named_tensors",
-    "owners_of",
     "select_weights",
     "with_late_weights",
 ]
@@ -56,7 +55,7 @@ _HEADS = {
 }
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
-_EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^wte$|^wpe$|^shared$|relative_attention_bias")
+_EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^codebook$|^wte$|^wpe$|^shared$|relative_attention_bias")
 # A member of a list of blocks: "3", or as torchvision calls it "encoder_layer_3".
 _MEMBER = re.compile(r"(?P<stem>.*_)?\d+")
 # The tensors that stand for a weight which torch's utilities took apart.
@@ -294,38 +293,6 @@ def select_weights(
     return selection, params
 
 
-def owners_of(model: nn.Module, selection: Selection) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Find the modules that hold the weights of a selection, as they are now.
-
-    Args:
-        model: the module, wrapped or not.
-        selection: weights by their names in it.
-
-    Returns:
-        Name of the weight -> each module that has it and the name of the attribute there; several if it is tied.
-
-    Raises:
-        ValueError: the model has no parameter of that name.
-    """
-    holding: dict[str, tuple[nn.Module, str]] = {}
-    for prefix, module in unwrap_model(model).named_modules(remove_duplicate=False):
-        for local_name, param in module._parameters.items():
-            if param is not None:
-                holding[clean_name(f"{prefix}.{local_name}" if prefix else local_name)] = (module, local_name)
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
-    for weight in selection:
-        places = [holding[name] for name in (weight.name, *weight.aliases) if name in holding]
-        if not places:
-            raise ValueError(
-                f"the model has no parameter {weight.name!r}, which was selected: it was removed or renamed since"
-            )
-        # A module that stands in the model twice is one place.
-        found[weight.name] = list(
-            {(id(module), attribute): (module, attribute) for module, attribute in places}.values()
-        )
-    return found
-
-
 def with_late_weights(
     selection: Selection,
     model: Source,
@@ -461,15 +428,9 @@ def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[st
             return None
         owner_name, owner, attribute = prefix, module, split["attribute"]
         kinds = {type(hook).__module__.rpartition(".")[2] for hook in module._forward_pre_hooks.values()}
-        what, remedy = (
-            next(
-                (f"torch.nn.utils.{kind}", remedy.format(attribute))
-                for kind, remedy in _REMEDIES.items()
-                if kind in kinds
-            )
-            if kinds.intersection(_REMEDIES)
-            else ("a hook", "what put it there")
-        )
+        what, remedy = "a hook of its module", "what made it"
+        for kind in kinds & _REMEDIES.keys():
+            what, remedy = f"torch.nn.utils.{kind}", _REMEDIES[kind].format(attribute)
     return _Holder(clean_name(f"{owner_name}.{attribute}" if owner_name else attribute), owner, what, remedy)
 
 
@@ -787,20 +748,20 @@ def _ineligible(
 
 def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: bool) -> None:
     """Refuse a model with adapters of PEFT: zeros in them, or in the weights below, are gone once they are merged."""
-    found, remedy = None, "model = model.merge_and_unload()"
+    found, remedy = None, "Merge first: model = model.merge_and_unload()"
     if isinstance(model, nn.Module):
         for name, module in unwrap_model(model).named_modules():
             if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
                 place = f"model.{name}" if name else "model"
                 found = f"{place} is a {type(module).__name__}"
                 if callable(getattr(module, "merge_and_unload", None)):
-                    remedy = f"{place} = {place}.merge_and_unload()"
+                    remedy = f"Merge first: {place} = {place}.merge_and_unload()"
                 elif hasattr(module, "get_base_model"):
-                    remedy = f"{place} = {place}.get_base_model(), as a prompt cannot be merged"
+                    remedy = "This kind cannot be merged: load the model without it"
                 else:
                     remedy = (
-                        "save the adapter with model.save_pretrained(folder), load the model without it as base, then "
-                        "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it "
+                        "as base, then model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
                     )
                 break
     else:
@@ -813,7 +774,7 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
         )
         raise ValueError(
             f"the model has PEFT adapters ({found}), and zeros in an adapter or in the weight below it are gone when "
-            f"the two are merged. Merge first: {remedy}{unfreeze if trainable else ''}"
+            f"the two are merged. {remedy}{unfreeze if trainable else ''}"
         )
 
 

@@ -3,7 +3,6 @@ the ordinary forward and backward passes of a model."""
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,6 +21,8 @@ MAX_TOKENS = 2048
 """Tokens of one pass through one module that count, by default: what a step costs stays in proportion on devices whose
 float32 products are slow, and 16 steps give ten times as many tokens as most layers are wide."""
 
+_GOLDEN = 2654435769  # 2**32 over the golden ratio
+
 # Subclasses of nn.Linear with a forward of their own that is the linear map all the same: (package, class).
 _LINEAR_MAPS = {
     ("torchao", "Float8Linear"),
@@ -38,12 +39,15 @@ class Moments:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
         outputs: G, the sum of g g^T, (d_out, d_out), of the same dtype; None where only A is gathered.
         tokens: how many tokens the sums are over, int64, 0-d.
-        dropped: how many passes were left out because x or g was not finite, int64, 0-d.
+        passes: how many passes there were, those that were dropped included, int64, 0-d. One step has several of them
+            with accumulated gradients, in several processes, and where a module is called several times.
+        dropped: how many of them were left out because x or g was not finite, int64, 0-d.
     """
 
     inputs: Tensor
     outputs: Tensor | None
     tokens: Tensor
+    passes: Tensor
     dropped: Tensor
 
     @property
@@ -71,8 +75,8 @@ class Statistics:
         modules: the modules of each weight, by the weight's name; several modules that share the weight count as one.
         outputs: whether G is gathered. Without it nothing needs a backward pass: A is formed in the forward pass, with
             or without gradients, and every token counts.
-        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, every
-            k-th is taken, with a k that meets all positions of the sequence alike.
+        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, as
+            many are taken, evenly spread and the same ones in every run.
 
     Raises:
         ValueError: no modules; a module that cannot be observed; modules of one weight that differ in size;
@@ -119,6 +123,7 @@ class Statistics:
         _EAGER.enter()
         # Also if nobody detaches, because a run was given up.
         self._stay_eager = weakref.finalize(self, _EAGER.leave)
+        self._stay_eager.atexit = False
         for name, modules in self.modules.items():
             for module in modules:
                 # Before other hooks: what tensor parallelism makes of the output is not the output.
@@ -144,18 +149,19 @@ class Statistics:
             return
         self._make_partial()
         moments = [self._moments_of(name) for name in self.modules]
-        counts = torch.stack([count for one in moments for count in (one.tokens, one.dropped)])
+        counts = torch.stack([count for one in moments for count in (one.tokens, one.passes, one.dropped)])
         sums = [matrix for one in moments for matrix in (one.inputs, one.outputs) if matrix is not None]
         pending = [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in (counts, *sums)]
         for work in pending:
             work.wait()
-        for one, (tokens, dropped) in zip(moments, counts.view(-1, 2), strict=True):
+        for one, (tokens, passes, dropped) in zip(moments, counts.view(-1, 3), strict=True):
             one.tokens.copy_(tokens)
+            one.passes.copy_(passes)
             one.dropped.copy_(dropped)
         self._equal = True
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the moments by weight name, each as ``inputs``, ``outputs``, ``tokens`` and ``dropped``, not copied.
+        """Return the moments by weight name, with the names of their fields, not copied.
 
         With several processes, call :meth:`reduce` first: the state of one is then the state of all.
         """
@@ -192,7 +198,7 @@ class Statistics:
             if name not in self.modules:
                 raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             d_in, d_out = _sizes(self.modules[name][0])
-            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "dropped": ()}
+            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "passes": (), "dropped": ()}
             if self.outputs:
                 expected["outputs"] = (d_out, d_out)
             found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -214,37 +220,37 @@ class Statistics:
         if self._equal:
             self._make_partial()
         moments = self._moments_of(name, x)
-        with torch.autocast(x.device.type, enabled=False):
-            peaks = x.abs().amax(1)
-            if gradient is None:
-                alive = torch.ones_like(peaks, dtype=torch.bool)
-            else:
-                gradient = self._thin(_plain(gradient))
-                gradient_peaks = gradient.abs().amax(1)
-                alive = gradient_peaks != 0
-                peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
-            # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
-            finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
-            counted = alive & finite
-            # Chosen, not multiplied by 0: what stands at padding need not be finite.
-            _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
-            if moments.outputs is not None and gradient is not None:
-                _add_products(moments.outputs, torch.where(finite, gradient, 0))
-            moments.tokens.add_(counted.sum().to(moments.tokens.device))
-            moments.dropped.add_((~finite).to(moments.dropped.device))
+        peaks = x.abs().amax(1)
+        if gradient is None:
+            alive = torch.ones_like(peaks, dtype=torch.bool)
+        else:
+            gradient = self._thin(_plain(gradient))
+            gradient_peaks = gradient.abs().amax(1)
+            alive = gradient_peaks != 0
+            peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
+        # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
+        finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
+        counted = alive & finite
+        # Chosen, not multiplied by 0: what stands at padding need not be finite.
+        _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
+        if moments.outputs is not None and gradient is not None:
+            _add_products(moments.outputs, torch.where(finite, gradient, 0))
+        moments.tokens.add_(counted.sum().to(moments.tokens.device))
+        moments.passes.add_(1)
+        moments.dropped.add_((~finite).to(moments.dropped.device))
 
     def _thin(self, t: Tensor) -> Tensor:
-        """Return the tokens of ``t`` as rows, at most ``max_tokens``, a view if possible; twice is the same as once."""
+        """Return the tokens of ``t`` as rows, at most ``max_tokens``. Twice is the same as once."""
         rows = t.reshape(-1, t.shape[-1])
-        count = rows.shape[0]
-        if count <= self.max_tokens:
+        count, most = rows.shape[0], self.max_tokens
+        if count <= most:
             return rows
-        # Sequences lie behind one another. A stride that has no divisor in common with their length meets each of
-        # their positions; the length divides the count.
-        stride = math.ceil(count / self.max_tokens)
-        while math.gcd(stride, count) > 1:
-            stride += 1
-        return rows[::stride]
+        # One from each of as many equal parts. Which one, the multiples of the golden ratio say: a fixed place would
+        # meet the same positions in all sequences where a sequence is a whole number of parts.
+        part = torch.arange(most, device=rows.device)
+        start = part * count // most
+        size = (part + 1) * count // most - start
+        return rows[start + (part * _GOLDEN % 2**32 * size >> 32)]
 
     def _moments_of(self, name: str, like: Tensor | None = None) -> Moments:
         if name not in self.moments:
@@ -262,8 +268,7 @@ class Statistics:
         return Moments(
             torch.zeros(d_in, d_in, dtype=dtype, device=device),
             torch.zeros(d_out, d_out, dtype=dtype, device=device) if self.outputs else None,
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
+            *(torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)),
         )
 
     def _make_partial(self) -> None:
@@ -415,7 +420,7 @@ _EAGER = _Eager()
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
-    """Add the sum of r r^T over the rows to the total."""
+    """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
     total.addmm_(rows.T, rows)
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checks import at_least
 from .projection import keep_mask, zero_outside
 from .selection import SelectedWeight, Selection, clean_name, is_conv1d
 from .sharding import check_sharding, local, wrap_like
 from .statistics import bytes_needed, can_be_observed
 
-__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "default_statistics_memory", "keep_to_masks", "windows_of"]
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "keep_to_masks", "windows_of"]
 
 MASK = "admm_mask"
 """Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
@@ -229,8 +230,15 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: float) -> int:
-        """Cut the observed weights into windows whose statistics fit the memory; return how many there are."""
+    def assign_windows(self, memory: int | None) -> int:
+        """Cut the observed weights into windows whose statistics fit the memory; return how many there are.
+
+        Args:
+            memory: bytes that A and G may take at a time; None for 4 a prunable weight, and at least 256 MB.
+        """
+        if memory is None:
+            memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
+        at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
         needs = [bytes_needed(weight.modules[0]) for weight in observed]
         windows = windows_of(needs, memory)
@@ -284,11 +292,6 @@ def windows_of(needs: Sequence[int], memory: float) -> list[int]:
         windows.append(current)
         used += need
     return windows
-
-
-def default_statistics_memory(weights: Weights) -> int:
-    """Return the memory that A and G may take at a time: 4 bytes a prunable weight, and 256 MB in any case."""
-    return max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in weights))
 
 
 def _places(module: nn.Module, prefix: str, links: list[_Link]) -> Iterator[tuple[str, Tensor, nn.Module, list[_Link]]]:

@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import math
 import random
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,16 +28,17 @@ try:
     from torch import Tensor
     from tqdm import tqdm
 
-    from admm_nxm import ADMMNxM, Pattern, Selection, SparsityReport, project, verify
+    from admm_nxm import ADMMNxM, Pattern, Selection, project, verify
     from admm_nxm.cli.classifier import find_device, load_classifier, load_tokenizer, quiet
     from admm_nxm.cli.errors import InputError, blaming
     from admm_nxm.cli.texts import FILE_KINDS, Row, count_labels, interval, label_names, read_file, row_of, split
+    from admm_nxm.io.selection_record import record_selection
 except ImportError as error:
     print(f'quickstart: error: cannot import {error.name} ({error}); run: pip install -e ".[demo]"', file=sys.stderr)
     sys.exit(2)
 
 ASSETS = Path(__file__).resolve().with_name("quickstart-assets.txt")
-READ_EVERY = 10  # steps between two readings of loss and residual: a reading waits for the device and costs time
+READ_EVERY = 10  # steps between two readings of the loss: a reading waits for the device and costs time
 
 
 def asset(package: str, project: str, inside: str) -> Path:
@@ -129,8 +129,9 @@ def batches(rows: list[int], args: argparse.Namespace) -> Iterator[list[int]]:
         yield [queue.pop() for _ in range(size)]
 
 
-def fine_tune(model: Any, optimizer: torch.optim.Optimizer, data: Data, args: argparse.Namespace, name: str) -> None:
-    """The training loop, the same for both optimizers."""
+def fine_tune(model: Any, optimizer: torch.optim.Optimizer, data: Data, args: argparse.Namespace, name: str) -> float:
+    """The training loop, the same for both optimizers; returns the seconds that it took."""
+    started = time.perf_counter()
     warmup = max(1, args.steps // 10)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
@@ -146,14 +147,13 @@ def fine_tune(model: Any, optimizer: torch.optim.Optimizer, data: Data, args: ar
             scheduler.step()
             optimizer.zero_grad()
             if step % READ_EVERY == 0 or step in (1, args.steps):
-                status = f"loss {loss.item():.3f}"
-                if isinstance(optimizer, ADMMNxM):
-                    status += f", primal residual {optimizer.residuals().primal:.2g}, {optimizer.phase}"
-                bar.set_postfix_str(status)
+                phase = f", {optimizer.phase}" if isinstance(optimizer, ADMMNxM) else ""
+                bar.set_postfix_str(f"loss {loss.item():.3f}{phase}")
             bar.update()
+    return time.perf_counter() - started
 
 
-def run_sparse(model: Any, data: Data, args: argparse.Namespace) -> tuple[Selection, SparsityReport]:
+def run_sparse(model: Any, data: Data, args: argparse.Namespace) -> tuple[Selection, float]:
     """Fine-tune into the pattern. Two lines are new against a dense run: ADMMNxM(...) and finalize()."""
     inner = torch.optim.AdamW(model.parameters(), lr=args.lr)
     with blaming("", TypeError, ValueError):
@@ -161,13 +161,12 @@ def run_sparse(model: Any, data: Data, args: argparse.Namespace) -> tuple[Select
     pruned, total = sum(math.prod(w.shape) for w in optimizer.selection), sum(p.numel() for p in model.parameters())
     share = f"{pruned:,} of {total:,} parameters"
     print(f"prune   {len(optimizer.selection)} weights, {share}, to {args.pattern}; the rest stays dense", flush=True)
-    fine_tune(model, optimizer, data, args, f"{args.pattern}  ")
     with blaming("", ValueError):
-        report = optimizer.finalize()
-    counters = optimizer.param_groups[0]
-    residual = f"primal residual {counters['admm_freeze_residual']:.1e}"
-    print(f"        the mask froze after step {counters['admm_frozen_at']} at a {residual}", flush=True)
-    return optimizer.selection, report
+        seconds = fine_tune(model, optimizer, data, args, f"{args.pattern}  ")
+        optimizer.finalize()
+    now = optimizer.figures()
+    print(f"        done after step {now.frozen_at}, with a model error of {now.model_error:.4f}", flush=True)
+    return optimizer.selection, seconds
 
 
 @torch.no_grad()
@@ -187,34 +186,23 @@ def count_correct(model: Any, data: Data, device: torch.device) -> int:
     return correct
 
 
-def print_accuracies(correct: dict[str, int], total: int) -> None:
-    width = max(map(len, correct))
-    print(f"\n{'':{width}}  accuracy  {'correct':>11}  95 % interval")
-    for name, count in correct.items():
+def print_runs(runs: dict[str, tuple[int, float]], total: int) -> None:
+    """Print how many of the test texts each run gets right, and the seconds of its training."""
+    width = max(map(len, runs))
+    print(f"\n{'':{width}}  accuracy  {'correct':>11}  95 % interval   training")
+    for name, (count, seconds) in runs.items():
         low, high = interval(count, total)
-        print(f"{name:{width}}  {count / total:8.1%}  {f'{count}/{total}':>11}  {low:.1%} to {high:.1%}")
+        shares = f"{low:.1%} to {high:.1%}"
+        print(f"{name:{width}}  {count / total:8.1%}  {f'{count}/{total}':>11}  {shares:15}  {seconds:5.0f} s")
     print(f"One run is no proof: the intervals are those of {total:,} test texts, and seeds differ besides.")
 
 
-def print_zeros(report: SparsityReport) -> None:
-    layers: dict[str, list[int]] = {}
-    for weight in report:
-        # "bert.encoder.layer.0.output.dense.weight" belongs to "bert.encoder.layer.0".
-        match = re.match(r".+?\.\d+(?=\.)", weight.name)
-        layer = layers.setdefault(match[0] if match else weight.name, [0, 0, 0])
-        layer[:] = (layer[0] + 1, layer[1] + weight.numel, layer[2] + weight.zeros)
-    layers["total"] = [sum(column) for column in zip(*layers.values(), strict=True)]
-    width = max(map(len, layers))
-    print(f"\n{'':{width}}  weights       entries         zeros    share")
-    for name, (weights, entries, zeros) in layers.items():
-        print(f"{name:{width}}  {weights:7}  {entries:12,}  {zeros:12,}  {zeros / entries:7.2%}")
-
-
-def save_and_verify(model: Any, tokenizer: Any, folder: Path, pattern: Pattern) -> bool:
+def save_and_verify(model: Any, tokenizer: Any, selection: Selection, folder: Path, pattern: Pattern) -> bool:
     with blaming(f"--output {folder}", OSError), quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    report = verify(folder, pattern)
+        record_selection(folder, selection)
+    report = verify(folder)
     if report.ok:
         print(f"\nverify: ok ({len(report.weights)} weights in {folder}, {report.sparsity:.2%} zeros, all {pattern})")
     else:
@@ -279,20 +267,19 @@ def run(args: argparse.Namespace) -> int:
     print(f"budget  {args.steps} steps of {args.batch_size} texts, lr {args.lr:g}, seed {args.seed}, on {args.device}")
     # The sparse run comes first, so that a model that does not fit the pattern shows at once.
     sparse = load_model(name, data, tokenizer, args)
-    selection, report = run_sparse(sparse, data, args)
-    sparse_correct = count_correct(sparse, data, args.device)
+    selection, seconds = run_sparse(sparse, data, args)
+    of_sparse = count_correct(sparse, data, args.device), seconds
     sparse.to("cpu")  # makes room for the other run
-    correct = {}
+    runs = {}
     if not args.no_dense:
         dense = load_model(name, data, tokenizer, args)
-        fine_tune(dense, torch.optim.AdamW(dense.parameters(), lr=args.lr), data, args, "dense")
-        correct["dense, AdamW"] = count_correct(dense, data, args.device)
+        seconds = fine_tune(dense, torch.optim.AdamW(dense.parameters(), lr=args.lr), data, args, "dense")
+        runs["dense, AdamW"] = count_correct(dense, data, args.device), seconds
         project_once(dense, selection)
-        correct[f"dense, then projected to {args.pattern}"] = count_correct(dense, data, args.device)
-    correct[f"{args.pattern}, ADMMNxM(AdamW)"] = sparse_correct
-    print_accuracies(correct, len(data.test))
-    print_zeros(report)
-    ok = save_and_verify(sparse, tokenizer, args.output, args.pattern)
+        runs[f"dense, then projected to {args.pattern}"] = count_correct(dense, data, args.device), seconds
+    runs[f"{args.pattern}, ADMMNxM(AdamW)"] = of_sparse
+    print_runs(runs, len(data.test))
+    ok = save_and_verify(sparse, tokenizer, selection, args.output, args.pattern)
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0 if ok else 1
 

@@ -155,6 +155,7 @@ def test_what_is_no_record_is_refused_by_name(text: str, tmp_path: Path) -> None
 )
 def test_numbers_on_the_command_line(text: str, number: int) -> None:
     assert common.count(text) == number
+    assert common.counts(f"{text},2") == [number, 2]
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", ""])
@@ -217,8 +218,8 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert state == {
         "AdamW (fused)": 0.0,
         "AdamW again": 0.0,
-        "dense phase": 0.0,
-        "frozen phase": 1.0,  # the mask
+        "dense phase": 1.0,  # the mask, which is all true until the solve
+        "frozen phase": 1.0,
         "the paper's form": 5.0,  # the consensus and the mask
         "two buffers, naive": 8.0,
         "ASP-style mask": 1.0,

@@ -231,7 +231,7 @@ def test_prune_projects_each_shard_and_keeps_the_rest(sharded, tmp_path, capsys)
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(after[name], expected)
     names = sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == names
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == ["admm_nxm.json", *names]
     assert (out / "more" / "notes.txt").read_text() == "kept"
     assert (out / "model.safetensors.index.json").read_bytes() == (
         sharded / "model.safetensors.index.json"
@@ -398,7 +398,7 @@ def test_a_defect_asks_to_be_reported(good, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("it broke\nin two lines")
 
-    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", broken)
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", broken)
     parts = ["unexpected RuntimeError: it broke in two lines", "please report it", "--traceback"]
     fails(capsys, "verify", good, parts=parts, status=70)
     status, out, err = call(capsys, "verify", good, "--traceback")
@@ -418,7 +418,7 @@ def test_interrupted(good, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", stop)
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", stop)
     fails(capsys, "verify", good, parts=["interrupted"], status=130)
 
 
@@ -458,7 +458,7 @@ def test_a_signal_counts_more_than_what_fails_after_it(good, monkeypatch, capsys
         finally:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", lost)
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", lost)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         fails(capsys, "verify", good, parts=["ended by SIGTERM"], status=143)
@@ -469,14 +469,14 @@ def test_a_signal_counts_more_than_what_fails_after_it(good, monkeypatch, capsys
 @pytest.mark.parametrize("name", ENDINGS)
 def test_signals_that_are_ignored_or_handled_stay_so(good, monkeypatch, capsys, name):
     number = getattr(signal, name)
-    count = sys.modules["admm_nxm.cli.verify"].count
+    count = sys.modules["admm_nxm.cli.commands"].count
     heard = []
 
     def disturbed(*args):
         signal.raise_signal(number)
         return count(*args)
 
-    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", disturbed)
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", disturbed)
     before = signal.signal(number, signal.SIG_IGN)  # as under nohup
     try:
         assert call(capsys, "verify", good)[0] == 0
@@ -519,7 +519,7 @@ def test_a_missing_package_is_named_with_its_extra(good, monkeypatch, capsys):
     def needs(*_):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
-    monkeypatch.setattr(sys.modules["admm_nxm.cli.verify"], "count", needs)
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", needs)
     fails(capsys, "verify", good, parts=["No module named 'matplotlib'", 'run: pip install "admm-nxm[cli]"'])
 
 

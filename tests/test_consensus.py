@@ -8,7 +8,7 @@ from torch import Tensor
 
 from admm_nxm import Pattern, keep_mask, project
 from admm_nxm import consensus as admm
-from tests.helpers import same_bits
+from tests.cores import same_bits
 
 PATTERN, DIM = Pattern(2, 4), 0
 GROUPING = (PATTERN, DIM)
@@ -34,24 +34,23 @@ def u() -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_run_starts_from_the_projected_weight_and_a_dual_of_zero(dtype: torch.dtype, w: Tensor) -> None:
+    w = w.to(dtype)
     before = w.clone()
-    v = admm.initial(w, *GROUPING, dtype)
-    rounded = w.to(dtype)
-    assert same_bits(admm.auxiliary(v, *GROUPING), project(rounded, *GROUPING))
-    assert same_bits(admm.dual(v, *GROUPING), torch.zeros_like(rounded))  # +0.0: it is added to weights
-    assert torch.equal(admm.mask(v, *GROUPING), keep_mask(rounded, *GROUPING))
+    v = admm.initial(w, *GROUPING)
+    assert same_bits(admm.auxiliary(v, *GROUPING), project(w, *GROUPING))
+    assert same_bits(admm.dual(v, *GROUPING), torch.zeros_like(w))  # +0.0: it is added to weights
     v.fill_(7.0)
     assert same_bits(w, before)
 
 
 def test_the_first_state_lies_in_memory_as_the_weight_does(w: Tensor) -> None:
     for weight in (w, w.t().contiguous().t()):
-        assert admm.initial(weight, *GROUPING, torch.bfloat16).stride() == weight.stride()
+        assert admm.initial(weight, *GROUPING).stride() == weight.stride()
 
 
 def test_all_three_are_read_off_the_one_buffer(w: Tensor, u: Tensor) -> None:
     v, z, dual = state(w, u)
-    assert torch.equal(admm.mask(v, *GROUPING), keep_mask(w + u, *GROUPING))
+    assert torch.equal(keep_mask(v, *GROUPING), keep_mask(w + u, *GROUPING))
     assert torch.equal(admm.auxiliary(v, *GROUPING), z)
     assert torch.equal(admm.dual(v, *GROUPING), dual)
     assert dual.any()
@@ -66,14 +65,6 @@ def test_what_is_projected_is_the_weight_of_now_plus_the_dual(w: Tensor, u: Tens
     assert not torch.equal(kept, keep_mask(moved, *GROUPING))
 
 
-def test_the_mask_of_a_projection_is_that_of_the_rounded_sum() -> None:
-    w = torch.tensor([1.0, 1.001, 1.002, 1.003])  # one number in bfloat16: ties go to the lower index
-    v = admm.initial(torch.zeros(4), *GROUPING, torch.bfloat16)
-    weight, kept = admm.projected(w, v, *GROUPING)
-    assert kept.tolist() == [True, True, False, False]
-    assert same_bits(weight, torch.where(kept, w, 0.0))
-
-
 def test_primal_sums_are_the_squared_distance_to_z_and_the_squared_norm() -> None:
     w, z = torch.tensor([[3.0, -2.0]]), torch.tensor([[1.0, 2.0]])
     for dtype in (torch.float64, torch.bfloat16):
@@ -83,20 +74,39 @@ def test_primal_sums_are_the_squared_distance_to_z_and_the_squared_norm() -> Non
     assert w.tolist() == [[3.0, -2.0]]
 
 
-def test_rounding_to_another_dtype_swaps_no_kept_place_with_a_pruned_one() -> None:
-    v = torch.tensor([-1.001, 1.002, 3.0, -0.5])  # z = (0, 1.002, 3, 0), u = (1.001, 0, 0, 0.5)
-    narrow = admm.recast(v, *GROUPING, torch.bfloat16)
-    # The sum w + u was (1.001, 1.002, 3, 0.5); rounded, the first two tie, and the first is kept with its own sign.
-    assert narrow.dtype == torch.bfloat16
-    assert admm.auxiliary(narrow, *GROUPING).tolist() == [1.0, 0.0, 3.0, 0.0]
-    assert admm.dual(narrow, *GROUPING).tolist() == [0.0, 1.0, 0.0, 0.5]
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("with_dual", [True, False])
+def test_one_update_is_that_of_z_and_u_kept_apart(with_dual: bool, scale: float, w: Tensor, u: Tensor) -> None:
+    v, old_z, dual = state(w, u)
+    moved = w + 0.5 * torch.randn_like(w)
+    figures = admm.advance(moved, v, *GROUPING, with_dual=with_dual, dual_scale=scale)
+    a = moved + dual
+    z = project(a, *GROUPING)
+    assert torch.equal(admm.auxiliary(v, *GROUPING), z)
+    assert torch.equal(admm.dual(v, *GROUPING), scale * (a - z) if with_dual else torch.zeros_like(a))
+    gained = int((keep_mask(a, *GROUPING) & (old_z == 0)).sum())
+    assert gained > 0
+    expected = torch.tensor([float((z - old_z).square().sum()), float(moved.square().sum()), gained, w.numel() / 2])
+    torch.testing.assert_close(figures, expected)
 
 
-def test_a_wider_dtype_changes_nothing(w: Tensor, u: Tensor) -> None:
-    v, z, dual = state(w, u)
-    wide = admm.recast(v, *GROUPING, torch.float64)
-    assert torch.equal(admm.auxiliary(wide, *GROUPING), z.double())
-    assert torch.equal(admm.dual(wide, *GROUPING), dual.double())
+def test_an_update_without_the_dual_leaves_a_dual_of_positive_zero(w: Tensor, u: Tensor) -> None:
+    v, _, _ = state(w, u)
+    admm.advance(w, v, *GROUPING, with_dual=False, dual_scale=1.0)
+    assert same_bits(admm.dual(v, *GROUPING), torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_penalty_is_added_to_the_gradient_and_nothing_where_w_is_v(dtype: torch.dtype, w: Tensor, u: Tensor) -> None:
+    w, v = w.to(dtype), admm.initial(w.to(dtype), *GROUPING)
+    gradient = u.to(dtype)
+    expected = gradient + 0.3 * (w - v)
+    kept = keep_mask(w, *GROUPING)
+    before = gradient.clone()
+    admm.add_penalty([gradient], [w], [v], 0.3)
+    torch.testing.assert_close(gradient, expected)
+    assert same_bits(gradient[kept], before[kept])
+    admm.add_penalty([], [], [], 0.3)
 
 
 def test_rescaling_scales_the_dual_and_leaves_z(w: Tensor, u: Tensor) -> None:

@@ -446,7 +446,7 @@ INTERNAL = {
 """Modules that are not on the API page, and why."""
 
 INTERNAL_NAMES = {
-    "admm_nxm.io.verify": {"Target"},  # what can be counted
+    "admm_nxm.io.verify": {"OpenTarget", "Target", "open_target"},  # what reports read
     "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of what counts and packs
     "admm_nxm.residuals": {"ratio"},  # of two sums of squares
     "admm_nxm.schedules": {"check_update", "make_plan"},  # what the optimizer asks

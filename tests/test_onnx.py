@@ -180,7 +180,7 @@ def test_shared_unused_and_convolved_weights(exported: tuple[Path, Any]) -> None
 
 def test_the_patterns_of_the_export_are_noted_in_the_file(exported: tuple[Path, Any]) -> None:
     path, report = exported
-    assert verify_onnx(path) == type(report.sparsity)(report.sparsity.weights)
+    assert verify_onnx(path) == report.sparsity
     # An explicit pattern is held against what is pruned by default, by torch's names.
     strict = verify_onnx(path, "1:4")
     assert [w.name for w in strict] == ["blocks.0.0.weight", "blocks.1.0.weight"]
@@ -667,8 +667,10 @@ def test_a_selection_finds_its_weights_transposed_or_not(tmp_path: Path) -> None
 # ---------------------------------------------------------------- damaged files
 
 
-def record(names: object, patterns: object) -> dict[str, str]:
-    return {"admm_nxm": json.dumps({"names": names, "patterns": patterns})}
+def record(names: object, patterns: dict[str, object]) -> dict[str, str]:
+    weights = {name: {"pattern": pattern, "shape": [8, 16], "dim": 1} for name, pattern in patterns.items()}
+    selection = {"format": "admm-nxm-selection", "version": 1, "weights": weights}
+    return {"admm_nxm": json.dumps({"names": names, "selection": selection})}
 
 
 @pytest.mark.parametrize(
@@ -676,7 +678,7 @@ def record(names: object, patterns: object) -> dict[str, str]:
     [
         ({"admm_nxm": "{"}, "metadata 'admm_nxm' cannot be read"),
         ({"admm_nxm": "[]"}, "cannot be read"),
-        (record({}, {NAME: 3}), "must map weights to patterns"),
+        (record({}, {NAME: 3}), "the pattern of .* is 3"),
         (record({NAME: "fc"}, {}), "must map each constant"),
         (record({NAME: []}, {}), "must map each constant"),
         (record([], {}), "cannot be read"),

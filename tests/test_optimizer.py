@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from admm_nxm.masks import packed_shape
 from torch import nn
 
 from admm_nxm import (
@@ -27,7 +28,6 @@ from admm_nxm import (
     project,
     verify,
 )
-from admm_nxm.masks import packed_shape
 from admm_nxm.reference import ReferenceADMM
 from admm_nxm.schedules import Plan
 from tests.helpers import (

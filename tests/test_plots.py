@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from admm_nxm import Pattern, project, verify
+from admm_nxm import ADMMNxM, Pattern, project, verify
 from admm_nxm.report import histogram, sparsity_report
 from admm_nxm.report.history import Recorder
-from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
+from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from admm_nxm.selection import SkippedWeight, select_weights
 from admm_nxm.sparsity import SparsityReport, WeightReport
-from tests.helpers import admm, make_net
+from tests.helpers import make_net
 
 np = pytest.importorskip("numpy")
 matplotlib = pytest.importorskip("matplotlib")
@@ -26,15 +26,21 @@ matplotlib = pytest.importorskip("matplotlib")
 PRIMAL, DUAL, CHURN, RHO = "admm/primal_residual", "admm/dual_residual", "admm/mask_churn", "admm/rho"
 
 
-def log_history(steps=10, freeze=8):
-    """Rows as Trainer has them: no phase, evaluations between, a last one with times."""
+def log_history(steps=10, frozen_at=8, paper=True):
+    """Rows as Trainer has them, with evaluations between, and a last one with times."""
     rows = []
     for step in range(1, steps + 1):
-        frozen = step >= freeze
+        frozen = step >= frozen_at
         row = {"step": step, "epoch": step / 5, "loss": 3 / step, "learning_rate": 1e-3, "grad_norm": 1.0}
-        row[PRIMAL] = 0.0 if frozen else 0.5**step
-        row[RHO] = 0.0 if step == 1 else 10.0 ** (step - 5)
-        if step > 2:
+        early = "admm" if paper else "dense" if step < frozen_at - 2 else "calibration"
+        row |= {"admm/phase": "frozen" if frozen else early, "admm/sparsity": 0.5 * frozen}
+        if frozen:
+            row["admm/frozen_at"] = frozen_at
+        if frozen and not paper:
+            row["admm/model_error"] = 0.0123
+        if paper:
+            row |= {PRIMAL: 0.0 if frozen else 0.5**step, RHO: 0.0 if step == 1 else 10.0 ** (step - 5)}
+        if paper and step > 2:
             row |= {DUAL: 0.0 if frozen else 0.1 / step, CHURN: 0.0 if frozen else 0.2 / step}
         rows.append(row)
         if step % 5 == 0:
@@ -67,14 +73,13 @@ def legend(figure):
 def test_lines_are_the_history():
     rows = log_history()
     drawn = panels(plot_history(rows))
-    assert list(drawn) == ["primal residual", "dual residual", "mask churn", "penalty rho", "loss"]
-    keys = (PRIMAL, DUAL, CHURN, RHO, "loss")
-    for axes, key in zip(drawn.values(), keys, strict=True):
+    assert list(drawn) == ["loss", "share of zeros", "primal residual", "dual residual", "mask churn", "penalty rho"]
+    for axes, key in zip(drawn.values(), ("loss", "admm/sparsity", PRIMAL, DUAL, CHURN, RHO), strict=True):
         assert data(line(axes, "_run")) == [(row["step"], row[key]) for row in rows if key in row]
     assert data(line(drawn["loss"], "evaluation")) == [(5, 0.8), (10, 0.4)]
     scales = [axes.get_yscale() for axes in drawn.values()]
-    assert scales == ["log", "linear", "linear", "log", "linear"]
-    assert drawn["loss"].get_xlabel() == "step"
+    assert scales == ["linear", "linear", "log", "linear", "linear", "log"]
+    assert drawn["mask churn"].get_xlabel() == "step"
 
 
 def spans(axes):
@@ -82,33 +87,29 @@ def spans(axes):
     return {p.get_label(): (p.get_x(), p.get_x() + p.get_width()) for p in axes.patches}
 
 
-def test_phases_that_nobody_noted_are_read_off_the_figures():
-    figure = plot_history(log_history(freeze=8))
-    for axes in figure.axes:
-        assert spans(axes) == {"dense start": (1, 1), "frozen mask, by step 8: residuals are zero": (8, 10)}
-        assert list(line(axes, "_freeze").get_xdata()) == [8, 8]
-    assert legend(figure) == ["dense start", "frozen mask, by step 8: residuals are zero", "evaluation"]
-
-
-def test_the_freeze_of_a_recorder_is_exact():
-    rows = [
-        {"step": 1, PRIMAL: 0.5, RHO: 1.0, "admm/phase": "constrained"},
-        {"step": 10, PRIMAL: 0.0, RHO: 1.0, "admm/phase": "frozen", "admm/frozen_at": 7},
-    ]
+def test_phases_and_the_solve():
+    rows = log_history(paper=False)
     figure = plot_history(rows)
-    assert list(panels(figure)) == ["primal residual", "penalty rho"]
-    assert spans(figure.axes[0]) == {"frozen mask, from step 7: residuals are zero": (7, 10)}
+    assert list(panels(figure)) == ["loss", "share of zeros"]
+    for axes in figure.axes:
+        assert spans(axes) == {"dense": (1, 6), "calibration": (6, 8), "frozen": (8, 10)}
+        assert list(line(axes, "weights pruned after step 8, model error 0.0123").get_xdata()) == [8, 8]
+    assert {"dense", "calibration", "frozen"} < set(legend(figure))
+    # The step of the solve is exact, however seldom somebody read.
+    seldom = plot_history([row for row in rows if row["step"] in (1, 10)])
+    assert spans(seldom.axes[0]) == {"dense": (1, 8), "frozen": (8, 10)}
 
 
-def test_a_run_without_a_freeze():
-    figure = plot_history([{"step": 1, PRIMAL: 0.5, RHO: 1.0}])
-    assert all(not axes.patches for axes in figure.axes)
-    assert figure.legends == []
+def test_steps_are_whole_numbers_and_a_run_may_be_short_and_dense():
+    figure = plot_history(log_history(steps=2, frozen_at=9, paper=False))
+    assert spans(figure.axes[0]) == {"dense": (1, 2)}
+    assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
+    assert not any("pruned" in text for text in legend(figure))
 
 
 def test_several_runs_differ_in_colour_and_dashes():
-    runs = {f"run {i}": log_history(freeze=4 + i) for i in range(6)}
-    runs["never frozen"] = [row for row in log_history(freeze=99) if row["step"] < 3]
+    runs = {f"run {i}": log_history(frozen_at=4 + i) for i in range(6)}
+    runs["never frozen"] = [row for row in log_history(frozen_at=99) if row["step"] < 3]
     figure = plot_history(runs, title="all of them")
     assert figure.get_suptitle() == "all of them"
     axes = panels(figure)["primal residual"]
@@ -120,7 +121,7 @@ def test_several_runs_differ_in_colour_and_dashes():
     assert len(looks) == len(runs)
     freezes = [next(iter(line.get_xdata())) for line in axes.lines if line.get_label() == "_freeze"]
     assert freezes == [4, 5, 6, 7, 8, 9]
-    assert {*runs, "freeze of the mask"} <= set(legend(figure))
+    assert {*runs, "weights pruned"} <= set(legend(figure))
 
 
 def test_names_that_begin_with_an_underscore_are_in_the_legend():
@@ -131,8 +132,8 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend():
 
 
 def test_live_run_saved_run_and_checkpoint_give_the_same_picture(tmp_path):
-    optimizer = admm(make_net(), total_steps=3)
-    recorder = Recorder(optimizer, log_history())
+    net = make_net()
+    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, prune_at=0), log_history())
     saved = recorder.save(tmp_path / "h.jsonl")
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": recorder.rows}))
@@ -157,8 +158,12 @@ def test_nan_and_infinity_are_gaps_and_no_error(tmp_path):
     [
         ([], ValueError, "the history has 0 rows with a step"),
         ([{"step": 1, "loss": 1.0}], ValueError, "has 1 rows with a step and none with a figure of ADMM"),
-        ([{PRIMAL: 1.0}], ValueError, "0 rows with a step"),
-        ([{"step": 1, PRIMAL: "big"}], ValueError, "'admm/primal_residual' = 'big'; a number is needed"),
+        ([{"admm/phase": "dense"}], ValueError, "0 rows with a step"),
+        (
+            [{"step": 1, "admm/phase": "admm", PRIMAL: "big"}],
+            ValueError,
+            "'admm/primal_residual' = 'big'; a number is needed",
+        ),
         ({}, ValueError, "a run at least is needed"),
         ({"a": [1]}, TypeError, "run 'a' is a list; trainer.state.log_history"),
         (7, TypeError, "the history is a int"),
@@ -173,6 +178,25 @@ def test_bad_history(history, kind, said):
 def test_history_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         plot_history(tmp_path / "absent.jsonl")
+
+
+# ---------------------------------------------------------------------- model errors
+
+
+def test_model_errors_have_a_line_for_each_kind_of_weight():
+    errors = {f"layer.{block}.{kind}.weight": 0.01 * (block + 1) for block in range(3) for kind in ("up", "down")}
+    errors |= {"layer.1.experts.0.w": 0.2, "layer.1.experts.1.w": 0.4, "pooler.dense.weight": 2.0}
+    figure = plot_model_error(errors, title="which")
+    (axes,) = figure.axes
+    assert data(line(axes, "up")) == data(line(axes, "down")) == [(0, 0.01), (1, 0.02), (2, 0.03)]
+    assert data(line(axes, "experts.*.w")) == [(1, pytest.approx(0.3))]
+    assert set(line(axes, "pooler.dense").get_ydata()) == {2.0}
+    assert axes.get_yscale() == "log"
+    assert len(legend(figure)) == 4
+    both = plot_model_error({"encoder.0.w.weight": 0.1, "decoder.0.w.weight": 0.2})
+    assert legend(both) == ["encoder: w", "decoder: w"]
+    with pytest.raises(ValueError, match="no weight was solved yet"):
+        plot_model_error({})
 
 
 # ---------------------------------------------------------------------- map of the zeros
@@ -556,6 +580,7 @@ def every_picture():
     net = make_net()
     return {
         "history": lambda: plot_history(log_history()),
+        "model_error": lambda: plot_model_error({"layer.0.w": 0.1}),
         "sparsity": lambda: plot_sparsity(verify(pruned(net), "2:4")),
         "weights": lambda: plot_weights(net, pruned(net)),
     }
@@ -610,7 +635,7 @@ from admm_nxm.report.plots import plot_history, save_figure
 assert "matplotlib" not in sys.modules
 import matplotlib
 before = matplotlib.rcParams.copy()  # reading its backend would look for a display
-rows = [{"step": i, "admm/primal_residual": 0.5**i, "admm/rho": 1.0 * i} for i in range(5)]
+rows = [{"step": i, "admm/phase": "admm", "admm/rho": 1.0 * i} for i in range(5)]
 save_figure(plot_history(rows), sys.argv[1])
 assert dict.items(matplotlib.rcParams) == dict.items(before)
 assert "matplotlib.pyplot" not in sys.modules
@@ -624,7 +649,7 @@ def test_nothing_global_changes_and_no_display_is_needed(tmp_path):
     assert (tmp_path / "h.svg").is_file()
 
 
-@pytest.mark.parametrize("call", ["plot_history", "plot_sparsity", "plot_weights", "save_figure"])
+@pytest.mark.parametrize("call", ["plot_history", "plot_model_error", "plot_sparsity", "plot_weights", "save_figure"])
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch, call):
     figure = every_picture()["history"]()
     calls = {

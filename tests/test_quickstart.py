@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from admm_nxm import verify
-from tests.helpers import restless
 from tests.tiny import rows_of, tiny_bert, write
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
+
+pytestmark = pytest.mark.filterwarnings("ignore:the run is short")
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "quickstart.py"
 
@@ -90,23 +91,19 @@ def test_whole_run(quickstart, arguments, tmp_path, monkeypatch, capsys, pattern
     assert found[sparse][0] >= 0.8 * found[sparse][1]
     assert "One run is no proof" in out
 
+    assert len(re.findall(r"%  +\d+ s$", out, re.M)) == 3  # and the time that each took
     zeros = "50.00%" if spelled == "2:4" else "75.00%"
-    for layer in (0, 1):  # 4 x 32x32 + 2 x 32x64 entries
-        assert re.search(rf"bert\.encoder\.layer\.{layer} +6 +8,192 +[\d,]+ +{zeros}", out)
-    assert re.search(rf"total +12 +16,384 +[\d,]+ +{zeros}", out)
-    assert "the mask froze after step 36 at a primal residual" in out
+    assert re.search(r"done after step 34, with a model error of 0\.\d{4}", out)
     assert f"verify: ok (12 weights in {arguments['--output']}, {zeros} zeros, all {spelled})" in out
 
-    report = verify(arguments["--output"], pattern)
+    report = verify(arguments["--output"])  # by the selection that is recorded there
     assert report.ok
     assert len(report.weights) == 12
     assert all(weight.sparsity == report.weights[0].pattern.sparsity for weight in report)
     # The bars, and nothing else: no warning of transformers, no traceback.
     lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
     assert all(line.startswith((f"{spelled}  :", "dense:")) for line in lines)
-    assert "loss" in err
-    assert "primal residual" in err
-    assert {"dense", "constrained", "frozen"} == set(re.findall(r"primal residual [-\d.e]+, (\w+)", err))
+    assert {"dense", "calibration", "frozen"} == set(re.findall(r"loss [\d.]+, (\w+)", err))
 
 
 def test_the_saved_folder_loads_and_scores_as_printed(quickstart, arguments, capsys):
@@ -140,7 +137,7 @@ def test_both_runs_see_the_same_start_and_batches(quickstart, arguments, monkeyp
     def spy(model, optimizer, data, args, name):
         starts.append({key: value.clone() for key, value in model.state_dict().items()})
         seen.append(list(quickstart.batches(data.train, args)))
-        original(model, optimizer, data, args, name)
+        return original(model, optimizer, data, args, name)
 
     monkeypatch.setattr(quickstart, "fine_tune", spy)
     assert quickstart.main(argv(arguments, steps=20)) == 0
@@ -220,7 +217,6 @@ def fake_datasets(monkeypatch, rows, names=None):
     return module
 
 
-@restless
 def test_hub_dataset(quickstart, arguments, monkeypatch, capsys):
     names = ["fruit", "metal"]
     rows = [{"text": text, "label": names.index(label), "idx": 0} for text, label in rows_of(80)]
@@ -306,7 +302,7 @@ def test_model_folder_without_a_model(quickstart, arguments, tmp_path, capsys):
 def test_weights_that_blow_up(quickstart, arguments, capsys):
     assert quickstart.main(argv(arguments, lr="1e30")) == 2
     err = capsys.readouterr().err  # the progress bar, then one line
-    assert re.search(r"\nquickstart: error: 1. weights have NaN or infinite .*lower the learning rate.*\n\Z", err)
+    assert re.search(r"\nquickstart: error: .* infinite .*lower the learning rate.*\n\Z", err)
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-size", "--max-length"])
@@ -363,17 +359,15 @@ def test_missing_package_of_the_script_itself(quickstart, monkeypatch, capsys, p
     assert 'run: pip install -e ".[demo]"' in err
 
 
-@restless
 def test_saved_weights_that_violate_the_pattern(quickstart, arguments, monkeypatch, capsys):
     dense = {"layer.0.fc.weight": torch.ones(4, 8)}
-    monkeypatch.setattr(quickstart, "verify", lambda folder, pattern: verify(dense, pattern))
+    monkeypatch.setattr(quickstart, "verify", lambda folder: verify(dense, "2:4"))
     assert quickstart.main(argv(arguments, "--no-dense", steps=4)) == 1
     out = capsys.readouterr().out
     assert "verify: FAILED" in out
     assert "pattern VIOLATED by 1 of 1 weights" in out
 
 
-@restless
 def test_random_encoder_weights_are_told(quickstart, arguments, model_folder, tmp_path, capsys):
     folder = tmp_path / "partial"
     model = transformers.BertModel.from_pretrained(model_folder)
@@ -385,7 +379,6 @@ def test_random_encoder_weights_are_told(quickstart, arguments, model_folder, tm
     assert "16 weights start at random, as the checkpoint does not have them: " in capsys.readouterr().out
 
 
-@restless
 def test_encoder_weights_of_another_shape_are_told(quickstart, arguments, model_folder, tmp_path, capsys):
     shutil.copytree(model_folder, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"intermediate_size": 96}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
-from admm_nxm import Pattern, SelectedWeight, Selection, SkippedWeight
-from admm_nxm.selection import named_tensors, select_weights
+from admm_nxm import ADMMNxM, Pattern, SelectedWeight, Selection, SkippedWeight, verify
+from admm_nxm.memory import plain, takes_zeros
+from admm_nxm.selection import named_tensors, select_weights, with_late_weights
 from tests.helpers import Block, Net, make_net
 
 _COMMON = {
@@ -933,3 +938,365 @@ def test_a_tied_weight_is_found_by_each_name() -> None:
     tensors = named_tensors(net)
     assert tensors["blocks.0.up.weight"] is tensors["blocks.1.up.weight"] is net.blocks[0].up.weight
     assert tensors.keys() == dict(net.named_parameters(remove_duplicate=False)).keys()
+
+
+def test_notes_are_told_once_for_all_weights_that_have_them() -> None:
+    selection = small_selection()
+    note = "solved without statistics: no module hook reaches it"
+    noted = Selection(tuple(replace(weight, note=note) for weight in selection), selection.skipped)
+    assert f"{note}: 2 weights (layers.0.fc.weight, …)" in str(noted).split("\n")
+    assert noted == selection, "a note is for the printout"
+
+
+def test_what_stays_dense_is_added_or_replaced_by_name() -> None:
+    late = SkippedWeight("embed.weight", (1000, 8), "added to the optimizer after construction", wanted=True)
+    selection = small_selection().with_skipped(late)
+    assert selection.weights == small_selection().weights
+    assert reasons_of(selection)["embed.weight"] == late.reason
+    assert len(selection.skipped) == 3
+
+
+# ---------------------------------------------------------------- weights that came later
+
+
+@pytest.mark.parametrize("source", ["module", "pairs"])
+def test_weights_that_come_to_the_optimizer_later_are_listed_as_wanted(source: str) -> None:
+    net = make_net()
+    net.blocks[1].requires_grad_(False)
+    selection = chosen(net, ineligible="skip")
+    added = list(net.blocks[1].parameters())
+    model = net if source == "module" else net.named_parameters()
+    late = with_late_weights(selection, model, added)
+    assert late.weights == selection.weights
+    assert {s.name: s.reason for s in late.skipped if s.wanted} == {
+        f"blocks.1.{part}.weight": "added to the optimizer after construction" for part in ("up", "down")
+    }
+    assert len(late.skipped) == len(selection.skipped)
+
+
+def test_weights_that_no_rule_asks_for_may_come_later() -> None:
+    net = make_net()
+    selection = chosen(net, select={r"blocks\.0\..*": "2:4"})
+    assert with_late_weights(selection, net, [net.head.weight]) == selection
+    rules = {r"blocks\.0\..*": "2:4", r"gone\..*": "2:4"}
+    assert with_late_weights(selection, net, list(net.blocks[1].parameters()), select=rules) == selection
+
+
+def test_a_weight_that_is_pruned_already_is_none_that_came_later() -> None:
+    net = make_net()
+    assert with_late_weights(chosen(net), net, list(net.parameters())) == chosen(net)
+
+
+# ---------------------------------------------------------------- weights held by a parametrization
+
+HELD: dict[str, tuple[Callable[[nn.Module], Any], str, str]] = {
+    "weight norm": (nn.utils.parametrizations.weight_norm, "parametrization WeightNorm", "remove_parametrizations"),
+    "spectral norm": (
+        nn.utils.parametrizations.spectral_norm,
+        "parametrization SpectralNorm",
+        "remove_parametrizations",
+    ),
+    "pruned": (
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+        "torch.nn.utils.prune",
+        "utils.prune.remove",
+    ),
+    "old weight norm": (nn.utils.weight_norm, "torch.nn.utils.weight_norm", "torch.nn.utils.remove_weight_norm"),
+    "old spectral norm": (nn.utils.spectral_norm, "torch.nn.utils.spectral_norm", "remove_spectral_norm"),
+}
+UNDO: dict[str, Callable[[nn.Module], Any]] = {
+    "weight norm": lambda m: nn.utils.parametrize.remove_parametrizations(m, "weight"),
+    "spectral norm": lambda m: nn.utils.parametrize.remove_parametrizations(m, "weight"),
+    "pruned": lambda m: prune.remove(m, "weight"),
+    "old weight norm": nn.utils.remove_weight_norm,
+    "old spectral norm": nn.utils.remove_spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("source", ["module", "pairs"])
+@pytest.mark.parametrize("kind", HELD)
+def test_a_weight_held_by_a_parametrization_is_an_error_and_the_remedy_works(kind: str, source: str) -> None:
+    hold, what, remedy = HELD[kind]
+    net = make_net()
+    hold(net.blocks[0].up)
+
+    def model() -> Any:
+        return net if source == "module" else net.named_parameters()
+
+    with pytest.raises(
+        ValueError, match=r"weight 'blocks\.0\.up\.weight' of shape \(16, 8\) cannot be pruned"
+    ) as caught:
+        select_weights(model())
+    assert "makes it anew in every pass" in str(caught.value)
+    if source == "module":
+        assert what in str(caught.value)
+        assert remedy in str(caught.value)
+        assert "before the inner optimizer is built" in str(caught.value)
+    selection = chosen(model(), ineligible="skip")
+    assert len(selection) == 3
+    (wanted,) = [skipped for skipped in selection.skipped if skipped.wanted]
+    assert wanted.shape == (16, 8)
+    assert wanted.name in dict(net.named_parameters())
+    assert wanted.name.startswith("blocks.0.up.")
+    listed = [entry.name for entry in (*selection.weights, *selection.skipped)]
+    assert sorted(listed) == sorted(name for name, _ in net.named_parameters())
+    UNDO[kind](net.blocks[0].up)
+    assert len(chosen(net)) == 4
+
+
+def test_rules_find_a_held_weight_by_its_own_name() -> None:
+    net = make_net()
+    nn.utils.parametrizations.weight_norm(net.blocks[0].up)
+    with pytest.raises(ValueError, match="parametrization WeightNorm"):
+        select_weights(net, select={r"blocks\..*\.weight": "2:4"})
+    with pytest.raises(ValueError, match="parametrization WeightNorm"):
+        select_weights(net, select=lambda name, module: "2:4" if name == "blocks.0.up.weight" else None)
+    assert len(chosen(net, select={r"blocks\.0\.up\.weight": None, r"blocks\..*\.weight": "2:4"})) == 3
+
+
+def test_a_parametrization_where_nothing_is_pruned_is_no_matter() -> None:
+    net = make_net()
+    nn.utils.parametrizations.weight_norm(net.head)
+    assert len(chosen(net)) == 4
+
+
+def test_parametrized_layers_in_a_row_are_no_blocks() -> None:
+    rows = nn.ModuleList(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)) for _ in range(2))
+    selection = chosen(nn.ModuleDict({"rows": rows, "net": make_net()}))
+    assert len(selection) == 4
+    assert not any(skipped.wanted for skipped in selection.skipped)
+
+
+# ---------------------------------------------------------------- weights that are no plain tensors
+
+
+def wrapped_by_torchao(kind: str) -> Net:
+    pytest.importorskip("torchao")
+    training = pytest.importorskip("torchao.prototype.quantized_training")
+    from torchao.quantization import quantize_
+
+    net = make_net()
+    if kind == "float8":
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig(enable_fsdp_float8_all_gather=True)
+        for block in net.blocks:
+            convert_to_float8_training(block, config=config)
+    else:
+        quantize_(net.blocks, getattr(training, kind)())
+    return net
+
+
+@pytest.mark.parametrize("kind", ["int8_mixed_precision_training", "bitnet_training", "float8"])
+def test_wrappers_into_which_zeros_can_be_written_are_selected(kind: str) -> None:
+    net = wrapped_by_torchao(kind)
+    weight = net.blocks[0].up.weight
+    assert type(weight.detach()) is not Tensor, "torchao wraps no more: this test has lost its case"
+    before = weight.detach().clone()
+    assert dims_of(chosen(net)) == dims_of(chosen(make_net()))
+    assert torch.equal(plain(before), plain(weight)), "the trial is made on a copy"
+
+
+@pytest.mark.parametrize("ineligible", ["error", "skip"])
+def test_wrappers_into_which_no_zeros_can_be_written_are_refused(ineligible: str) -> None:
+    net = wrapped_by_torchao("int8_weight_only_quantized_training")
+    match = "Int8QuantizedTrainingLinearWeight, into which zeros cannot be written"
+    with pytest.raises(ValueError, match=match):
+        select_weights(net, ineligible=ineligible)  # type: ignore[arg-type]
+
+
+class Rounding(Tensor):
+    """A tensor class that keeps whole numbers only, so that writing zeros changes what stands beside them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is Tensor.mul_:
+            with torch._C.DisableTorchFunctionSubclass():
+                out.round_()
+        return out
+
+
+def test_a_trial_sees_that_other_entries_change() -> None:
+    assert takes_zeros(torch.randn(4, 8))
+    assert not takes_zeros(torch.full((4, 8), 0.3).as_subclass(Rounding))
+    assert takes_zeros(torch.full((4, 8), float("nan")))
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def tiny_bert() -> nn.Module:
+    return tiny("bert classifier")
+
+
+def with_adapters(kind: str) -> Any:
+    peft = pytest.importorskip("peft")
+    targets = ["query", "value"]
+    config = {
+        "lora": lambda: peft.LoraConfig(target_modules=targets, r=4),
+        "dora": lambda: peft.LoraConfig(target_modules=targets, r=4, use_dora=True),
+        "ia3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=[]),
+        "injected": lambda: peft.LoraConfig(target_modules=targets, r=4),
+        "prompt": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4),
+    }[kind]()
+    if kind == "injected":
+        model: Any = tiny_bert()
+        model.add_adapter(config)
+        return model
+    return peft.get_peft_model(tiny_bert(), config)
+
+
+peft_warns = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+@peft_warns
+@pytest.mark.parametrize("ineligible", ["error", "skip"])
+@pytest.mark.parametrize("source", ["module", "pairs"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "injected", "prompt"])
+def test_adapters_are_refused_wherever_they_come_from(kind: str, source: str, ineligible: Any) -> None:
+    model = with_adapters(kind)
+    if source == "pairs" and kind == "prompt":
+        pytest.skip("a prompt leaves no trace in the names of the weights")
+    given = model if source == "module" else model.named_parameters()
+    with pytest.raises(ValueError, match="the model has PEFT adapters") as caught:
+        select_weights(given, ineligible=ineligible)
+    for part in ("requires_grad_(True)", "build the inner optimizer after that"):
+        assert part in str(caught.value)
+
+
+@peft_warns
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "injected", "prompt"])
+def test_the_way_out_of_adapters_works_as_written(kind: str, tmp_path: Path) -> None:
+    import peft
+
+    model = with_adapters(kind)
+    with pytest.raises(ValueError, match="PEFT") as caught:
+        select_weights(model)
+    message = str(caught.value)
+    if kind == "injected":
+        assert "model.save_pretrained(folder)" in message
+        model.save_pretrained(tmp_path)
+        base = tiny_bert()
+        model = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    elif kind == "prompt":
+        assert "load the model without it" in message
+        model = tiny_bert().requires_grad_(False)
+    else:
+        assert "model = model.merge_and_unload()" in message
+        model = model.merge_and_unload()
+    with pytest.raises(ValueError, match="it is frozen"):
+        select_weights(model)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    assert dims_of(chosen(model)) == dims_of(chosen(tiny_bert()))
+
+
+@peft_warns
+def test_adapters_in_a_part_of_a_model_are_named_with_their_place() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = with_adapters("lora")
+            self.net = make_net()
+
+    with pytest.raises(ValueError, match=r"model\.encoder = model\.encoder\.merge_and_unload\(\)"):
+        select_weights(Both())
+
+
+@peft_warns
+def test_merged_weights_train_and_end_in_the_pattern() -> None:
+    model = with_adapters("lora").merge_and_unload()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    optimizer = ADMMNxM(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=10)
+    torch.manual_seed(0)
+    for _ in range(10):
+        ids = torch.randint(0, 40, (2, 8))
+        model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.finalize().ok
+    assert verify(model).ok
+
+
+# ---------------------------------------------------------------- by module and by name alike
+
+
+class Encoder(nn.Module):
+    """Blocks, an embedding without "embed" in its name, and a pooler."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(10, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
+
+
+class Detector(nn.Module):
+    """Linears below "embed", as in RT-DETR's decoder and the encoders of Phi-4-multimodal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bbox_embed = nn.ModuleList(nn.ModuleDict({"mlp": Block(8)}) for _ in range(2))
+        self.embed_tokens_extend = nn.ModuleDict({"image_embed": Encoder()})
+        self.embed_tokens = nn.ModuleList([nn.Embedding(10, 8), nn.Embedding(10, 8)])
+
+
+def numbered_sequential() -> nn.Module:
+    return nn.Sequential(OrderedDict((f"encoder_layer_{i}", Block(8)) for i in range(2)))
+
+
+LAYOUTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "encoder and head": (lambda: nn.Sequential(Encoder(), nn.Linear(8, 2)), 4),
+    "encoder and deep head": (lambda: nn.Sequential(Encoder(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))), 4),
+    "encoder and named head": (lambda: nn.Sequential(Encoder(), nn.ModuleDict({"fc": nn.Linear(8, 4)})), 4),
+    "encoder alone": (lambda: nn.Sequential(Encoder()), 4),
+    "two encoders": (lambda: nn.Sequential(Net(8), Encoder()), 8),
+    "sequential as a part": (lambda: nn.ModuleDict({"net": nn.Sequential(Encoder(), nn.Linear(8, 2))}), 4),
+    "one block": (lambda: nn.ModuleDict({"layers": nn.ModuleList([Block(8)])}), 2),
+    "unlike blocks": (
+        lambda: nn.ModuleDict({"layers": nn.ModuleList([Block(8), nn.ModuleDict({"fc": nn.Linear(8, 8)})])}),
+        3,
+    ),
+    "numbered names": (lambda: nn.ModuleDict({"layers": numbered_sequential(), "head": nn.Linear(8, 8)}), 4),
+    "below embed": (Detector, 8),
+    "head with blocks in a sequential": (
+        lambda: nn.Sequential(nn.ModuleDict({"encoder": Encoder(), "classifier": nn.ModuleList([Block(8)])})),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rules_by_name_agree_with_those_by_module(layout: str) -> None:
+    make, count = LAYOUTS[layout]
+    by_module = chosen(make())
+    assert len(by_module) == count
+    assert dims_of(chosen(make().named_parameters())) == dims_of(by_module)
+
+
+def test_rt_detr_is_told_alike_by_module_and_by_name() -> None:
+    for name in ("RTDetrConfig", "RTDetrResNetConfig", "RTDetrForObjectDetection"):
+        if not hasattr(transformers, name):
+            pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone,
+        encoder_hidden_dim=16,
+        encoder_in_channels=[8] * 3,
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        d_model=16,
+        decoder_in_channels=[16] * 3,
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+    )
+    model = transformers.RTDetrForObjectDetection(config)
+    selection = chosen(model, ineligible="skip")
+    assert any(".bbox_embed.0." in weight.name for weight in selection)
+    assert dims_of(chosen(model.named_parameters(remove_duplicate=False), ineligible="skip")) == dims_of(selection)

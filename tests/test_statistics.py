@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import json
 import math
 import os
 import pickle
@@ -65,6 +67,7 @@ def agrees(moments: Moments, passes: list[Pass], rtol: float = 1e-5) -> None:
     a, g, tokens = by_hand(passes)
     assert tokens > 0
     assert moments.tokens.item() == tokens
+    assert moments.passes.item() == len(passes)
     assert moments.dropped.item() == 0
     assert moments.outputs is not None
     for found, wanted in ((moments.inputs, a), (moments.outputs, g)):
@@ -461,6 +464,28 @@ def test_scaled_losses_scale_g_alone(power: int) -> None:
         assert torch.equal(one.outputs * 4.0**power, other.outputs)
 
 
+def test_a_step_that_the_grad_scaler_skips_is_dropped() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    before = copy.deepcopy(model.state_dict())
+
+    def run(m: nn.Module) -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            scaler.scale(m(text()).square().sum() * 100).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            changed = not torch.equal(m.get_parameter("up.weight"), before["up.weight"])
+            steps.append(changed)
+
+    steps: list[bool] = []
+    one = gathered(model, run).moments["up"]
+    assert steps == [False, True]
+    assert (one.passes.item(), one.dropped.item(), one.tokens.item()) == (2, 1, 15)
+    assert all(tensor.isfinite().all() for tensor in one.tensors.values())
+
+
 # --------------------------------------------------------------------------------------------------- what is not finite
 
 
@@ -483,8 +508,8 @@ def test_a_pass_that_is_not_finite_is_dropped_and_counted(where: str, value: flo
 
     found = gathered(module, run).moments[""]
     wanted = gathered(module, lambda m: m(good).sum().backward()).moments[""]
-    assert found.dropped.item() == 1
-    assert wanted.dropped.item() == 0
+    assert (found.passes.item(), found.dropped.item()) == (2, 1)
+    assert (wanted.passes.item(), wanted.dropped.item()) == (1, 0)
     for key in ("inputs", "outputs", "tokens"):
         assert torch.equal(found.tensors[key], wanted.tensors[key]), key
 
@@ -512,32 +537,42 @@ def test_experts_with_no_token_and_with_one() -> None:
 # ------------------------------------------------------------------------------------------------------------- the cap
 
 
-@settings(deadline=None, max_examples=60)
-@given(batch=st.integers(1, 12), length=st.integers(1, 40), most=st.integers(1, 64))
-def test_thinned_evenly(batch: int, length: int, most: int) -> None:
-    """At most ``max_tokens``, not far fewer, at even distances, the same x as g, and all positions alike."""
-    module = nn.Linear(1, 1, bias=False)
-    numbers = torch.arange(1.0, batch * length + 1).reshape(batch, length, 1)
-    found = Statistics({"": module}, max_tokens=most)
-    taken, count = found._thin(numbers).flatten(), batch * length
-    assert torch.equal(found._thin(numbers + 0.5).flatten(), taken + 0.5)
-    assert 1 <= len(taken) <= most
-    assert len(taken) == count if count <= most else len(taken) >= most / 4
-    assert len(set(taken.diff().tolist())) <= 1
-    assert torch.equal(found._thin(taken[:, None]).flatten(), taken)
-    positions = torch.bincount((taken.long() - 1) % length, minlength=length)
-    assert positions.max() - positions.min() <= 1
+def taken(count: int, most: int) -> Tensor:
+    """Return the numbers of the tokens that count."""
+    found = Statistics({"": nn.Linear(1, 1)}, max_tokens=most)
+    rows = found._thin(torch.arange(count).double()[:, None])
+    assert torch.equal(found._thin(rows), rows)
+    return rows.flatten().long()
+
+
+@settings(deadline=None, max_examples=100)
+@given(count=st.integers(1, 5000), most=st.integers(1, 2500))
+def test_thinned_evenly(count: int, most: int) -> None:
+    """One token of each of ``most`` equal parts."""
+    numbers, parts = taken(count, most), min(count, most)
+    starts = torch.arange(parts + 1) * count // parts
+    assert len(numbers) == parts
+    assert ((starts[:-1] <= numbers) & (numbers < starts[1:])).all()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(64, 128), (128, 64), (16, 512), (96, 100), (4, 4096)])
+def test_thinned_at_all_positions_of_the_sequences(batch: int, length: int) -> None:
+    """Also where a sequence has a whole number of equal parts."""
+    most = 2048
+    found = torch.bincount(taken(batch * length, most) % length, minlength=length)
+    alike = most / length
+    assert found.min() >= 0.5 * alike - 1
+    assert found.max() <= 1.5 * alike + 1
 
 
 def test_at_most_max_tokens_of_a_pass_count() -> None:
     model = Mlp()
     found = gathered(model, lambda m: [backward(m, text(8, 16, seed=seed)) for seed in range(2)], max_tokens=10)
-    every = 13  # the least number from 128 / 10 that has no divisor in common with 128
     passes = watch(model.up)
     for seed in range(2):
         backward(model, text(8, 16, seed=seed))
-    thinned = [(x.reshape(-1, D_IN)[::every], g.reshape(-1, 8)[::every]) for x, g in passes]
-    agrees(found.moments["up"], thinned)
+    rows = taken(8 * 16, 10)
+    agrees(found.moments["up"], [(x.reshape(-1, D_IN)[rows], g.reshape(-1, 8)[rows]) for x, g in passes])
     assert found.moments["up"].tokens.item() == 20
 
 
@@ -550,7 +585,7 @@ def test_thinned_under_autocast_and_checkpointing() -> None:
 
     found = gathered(Mlp(), run, max_tokens=10)
     assert found.moments["up"].tokens.item() == 10
-    rows = text(8, 16).reshape(-1, D_IN)[::13].bfloat16().float()
+    rows = text(8, 16).reshape(-1, D_IN)[taken(8 * 16, 10)].bfloat16().float()
     torch.testing.assert_close(found.moments["up"].inputs, rows.T @ rows)
 
 
@@ -1003,5 +1038,18 @@ def tensor_parallel(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_the_default_cap_is_used() -> None:
-    assert Statistics({"w": nn.Linear(2, 2)}).max_tokens == statistics.MAX_TOKENS
+# -------------------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_of_a_calibration_step(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks" / "speed"))
+        calibration = importlib.import_module("calibration")
+    assert calibration.run(["--tiny", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["options"]["max_tokens"] == statistics.MAX_TOKENS == Statistics({"w": nn.Linear(2, 2)}).max_tokens
+    assert found["layers"] == 2 * 6
+    # q, k, v, output: 64 and 64; up and down: 64 and 256
+    assert found["bytes"]["statistics"] == 2 * 4 * (4 * (64**2 + 64**2) + 2 * (64**2 + 256**2))
+    kept = found["bytes"]["kept for the backward pass"]
+    assert kept["ordinary"] == kept["calibration"] > 0

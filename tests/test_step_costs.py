@@ -11,14 +11,14 @@ from torch._dynamo.testing import CompileCounter
 
 from admm_nxm import ADMMNxM
 from admm_nxm import optimizer as module
-from tests.helpers import batches, loss_of, make_net, same_bits
+from tests.cores import batches, loss_of, make_net, same_bits
 
 Step = Callable[[Tensor], Tensor]
 
 
 def run(step_through: Callable[[Step], Step], build: Callable[..., ADMMNxM]) -> list[Tensor]:
     net = make_net()
-    optimizer = build(torch.optim.AdamW(net.parameters(), lr=1e-2), net, total_steps=30)
+    optimizer = build(torch.optim.AdamW(net.parameters(), lr=1e-2), net, total_steps=40)
 
     def step(x: Tensor) -> Tensor:
         loss = loss_of(net, x)
@@ -28,9 +28,9 @@ def run(step_through: Callable[[Step], Step], build: Callable[..., ADMMNxM]) -> 
         return loss.detach()
 
     stepper = step_through(step)
-    losses = [stepper(x) for x in batches(30)]
+    losses = [stepper(x) for x in batches(40)]
     assert optimizer.frozen
-    assert optimizer.figures().step == 30
+    assert optimizer.figures().step == 40
     return [*losses, *(p.detach() for p in net.parameters())]
 
 
@@ -50,14 +50,14 @@ def test_compiled_training_step_has_the_same_bits_and_is_not_traced_again_as_cou
 
 def test_capture_is_refused_until_the_mask_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_net()
-    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, total_steps=20)
+    optimizer = ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, total_steps=40)
 
     def step(x: Tensor) -> None:
         loss_of(net, x).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    inputs = list(batches(20))
+    inputs = list(batches(40))
     step(inputs[0])
     before = [p.detach().clone() for p in net.parameters()]
     monkeypatch.setattr(module, "is_capturing", lambda device: True)

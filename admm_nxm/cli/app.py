@@ -14,14 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands import pack, prune, report, unpack, verify
 from .console import Result, show
 from .errors import InputError, reason_of
-from .pack import pack, unpack
-from .prune import prune
-from .report import report
 from .signals import Ended, ending
 from .train import train
-from .verify import verify
 
 __all__ = ["app", "run"]
 
@@ -69,14 +66,7 @@ def _of_all(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command, print its result or what went wrong, and return the exit status.
-
-    Args:
-        arguments: the command line without the program's name.
-
-    Returns:
-        The exit status, as :func:`admm_nxm.cli.main` documents it.
-    """
+    """Run a command, print its result or what went wrong, and return the exit status."""
     args = list(arguments) or ["--help"]
     with_traceback = "--traceback" in args
     args = [argument for argument in args if argument != "--traceback"]

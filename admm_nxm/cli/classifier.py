@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,30 +26,25 @@ _TOKENIZER_FILES = ("bpe", "merges", "sentencepiece", "spiece", "tokenizer", "vo
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what is meant here: a new classifier on top, and bars for seconds of work."""
+    """Keep transformers and our Trainer from reporting what is meant here: a new classifier on top, bars for seconds of
+    work, and how to go on with a run that is not kept."""
     verbosity, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
+    ours = python_logging.getLogger("admm_nxm")
+    level = ours.level
+    ours.setLevel(python_logging.ERROR)
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
     try:
         yield
     finally:
+        ours.setLevel(level)
         _logging.set_verbosity(verbosity)
         if bars:
             _logging.enable_progress_bar()
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name, which works.
-
-    Args:
-        name: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` for a GPU if there is one.
-
-    Returns:
-        The device; a GPU with its index, which torch.cuda.set_device insists on.
-
-    Raises:
-        InputError: there is no such device.
-    """
+    """Return the device of that name (``auto``: a GPU if there is one), which works; a GPU with its index."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     # What a device raises that is not there differs from backend to backend.
     with blaming(f"--device {name}", RuntimeError, AssertionError, NotImplementedError, remedy="; try --device cpu"):
@@ -60,11 +56,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model folder or hub name.
-
-    Raises:
-        InputError: there is none, or it knows no words.
-    """
+    """Load the tokenizer of a model folder or hub name."""
     needed = " (a folder or a hub name is needed)"
     if not Path(name).is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1 or not name):
         raise InputError(f"--model {name}: no such folder{needed}")
@@ -106,19 +98,7 @@ def load_classifier(
 ) -> tuple[Any, list[str]]:
     """Load a model with a new classifier, in float32: the same start in each call.
 
-    Args:
-        name: a model folder or a hub name.
-        labels: what the classifier tells apart.
-        tokenizer: the model's own.
-        seed: of the classifier.
-        max_length: tokens that a text is cut to.
-
-    Returns:
-        The model, and the names of the weights below the classifier that start at random, since the checkpoint does
-        not have them.
-
-    Raises:
-        InputError: the model cannot be loaded, or takes fewer tokens.
+    Also returned: the names of the weights below the classifier that start at random, as the checkpoint lacks them.
     """
     torch.manual_seed(seed)
     with blaming(f"--model {name}", OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():

@@ -14,13 +14,7 @@ __all__ = ["Result", "note", "plain", "show"]
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a command.
-
-    Args:
-        payload: what ``--json`` prints.
-        text: what is printed otherwise.
-        status: the exit status.
-    """
+    """The outcome of a command."""
 
     payload: Mapping[str, Any]
     text: str

@@ -14,13 +14,7 @@ class InputError(Exception):
 
 @contextmanager
 def blaming(cause: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
-    """Turn exceptions of these kinds into an InputError of one line.
-
-    Args:
-        cause: what the line begins with, such as the option at fault; may be empty.
-        kinds: the exceptions.
-        remedy: what the line ends with.
-    """
+    """Turn exceptions of these kinds into an InputError of one line."""
     try:
         yield
     except kinds as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +39,11 @@ Source = Annotated[
 ]
 PatternText = Annotated[
     str | None,
-    typer.Option("--pattern", metavar="K:G", help="Keep K of every G weights, such as 2:4 or 1:4.  [default: 2:4]"),
+    typer.Option(
+        "--pattern",
+        metavar="K:G",
+        help="Keep K of every G weights, such as 2:4 or 1:4.  [default: what is recorded with the model, or 2:4]",
+    ),
 ]
 Select = Annotated[
     list[str] | None,
@@ -55,42 +61,28 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
 
 
-def a_count(text: str) -> int:
-    """Read a whole number of at least 1.
+def _whole_number(allowed: range, described: str) -> Callable[[str], int]:
+    """Return what reads a whole number and refuses all others."""
 
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise typer.BadParameter(f"{text} is no whole number of at least 1")
-    return number
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = allowed.start - 1
+        if number not in allowed:
+            raise typer.BadParameter(f"{text} is no whole number {described}")
+        return number
+
+    return read
 
 
-def a_seed(text: str) -> int:
-    """Read a seed that torch and numpy take.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 2**32:
-        raise typer.BadParameter(f"{text} is no whole number from 0 to {2**32 - 1}")
-    return number
+a_count = _whole_number(range(1, sys.maxsize), "of at least 1")
+a_seed = _whole_number(range(2**32), f"from 0 to {2**32 - 1}")
+"""A seed that torch and numpy take."""
 
 
 def a_rate(text: str) -> float:
-    """Read a learning rate.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
+    """Read a learning rate."""
     try:
         number = float(text)
     except ValueError:
@@ -100,19 +92,8 @@ def a_rate(text: str) -> float:
     return number
 
 
-def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern, Rules | None]:
-    """Read ``--pattern`` and ``--select``.
-
-    Args:
-        pattern: as given, None if it was not.
-        select: as given.
-
-    Returns:
-        The pattern, 2:4 by default; the rules, None if there are none.
-
-    Raises:
-        InputError: a spelling that is not understood, or both options.
-    """
+def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern | None, Rules | None]:
+    """Read ``--pattern`` and ``--select``; each is None if it was not given."""
     if select and pattern is not None:
         raise InputError(
             f"--pattern {pattern} and --select exclude each other, as each --select has a pattern of its own; "
@@ -128,4 +109,4 @@ def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern, Ru
         with blaming(f"--select {rule}", ValueError):
             rules[expression] = None if value == "dense" else str(Pattern.parse(value))
     with blaming("--pattern", ValueError):
-        return Pattern.parse("2:4" if pattern is None else pattern), rules or None
+        return None if pattern is None else Pattern.parse(pattern), rules or None

@@ -16,11 +16,7 @@ _LINES = 10
 
 
 class StepProgress:
-    """Shows a number of steps; a context manager.
-
-    Args:
-        total: how many steps there are.
-    """
+    """Shows a number of steps; a context manager."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -15,11 +15,7 @@ _NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Ended(BaseException):
-    """Somebody asked the process to end; no Exception, so that nothing takes it for a failure to be handled.
-
-    Args:
-        number: the signal.
-    """
+    """Somebody asked the process to end; no Exception, so that nothing takes it for a failure to be handled."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -37,9 +33,6 @@ def ending() -> Iterator[None]:
 
     A signal that is ignored, as under nohup, or that has a handler stays as it is, and so do all outside the main
     thread, which alone can have handlers.
-
-    Raises:
-        Ended: whatever else the block ended with, such as the error of writing to a terminal that is gone.
     """
     first: list[Ended] = []
 

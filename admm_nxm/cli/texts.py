@@ -39,13 +39,7 @@ _LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by it
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what.
-
-    Args:
-        texts: one column, or two for pairs of texts.
-        label: the column of the label.
-        hint: what a message about a missing column ends with.
-    """
+    """Which columns hold what."""
 
     texts: tuple[str, ...] = ("text",)
     label: str = "label"
@@ -53,19 +47,7 @@ class Columns:
 
 
 def read_file(path: Path, columns: Columns | None = None, option: str = "--data") -> list[Row]:
-    """Read labelled texts.
-
-    Args:
-        path: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8.
-        columns: which columns to take; text and label if left out.
-        option: where the path was given, for messages.
-
-    Returns:
-        One row a record.
-
-    Raises:
-        InputError: what is wrong, and in which line.
-    """
+    """Read labelled texts: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8."""
     name = f"{option} {path}"
     kinds = ", ".join(FILE_KINDS[:-1]) + f" or {FILE_KINDS[-1]}"
     if not path.is_file():
@@ -126,19 +108,7 @@ def _table_records(lines: list[str], name: str, kind: str) -> Iterator[tuple[int
 
 
 def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
-    """Take a record's texts and its label.
-
-    Args:
-        record: a mapping from column to value.
-        where: the place of the record, for messages.
-        columns: which columns to take; text and label if left out.
-
-    Returns:
-        The row.
-
-    Raises:
-        InputError: one is missing, empty, or neither text nor number.
-    """
+    """Take a record's texts and its label."""
     columns = columns or Columns()
     found = record if isinstance(record, dict) else {}
     wanted = (*columns.texts, columns.label)
@@ -169,11 +139,7 @@ def count_labels(rows: Sequence[Row]) -> str:
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:
-    """Return the labels in order.
-
-    Raises:
-        InputError: fewer than two.
-    """
+    """Return the labels in order."""
     names = sorted({row[-1] for row in rows})
     if len(names) < 2:
         raise InputError(
@@ -203,18 +169,6 @@ def split(keys: Sequence[Hashable], rows: Sequence[Row], names: Sequence[str], s
 
     Alike after truncation is alike to the model: such a pair on both sides of the split would be a test on training
     data. (BBC News repeats 100 articles word for word, and some more with changes further down.) The first stays.
-
-    Args:
-        keys: what the model sees of each text.
-        rows: the texts with their labels.
-        names: the labels.
-        seed: of the choice.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: a label has only one distinct text.
     """
     first = _first_of_each(keys)
     train: list[int] = []
@@ -234,18 +188,6 @@ def held_out(keys: Sequence[Hashable], count: int, names: Sequence[str], rows: S
     """Split where the texts to test on are given: those from position ``count`` on.
 
     A text on both sides is left out of the training.
-
-    Args:
-        keys: what the model sees of each text.
-        count: how many texts are for training.
-        names: the labels of those.
-        rows: the texts with their labels.
-
-    Returns:
-        The split.
-
-    Raises:
-        InputError: nothing is left to train or to test on, or a label is on one side only.
     """
     first = _first_of_each(keys[count:])
     tested = {keys[count + i] for i in first}

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..pattern import Pattern
 from .console import Result
 from .options import Json, Output, Overwrite, PatternText, Select, a_count, a_rate, a_seed, rules_of
 
@@ -51,9 +52,6 @@ def train(
         Path | None,
         typer.Option(metavar="FILE", help="Texts to test on.  [default: a quarter of the data, by label]"),
     ] = None,
-    penalty: Annotated[
-        str, typer.Option(metavar="FORM", help="Form of the penalty: lazy, proximal or gradient.")
-    ] = "lazy",
     seed: Annotated[int, typer.Option(parser=a_seed, metavar="N", help="Of split, classifier, batches, dropout.")] = 0,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
@@ -75,7 +73,7 @@ def train(
             model=model,
             data=data,
             output=output,
-            pattern=parsed,
+            pattern=parsed or Pattern(2, 4),
             select=rules,
             steps=steps,
             batch_size=batch_size,
@@ -84,7 +82,6 @@ def train(
             text_columns=tuple(text_column or ("text",)),
             label_column=label_column,
             eval_data=eval_data,
-            penalty=penalty,
             seed=seed,
             device=device,
             overwrite=overwrite,

@@ -27,28 +27,29 @@ from .._version import __version__
 from ..export.card import model_card, write_model_card
 from ..integrations.transformers import ADMMConfig, ADMMTrainer
 from ..io.files import atomic_folder
+from ..io.selection_record import record_selection
 from ..io.verify import verify
 from ..optimizer import ConvergenceWarning
 from ..pattern import Pattern
 from ..report import sparsity_report
 from ..report.history import Recorder
-from ..report.plots import plot_history, plot_sparsity, plot_weights, save_figure
+from ..report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from ..selection import Selection, select_weights
 from ..sparsity import SparsityReport
 from .classifier import find_device, length_limit, load_classifier, load_tokenizer, quiet
+from .commands import as_dict
 from .console import Result, note, plain
 from .errors import InputError, blaming
 from .options import Rules
 from .progress import StepProgress
 from .texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
-from .verify import as_dict
 
 __all__ = ["Settings", "train"]
 
 _LENGTH = 128
 _SHORTEST, _PASSES = 200, 3
 _DEVICE_OF_ACCELERATE = "ACCELERATE_TORCH_DEVICE"
-_READINGS = 50  # of loss and residuals in a run: a reading waits for the device and passes over all weights
+_READINGS = 50  # of the loss in a run: a reading waits for the device
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class Settings:
     text_columns: tuple[str, ...]
     label_column: str
     eval_data: Path | None
-    penalty: str
     seed: int
     device: str
     overwrite: bool
@@ -83,30 +83,20 @@ class _Texts:
 
 
 def train(settings: Settings) -> Result:
-    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved.
-
-    Args:
-        settings: what the user chose.
-
-    Returns:
-        The figures, and status 1 if the saved weights violate the pattern.
-
-    Raises:
-        InputError: what the user can mend; nothing is left of the output then.
-    """
+    """Fine-tune a classifier into the pattern, test it, save it and verify what was saved."""
     started = time.perf_counter()
-    config, device = _check(settings)
+    device = _check(settings)
     with ExitStack() as stack:
         source = settings.model if Path(settings.model).is_dir() else None
         with blaming(f"--output {settings.output}", OSError, ValueError):
             writer = atomic_folder(settings.output, overwrite=settings.overwrite, source=source)
             folder = stack.enter_context(writer)
-        facts = _fill(folder, settings, config, device)
-    report = verify(settings.output, settings.select or settings.pattern)
+        facts = _fill(folder, settings, device)
+    report = verify(settings.output)
     return _result(settings, facts, report, time.perf_counter() - started)
 
 
-def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.device) -> dict[str, Any]:
+def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Do all that the output is made of, and return what there is to tell."""
     note(f"model   {settings.model}{'' if Path(settings.model).is_dir() else ' (no folder here: a name of the hub)'}")
     rows, tests = _read(settings)
@@ -126,6 +116,7 @@ def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.de
     before = {weight.name: model.get_parameter(weight.name).detach().clone() for weight in selection}
     with tempfile.TemporaryDirectory() as scratch:
         args = _arguments(settings, steps, device, scratch)
+        config = ADMMConfig(str(settings.pattern), select=settings.select)
         trainer, notes = _fine_tune(args, config, model, tokenizer, texts)
         if steps < usual:
             few = f"{steps} steps are few: by default it would be {usual}. The pattern holds all the same, but the rest"
@@ -144,7 +135,7 @@ def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.de
         "versions": _versions(),
         "data": {"labels": labels, "train": len(texts.train), "test": len(texts.test)},
         "accuracy": accuracy,
-        "residuals": _residuals(trainer),
+        "pruning": _pruning(trainer),
         "notes": notes,
     }
     _save(folder, trainer, model, tokenizer, before, facts)
@@ -154,16 +145,14 @@ def _fill(folder: Path, settings: Settings, config: ADMMConfig, device: torch.de
 # ---------------------------------------------------------------------- before the training
 
 
-def _check(settings: Settings) -> tuple[ADMMConfig, torch.device]:
+def _check(settings: Settings) -> torch.device:
     """Find what is wrong before minutes are spent on training."""
     import matplotlib as _  # noqa: F401 - the pictures come last, and would be missed then
 
     if not 1 <= len(settings.text_columns) <= 2:
         raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
     _refuse_to_lose(settings)
-    with blaming("--penalty", ValueError):
-        config = ADMMConfig(str(settings.pattern), penalty=settings.penalty, select=settings.select)
-    return config, find_device(settings.device)
+    return find_device(settings.device)
 
 
 def _refuse_to_lose(settings: Settings) -> None:
@@ -291,25 +280,18 @@ def _arguments(settings: Settings, steps: int, device: torch.device, scratch: st
 
 
 class _Watch(TrainerCallback):
-    """Shows how far the run is, and adds the phase to its history."""
+    """Shows how far the run is."""
 
     def __init__(self, progress: StepProgress) -> None:
         self.progress = progress
-        self.trainer: ADMMTrainer | None = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.progress.advance(state.global_step)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        admm = None if self.trainer is None else self.trainer.admm
         row: dict[str, Any] = state.log_history[-1]
-        if admm is None or "loss" not in row:
-            return
-        row["admm/phase"] = admm.phase
-        if admm.frozen:
-            row["admm/frozen_at"] = int(admm.param_groups[0]["admm_frozen_at"])
-        residual = row.get("admm/primal_residual", math.nan)
-        self.progress.status(f"loss {row['loss']:.3f}  primal residual {residual:.2g}  {admm.phase}")
+        if "loss" in row:
+            self.progress.status(f"loss {row['loss']:.3f}  {row['admm/phase']}")
 
 
 def _fine_tune(
@@ -318,17 +300,15 @@ def _fine_tune(
     """Train to the end, and return what the run has to be told about with it."""
     notes: list[str] = []
     with StepProgress(args.max_steps) as progress, quiet(), _collecting(notes):
-        watch = _Watch(progress)
         trainer = ADMMTrainer(
             model,
             args,
             train_dataset=texts.train,
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[watch],
+            callbacks=[_Watch(progress)],
             admm_config=config,
         )
         trainer.remove_callback(PrinterCallback)
-        watch.trainer = trainer
         remedy = "; give a smaller --batch-size or --max-length"
         with blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
             trainer.train()
@@ -340,6 +320,7 @@ def _collecting(notes: list[str]) -> Iterator[None]:
     """Collect what ADMMNxM warns of; other warnings take their way."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="the run is short")  # which a note says in terms of --steps
         usual = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -353,9 +334,10 @@ def _collecting(notes: list[str]) -> Iterator[None]:
 
 
 def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[str, Any]:
-    """Test the projected model, and the guess that needs none: always the label most frequent in training."""
+    """Test the model, and the guess that needs none: always the label most frequent in training."""
     with quiet():
-        predicted = trainer.predict(texts.test).predictions
+        test: Any = texts.test  # a list does for a dataset
+        predicted = trainer.predict(test).predictions
     logits = predicted[0] if isinstance(predicted, tuple) else predicted
     truth = [row["labels"] for row in texts.test]
     guess = Counter(row["labels"] for row in texts.train).most_common(1)[0][0]
@@ -371,17 +353,11 @@ def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[st
     }
 
 
-def _residuals(trainer: ADMMTrainer) -> dict[str, Any]:
-    """Return where the run stood when its mask froze, and the last figures before."""
+def _pruning(trainer: ADMMTrainer) -> dict[str, Any]:
+    """Return when the weights were pruned, and how far that moved the loss by its quadratic model."""
     assert trainer.admm is not None
-    counters = trainer.admm.param_groups[0]
-    history: list[dict[str, Any]] = trainer.state.log_history
-    last: dict[str, Any] = next((row for row in reversed(history) if row.get("admm/phase") == "constrained"), {})
-    return {
-        "frozen_at": int(counters["admm_frozen_at"]),
-        "primal_at_freeze": float(counters["admm_freeze_residual"]),
-        **{f"last_{key}": last.get(f"admm/{key}") for key in ("dual_residual", "mask_churn", "rho")},
-    }
+    now = trainer.admm.figures()
+    return {"pruned_after": now.frozen_at, "model_error": now.model_error, "model_errors": dict(now.model_errors)}
 
 
 def _versions() -> dict[str, str]:
@@ -409,8 +385,10 @@ def _save(
     (folder / "training.json").write_text(json.dumps(plain(_to_publish(facts)), indent=2) + "\n", encoding="utf-8")
     rows = [row for row in trainer.state.log_history if "loss" in row]
     Recorder(admm, rows).save(folder / "history.jsonl")
+    record_selection(folder, admm.selection)
     report = sparsity_report(model, admm.selection)
     save_figure(plot_history(rows), folder / "history.svg")
+    save_figure(plot_model_error(facts["pruning"]["model_errors"]), folder / "model_error.svg")
     save_figure(plot_sparsity(report), folder / "sparsity.svg")
     save_figure(plot_weights(before, model, select=admm.selection), folder / "weights.svg")
     (folder / "README.md").write_text(_about(facts), encoding="utf-8")
@@ -444,7 +422,8 @@ def _about(facts: dict[str, Any]) -> str:
         f"interval {low:.1%} to {high:.1%}, for the choice of these texts alone: seeds differ besides).\n"
     )
     pictures = {
-        "history": "residuals and loss over the steps",
+        "history": "loss and share of zeros over the steps",
+        "model_error": "what pruning cost each weight, by the quadratic model of the loss",
         "sparsity": "share of zeros in each weight",
         "weights": "distribution of the pruned weights before and after",
     }
@@ -452,28 +431,24 @@ def _about(facts: dict[str, Any]) -> str:
 
 
 def _result(settings: Settings, facts: dict[str, Any], report: SparsityReport, seconds: float) -> Result:
-    out, accuracy, residuals = settings.output, facts["accuracy"], facts["residuals"]
+    out, accuracy, pruning = settings.output, facts["accuracy"], facts["pruning"]
     low, high = accuracy["interval"]
     tested = f"{accuracy['correct']:,} of {accuracy['total']:,} held-out texts right"
-    given = (f"{rule}={pattern or 'dense'}" for rule, pattern in (settings.select or {}).items())
-    rules = "".join(f" --select {quote(rule)}" for rule in given)
-    options = rules or ("" if str(settings.pattern) == "2:4" else f" --pattern {settings.pattern}")
     if report.ok:
         verdict = f"verify    ok ({len(report.weights)} weights in {out}, {report.sparsity:.2%} zeros)"
     else:
         verdict = f"verify    FAILED for {out}\n{report}"
-    frozen = f"after step {residuals['frozen_at']} at a primal residual of {residuals['primal_at_freeze']:.1e}"
     baseline = f"always '{accuracy['most_frequent_label']}' is right for {accuracy['most_frequent_share']:.1%}"
     lines = [
-        f"mask      frozen {frozen}",
+        f"pruned    after step {pruning['pruned_after']}, model error {pruning['model_error']:.4f}",
         f"accuracy  {accuracy['share']:.1%}: {tested}, 95 % interval {low:.1%} to {high:.1%}; {baseline}",
         verdict,
         f"saved     {out}: model, tokenizer, card, training.json, history.jsonl, pictures ({seconds:.0f} s in all)",
     ]
     if report.ok:
         lines += [
-            f"next      admm-nxm report {quote(str(out))}{options}",
-            f"          admm-nxm pack {quote(str(out))} -o {quote(f'{out}-packed')}{options}",
+            f"next      admm-nxm report {quote(str(out))}",
+            f"          admm-nxm pack {quote(str(out))} -o {quote(f'{out}-packed')}",
         ]
     payload = {
         "command": "train",

@@ -20,9 +20,7 @@ from .._version import __version__
 from ..grouping import starred
 from ..io.files import atomic_file
 from ..optimizer import ADMMNxM
-from ..report import ModelReport
 from ..report.tensor_cores import hardware_pattern, implies
-from ..selection import SelectedWeight, select_weights
 from ..sparsity import SparsityReport, WeightReport
 
 __all__ = ["model_card", "write_model_card"]
@@ -41,11 +39,6 @@ _MEANING = (
 )
 _SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
 _HARDWARE = hardware_pattern(torch.bfloat16)
-_FORMS = {
-    "lazy": "the model is evaluated at the weights' proximal point, and pruned ones may come back until the freeze",
-    "proximal": "the weights themselves are moved toward the pattern by a proximal step",
-    "gradient": "the penalty is added to the gradient, as in the paper",
-}
 
 
 def model_card(
@@ -53,7 +46,6 @@ def model_card(
     *,
     optimizer: ADMMNxM | None = None,
     history: Iterable[Mapping[str, Any]] | None = None,
-    residual: float | None = None,
     method: str | None = None,
     parameters: int | None = None,
 ) -> str:
@@ -62,41 +54,39 @@ def model_card(
     Args:
         report: the count of the weights that ship, as :func:`admm_nxm.verify`, ``optimizer.finalize()`` and
             :func:`admm_nxm.report.sparsity_report` return it.
-        optimizer: the optimizer of the run; its schedule, penalty, residual and selection are told. Without it, and
-            without a :class:`~admm_nxm.report.ModelReport`, the command to count again names each weight.
-        history: Trainer's ``state.log_history``, or what a recorder of a live run holds: one mapping a record. It gives
-            the residual and the mask churn where there is no optimizer to ask.
-        residual: primal residual at the freeze, as a share of the weights' norm; overrides the other two.
-        method: how the weights were pruned, in a sentence of Markdown. By default ADMM if there is an optimizer, a
-            history or a residual, and nothing otherwise.
+        optimizer: the optimizer of the run; its inner class, its schedule and how far pruning moved the model are told.
+        history: Trainer's ``state.log_history``, or the rows of a recorder; they give the model error, and the residual
+            of the paper's form before its freeze, where the optimizer does not know them.
+        method: how the weights were pruned, in a sentence of Markdown. By default ADMM if there is an optimizer or a
+            history, and nothing otherwise.
         parameters: number of all parameters of the model, for the share that is pruned; with an optimizer it is known.
 
     Returns:
-        Markdown, with the heading ``## Sparsity``.
+        Markdown, with the heading ``## Sparsity``. The command in it counts the weights that are recorded with the
+        model, see :func:`admm_nxm.io.selection_record.record_selection`; Trainer and the command line record them.
 
     Raises:
         TypeError: ``report`` is no report, or ``optimizer`` no ADMMNxM.
-        ValueError: the report has no weight, or a residual is negative.
+        ValueError: the report has no weight.
 
+    >>> import torch
     >>> from admm_nxm import verify
     >>> report = verify({"layers.0.fc.weight": torch.tensor([[1.0, 0.0, 2.0, 0.0]])})
-    >>> print(model_card(report, residual=0.001).splitlines()[0])
+    >>> print(model_card(report).splitlines()[0])
     ## Sparsity
     """
     weights = _weights_of(report)
     if optimizer is not None and not isinstance(optimizer, ADMMNxM):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; an ADMMNxM is needed, such as trainer.admm")
-    if residual is not None and not residual >= 0:
-        raise ValueError(f"residual={residual!r} must be at least 0: a share of the weights' norm")
     records = [dict(record) for record in history or ()]
-    if method is None and (optimizer is not None or records or residual is not None):
+    if method is None and (optimizer is not None or records):
         method = f"ADMM, with admm_nxm {__version__}, after {_PAPER}"
     rows = [("pattern", _patterns(weights)), ("pruned", _share(weights, optimizer, parameters))]
     if method is not None:
         rows.append(("method", method))
     if optimizer is not None:
         rows += _run(optimizer)
-    rows += _convergence(optimizer, records, residual)
+    rows += _convergence(optimizer, records)
     rows.append(("verification", _verdict(weights)))
     dense = [s for s in getattr(report, "skipped", ()) if s.wanted]
     if dense:
@@ -114,7 +104,7 @@ def model_card(
             "",
             "```bash",
             'pip install "admm-nxm[cli]"',
-            _command(weights, _others(report, optimizer)),
+            "admm-nxm verify PATH",
             "```",
             "",
             "<details><summary>Pruned weights</summary>",
@@ -226,40 +216,31 @@ def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameter
 
 
 def _run(optimizer: ADMMNxM) -> list[tuple[str, str]]:
-    state = optimizer.param_groups[0]
-    inner = type(optimizer.inner).__name__
-    steps, frozen_at = int(state.get("admm_step", 0)), int(state.get("admm_frozen_at", -1))
-    rows = [("form", f'`penalty="{optimizer.penalty}"` around {inner}: {_FORMS[optimizer.penalty]}')]
-    freeze = f"mask frozen after step {frozen_at}" if frozen_at >= 0 else "mask not frozen yet"
-    planned = f" of {optimizer.total_steps:,}" if optimizer.total_steps not in (None, steps) else ""
-    rows.append(("schedule", f"{steps:,}{planned} optimizer steps, {freeze}; rho {optimizer.rho:.4g} at the end"))
-    return rows
+    now = optimizer.figures()
+    planned = f" of {now.total_steps:,}" if now.total_steps not in (None, now.step) else ""
+    pruned = f"pruned after step {now.frozen_at}" if now.frozen_at is not None else "not pruned yet"
+    w_step = "in closed form" if optimizer.w_step == "exact" else f"by the optimizer, rho {now.rho:.4g} at the end"
+    return [
+        ("optimizer", f"{type(optimizer.inner).__name__}; w-step {w_step}"),
+        ("schedule", f"{now.step:,}{planned} optimizer steps, {pruned}"),
+    ]
 
 
-def _convergence(
-    optimizer: ADMMNxM | None, records: Sequence[Mapping[str, Any]], residual: float | None
-) -> list[tuple[str, str]]:
-    churn: float | None = None
-    tolerance = ""
-    logged = [float(r["admm/primal_residual"]) for r in records if "admm/primal_residual" in r]
-    churns = [float(r["admm/mask_churn"]) for r in records if "admm/mask_churn" in r]
-    where = "at the freeze"
-    if optimizer is not None:
-        state = optimizer.param_groups[0]
-        tolerance = f" (tolerance {optimizer.residual_tolerance:.1%})"
-        # Below 0 they have not been measured: nothing was projected yet.
-        if residual is None and state.get("admm_freeze_residual", -1.0) >= 0:
-            residual = float(state["admm_freeze_residual"])
-        if state.get("admm_freeze_churn", -1.0) >= 0:
-            churn = float(state["admm_freeze_churn"])
-    if residual is None and logged:
-        # Once the mask is frozen the logged residual is 0 by construction; what counts is the last before.
-        residual, where = next((value for value in reversed(logged) if value > 0), 0.0), "last logged before the freeze"
-    if churn is None and churns:
-        churn = next((value for value in reversed(churns) if value > 0), 0.0)
+def _convergence(optimizer: ADMMNxM | None, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    def last(key: str) -> float | None:
+        # Once the mask is frozen the residual is 0 by construction; what counts is the last before.
+        return next((float(row[key]) for row in reversed(records) if row.get(key, 0) > 0), None)
+
+    error = None if optimizer is None else optimizer.figures().model_error
+    error = last("admm/model_error") if error is None else error
+    residual, churn = last("admm/primal_residual"), last("admm/mask_churn")
     rows = []
+    if error is not None:
+        rows.append(
+            ("model error", f"{error:.4f}: the loss by its quadratic model, as a share of that at zero weights")
+        )
     if residual is not None:
-        rows.append(("primal residual", f"{residual:.1e} of the weights' norm, {where}{tolerance}"))
+        rows.append(("primal residual", f"{residual:.1e} of the weights' norm, last logged before the freeze"))
     if churn is not None:
         rows.append(("mask churn", f"{churn:.2%} of the kept places changed in the last update of the mask"))
     return rows
@@ -277,60 +258,6 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
 
 
 # ---------------------------------------------------------------------- the weights
-
-
-def _others(report: object, optimizer: ADMMNxM | None) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the model's other parameters, by name; None if nothing at hand tells them."""
-    if optimizer is not None:
-        selection = optimizer.selection
-        return {w.name: w.shape for w in selection} | {s.name: s.shape for s in selection.skipped}
-    return {w.name: w.shape for w in report.dense} if isinstance(report, ModelReport) else None
-
-
-def _command(weights: Sequence[WeightReport], others: Mapping[str, tuple[int, ...]] | None) -> str:
-    """The command that counts just these weights."""
-    spellings = {str(weight.pattern) for weight in weights}
-    # --pattern counts what the default rules choose among all parameters, so that these have to be known.
-    if others is not None and len(spellings) == 1 and _are_default(weights, others):
-        return f"admm-nxm verify PATH --pattern {spellings.pop()}"
-    lines = [f"  --select '{expression}={spelling}'" for expression, spelling in _rules(weights)]
-    return " \\\n".join(["admm-nxm verify PATH", *lines])
-
-
-def _are_default(weights: Sequence[WeightReport], others: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the default rules choose the same weights by name."""
-    shapes = {**others, **{weight.name: weight.shape for weight in weights}}
-    try:
-        chosen, _ = select_weights(
-            {name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
-            weights[0].pattern,
-            ineligible="skip",
-            trainable=False,
-        )
-    except ValueError:
-        return False
-    return _places(chosen) == _places(weights)
-
-
-def _places(weights: Iterable[WeightReport | SelectedWeight]) -> set[tuple[str, int]]:
-    return {(weight.name, weight.dim) for weight in weights}
-
-
-def _rules(weights: Sequence[WeightReport]) -> list[tuple[str, str]]:
-    """Regular expressions that match just these names, one for all blocks where that is exact."""
-    families: dict[tuple[str, str], list[list[str]]] = {}
-    for weight in weights:
-        parts = weight.name.split(".")
-        families.setdefault((starred(weight.name), str(weight.pattern)), []).append(parts)
-    rules = []
-    for (_, spelling), members in families.items():
-        columns = [sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*members, strict=True)]
-        if math.prod(map(len, columns)) == len({tuple(member) for member in members}):
-            pieces = [re.escape(c[0]) if len(c) == 1 else f"({'|'.join(map(re.escape, c))})" for c in columns]
-            rules.append((r"\.".join(pieces), spelling))
-        else:
-            rules += [(re.escape(".".join(member)), spelling) for member in members]
-    return rules
 
 
 def _table_of(weights: Sequence[WeightReport]) -> list[str]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.files import atomic_file, refuse_existing
+from ..io.selection_record import selection_to_json
 from ..io.verify import verify
 from ..pattern import Pattern
 from ..selection import (
@@ -138,7 +139,7 @@ def verify_onnx(path: str | os.PathLike[str], pattern: Rules = None) -> Sparsity
         path: the ``.onnx`` file.
         pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`: a Pattern or its spelling for the
             weights that :class:`admm_nxm.ADMMNxM` prunes by default, or rules by name, or a Selection. None takes the
-            patterns noted in the file by :func:`export_onnx`, and in other files ``"2:4"``.
+            selection noted in the file by :func:`export_onnx`, and in other files ``"2:4"``.
 
     Returns:
         The report. Constants that cannot be told by name, or not be counted, are in its ``skipped``.
@@ -167,8 +168,9 @@ def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
         named.setdefault(clean_name(weight.name), []).append(weight)
     if isinstance(pattern, Selection):
         wanted, skipped = _of_selection(path, named, pattern)
-    elif pattern is None and graph.recorded:
-        wanted, skipped = _of_record(path, named, graph.recorded), []
+    elif pattern is None and graph.recorded is not None and graph.recorded.weights:
+        wanted = _of_record(path, named, graph.recorded)
+        skipped = [entry for entry in graph.recorded.skipped if entry.wanted]
     else:
         wanted, skipped = _of_rules(path, named, pattern)
     keyed: dict[str, tuple[str, GraphWeight]] = {}
@@ -193,15 +195,15 @@ def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
     return SparsityReport(tuple(replace(w, name=keyed[w.name][0]) for w in counted), tuple(skipped))
 
 
-def _of_record(path: Path, named: Mapping[str, list[GraphWeight]], recorded: Mapping[str, str]) -> list[_Wanted]:
-    missing = [name for name in recorded if clean_name(name) not in named]
+def _of_record(path: Path, named: Mapping[str, list[GraphWeight]], recorded: Selection) -> list[_Wanted]:
+    missing = [weight.name for weight in recorded if clean_name(weight.name) not in named]
     if missing:
         raise ValueError(
             f"{path} notes {', '.join(missing)} as pruned, and no matrix product in it reads a constant of that "
             "name: a tool has rewritten the file since. Name the weights by rules, or export it again"
         )
-    names = {clean_name(name): spelling for name, spelling in recorded.items()}
-    return [_Wanted(name, named[name], Pattern.parse(spelling)) for name, spelling in names.items()]
+    patterns = {clean_name(weight.name): weight.pattern for weight in recorded}
+    return [_Wanted(name, named[name], pattern) for name, pattern in patterns.items()]
 
 
 def _of_selection(
@@ -686,13 +688,14 @@ def _note_names(program: Any, model: nn.Module, selection: Selection) -> Selecti
             skipped.append(SkippedWeight(weight.name, weight.shape, "the exported graph does not use it", wanted=True))
         else:
             kept.append(weight)
+    noted = Selection(tuple(kept), tuple(skipped))
     own = {alias: weight.name for weight in kept for alias in weight.aliases}
     record = {
         "names": {initializer: [own.get(name, name) for name in entry] for initializer, entry in names.items()},
-        "patterns": {weight.name: str(weight.pattern) for weight in kept},
+        "selection": json.loads(selection_to_json(noted)),
     }
     program.model.metadata_props[METADATA_KEY] = json.dumps(record)
-    return Selection(tuple(kept), tuple(skipped))
+    return noted
 
 
 def _digest(shape: tuple[int, ...], data: Any) -> object:

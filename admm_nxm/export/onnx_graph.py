@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..io.selection_record import selection_from_json
+from ..selection import Selection
+
 __all__ = ["METADATA_KEY", "GraphWeight", "OnnxGraph", "read_graph", "require"]
 
 METADATA_KEY = "admm_nxm"
-"""Where an exported file records the torch names of its initializers and the patterns of the prunable weights."""
+"""Where an exported file records the torch names of its initializers and the selection of the prunable weights."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # module path of each node, as torch's exporter leaves it
 _LONGEST_CHAIN = 64
@@ -72,12 +75,12 @@ class OnnxGraph:
 
     Args:
         weights: every constant operand of a MatMul, Gemm or Conv.
-        recorded: prunable weight -> pattern, as noted at the export; None in files of other makers.
+        recorded: the selection, as noted at the export; None in files of other makers.
         opset: version of the default operator set.
     """
 
     weights: tuple[GraphWeight, ...]
-    recorded: Mapping[str, str] | None
+    recorded: Selection | None
     opset: int
 
 
@@ -113,23 +116,21 @@ def _damaged(path: Path, why: object) -> ValueError:
     return ValueError(f"{path} is not a readable ONNX file ({why}); export it again, for instance with export_onnx")
 
 
-def _record(path: Path, model: Any) -> tuple[dict[str, list[str]], dict[str, str] | None]:
-    """Return initializer -> torch names, and prunable weight -> pattern, as export_onnx notes them."""
+def _record(path: Path, model: Any) -> tuple[dict[str, list[str]], Selection | None]:
+    """Return initializer -> torch names, and the selection, as export_onnx notes them."""
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         return {}, None
     try:
         record = json.loads(text)
-        names, patterns = dict(record["names"].items()), dict(record["patterns"].items())
+        names, selection = dict(record["names"].items()), selection_from_json(json.dumps(record["selection"]))
         if not all(
             isinstance(entry, list) and entry and all(isinstance(n, str) for n in entry) for entry in names.values()
         ):
             raise TypeError("names must map each constant to a list of weights")
-        if not all(isinstance(spelling, str) for spelling in patterns.values()):
-            raise TypeError("patterns must map weights to patterns")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"its metadata {METADATA_KEY!r} cannot be read: {error!r}") from error
-    return names, patterns
+    return names, selection
 
 
 @dataclass(frozen=True)

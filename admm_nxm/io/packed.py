@@ -38,6 +38,7 @@ from .files import (
     stand_ins,
 )
 from .packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
+from .selection_record import read_selection, selection_metadata
 from .tensor_files import CODE_OF, StreamWriter, bytes_of, plan
 
 __all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
@@ -136,7 +137,7 @@ _TAKEN_INSTEAD = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_
 def pack(
     source: Source,
     output: Place,
-    pattern: Pattern | str = "2:4",
+    pattern: Pattern | str | None = None,
     *,
     select: Select | Selection | None = None,
     overwrite: bool = False,
@@ -150,7 +151,8 @@ def pack(
         source: a model folder, whose other files (config, tokenizer, …) are copied; a .safetensors file; a module; or
             a state dict.
         output: the folder for a folder, the file for anything else.
-        pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default.
+        pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default. None takes the selection
+            that is recorded with a path, and else means ``"2:4"``.
         select: rules as for ``ADMMNxM``, or a :class:`admm_nxm.Selection` such as ``optimizer.selection``; they name
             the weights with their patterns, in place of ``pattern``.
         overwrite: whether to replace what is at ``output``.
@@ -176,7 +178,7 @@ def pack(
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed already; unpack it first")
         tensors = stand_ins(checkpoint)
-        selection, params = cover(tensors, rules)
+        selection, params = cover(tensors, read_selection(checkpoint) if rules is None else rules)
         names = {id(t): name for name, t in tensors.items()}
         weights = {names[id(params[weight.name])]: weight for weight in selection}
         if checkpoint.path.is_dir():
@@ -330,7 +332,7 @@ def _resolve(folder: Path, model_class: Any, options: Mapping[str, Any]) -> tupl
 def _pack_tensors(
     source: nn.Module | Mapping[str, Tensor],
     output: Path,
-    rules: Pattern | str | Select | Selection,
+    rules: Pattern | str | Select | Selection | None,
     overwrite: bool,
 ) -> PackReport:
     named = unwrap_model(source).state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
@@ -358,7 +360,7 @@ def _pack_tensors(
     _refuse_ordinary_name(output)
     with atomic_file(output, overwrite=overwrite) as file:
         layouts = _layouts(weights, lambda name: plain(tensors[name]))
-        _write(file, items, {"format": "pt"}, layouts, aliases, lambda name: plain(tensors[name]))
+        _write(file, items, selection_metadata(selection), layouts, aliases, lambda name: plain(tensors[name]))
     return _report(layouts, selection, sum(i.nbytes for i in items))
 
 

@@ -14,6 +14,7 @@ from ..projection import INTEGER_OF_SIZE, keep_mask
 from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
 from ..sparsity import SparsityReport, cover
 from .files import Checkpoint, atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_source, stand_ins
+from .selection_record import RECORD_KEY, record_selection, selection_metadata
 from .tensor_files import StreamWriter, bytes_of
 from .verify import verify
 
@@ -31,7 +32,8 @@ def prune(
     """Project the weights of a saved model onto their pattern, once and without any fine-tuning.
 
     Of each group the ``keep`` weights of largest magnitude stay, with the bits that they had. The files keep their
-    layout; everything else in a folder is copied. One tensor is in memory at a time, and no model code is needed.
+    layout; everything else in a folder is copied, and the selection is recorded
+    (:mod:`admm_nxm.io.selection_record`). One tensor is in memory at a time, and no model code is needed.
 
     Args:
         source: a model folder, a folder with a sharded checkpoint, or a .safetensors file; not packed.
@@ -60,11 +62,14 @@ def prune(
     with open_checkpoint(source, purpose="prune") as checkpoint, ExitStack() as stack:
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed; unpack it first")
-        chosen = _choose(checkpoint, pattern, select)
+        chosen, selection = _choose(checkpoint, pattern, select)
+        record = selection_metadata(selection)
         if checkpoint.path.is_dir():
             root = stack.enter_context(atomic_folder(output, overwrite=overwrite, source=source))
             index = [] if checkpoint.index is None else [checkpoint.index.relative_to(checkpoint.path)]
             copy_files([*checkpoint.others(), *index], checkpoint.path, root)
+            record_selection(root, selection)
+            record = {}
             targets = {file: root / file.relative_to(checkpoint.path) for file in checkpoint.files}
         elif checkpoint.index is not None:
             raise ValueError(f"{source} is an index alone; give the folder {checkpoint.path.parent}")
@@ -72,13 +77,13 @@ def prune(
             refuse_source(output, source)
             targets = {checkpoint.files[0]: stack.enter_context(atomic_file(output, overwrite=overwrite))}
         for file, target in targets.items():
-            _write(checkpoint, file, target, chosen)
+            _write(checkpoint, file, target, chosen, record)
     return verify(output, pattern if select is None else select)
 
 
 def _choose(
     checkpoint: Checkpoint, pattern: Pattern | str, select: Select | Selection | None
-) -> dict[str, SelectedWeight]:
+) -> tuple[dict[str, SelectedWeight], Selection]:
     """Return the weights to prune by the names that the files give them, which may be those of a wrapped model."""
     tensors = stand_ins(checkpoint)
     try:
@@ -92,19 +97,24 @@ def _choose(
     by_name = named_tensors(tensors)
     stored = {id(t): name for name, t in tensors.items()}
     # Tied weights may be stored under each name; a model is loaded from any of them.
-    return {
+    chosen = {
         stored[id(by_name[name])]: weight
         for weight in selection
         for name in (weight.name, *weight.aliases)
         if name in by_name
     }
+    return chosen, selection
 
 
-def _write(checkpoint: Checkpoint, file: Path, target: Path, chosen: dict[str, SelectedWeight]) -> None:
+def _write(
+    checkpoint: Checkpoint, file: Path, target: Path, chosen: dict[str, SelectedWeight], record: dict[str, str]
+) -> None:
     """Write a file anew with the chosen weights projected; the bytes of all others stay unread."""
     header = checkpoint.headers[file]
+    kept = {key: value for key, value in (header.metadata or {}).items() if key != RECORD_KEY}
+    metadata = {**record, **kept} if record or header.metadata is not None else None
     target.parent.mkdir(parents=True, exist_ok=True)
-    with StreamWriter(target, header.tensors, header.metadata) as writer:
+    with StreamWriter(target, header.tensors, metadata) as writer:
         for stored in header.tensors:
             weight = chosen.get(stored.name)
             if weight is None:

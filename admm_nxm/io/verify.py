@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from typing import Union
 
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from ..pattern import Pattern
 from ..selection import Select, Selection
 from ..sparsity import SparsityReport, check_weights, cover
-from .files import open_checkpoint, stand_ins
+from .files import Checkpoint, open_checkpoint, stand_ins
+from .selection_record import read_selection
 
-__all__ = ["Target", "verify"]
+__all__ = ["OpenTarget", "Target", "open_target", "verify"]
 
 Target = Union[nn.Module, Mapping[str, Tensor], str, "PathLike[str]"]
 
@@ -27,7 +30,8 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
             that holds either, packed (:func:`admm_nxm.io.packed.pack`) or not. Files are read one weight at a time.
         pattern: what the weights must satisfy. A Pattern or its spelling holds for the weights that
             :class:`admm_nxm.ADMMNxM` prunes by default; rules as for its ``select`` and a :class:`Selection` (such as
-            ``optimizer.selection``) name their own weights. None means ``"2:4"``.
+            ``optimizer.selection``) name their own weights. None takes the selection that is recorded with a path
+            (:func:`admm_nxm.io.selection_record.record_selection`), and else means ``"2:4"``.
 
     Returns:
         The report.
@@ -42,16 +46,57 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
     >>> verify({"layers.0.fc.weight": weight}).weights[0].bad_groups
     1
     """
+    with open_target(target, "verify") as opened:
+        selection, params = opened.cover(pattern)
+        return check_weights(selection, lambda name: opened.read(params[name]))
+
+
+@dataclass(frozen=True)
+class OpenTarget:
+    """A model of any kind, open.
+
+    Args:
+        named: the module, or the tensors by name, which have no data where they are in a file.
+        read: returns one of the tensors with its data.
+        checkpoint: the file or folder; None if it is none.
+    """
+
+    named: nn.Module | dict[str, Tensor]
+    read: Callable[[Tensor], Tensor]
+    checkpoint: Checkpoint | None = None
+
+    def cover(self, pattern: Pattern | str | Select | Selection | None) -> tuple[Selection, dict[str, Tensor]]:
+        """Choose the weights to count, as :func:`admm_nxm.sparsity.cover`; None takes a selection that is recorded."""
+        return cover(self.named, self.recorded() if pattern is None else pattern)
+
+    def recorded(self) -> Selection | None:
+        """Return the selection that is recorded with a file; None if there is none."""
+        return None if self.checkpoint is None else read_selection(self.checkpoint)
+
+
+@contextmanager
+def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
+    """Open a model of any kind; a file is closed when the block ends.
+
+    Args:
+        target: as for :func:`verify`.
+        purpose: the verb for error messages.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as for :func:`verify`.
+    """
     if isinstance(target, nn.Module):
-        selection, params = cover(target, pattern)
-        return check_weights(selection, params.__getitem__)
-    if isinstance(target, Mapping):
-        selection, params = cover({name: t for name, t in target.items() if torch.is_tensor(t)}, pattern)
-        return check_weights(selection, params.__getitem__)
-    if not isinstance(target, (str, PathLike)):
-        raise TypeError(f"cannot verify a {type(target).__name__}; a module, a state dict or a path is needed")
-    with open_checkpoint(target, purpose="verify") as checkpoint:
-        tensors = stand_ins(checkpoint)
-        selection, params = cover(tensors, pattern)
-        names = {id(t): name for name, t in tensors.items()}
-        return check_weights(selection, lambda name: checkpoint.get(names[id(params[name])]))
+        yield OpenTarget(target, _as_it_is)
+    elif isinstance(target, Mapping):
+        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)}, _as_it_is)
+    elif isinstance(target, (str, PathLike)):
+        with open_checkpoint(target, purpose=purpose) as checkpoint:
+            tensors = stand_ins(checkpoint)
+            names = {id(t): name for name, t in tensors.items()}
+            yield OpenTarget(tensors, lambda t: checkpoint.get(names[id(t)]), checkpoint)
+    else:
+        raise TypeError(f"cannot {purpose} a {type(target).__name__}; a module, a state dict or a path is needed")
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Union
@@ -13,7 +13,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ..io.files import open_checkpoint, stand_ins
+from ..io.verify import OpenTarget, open_target
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
@@ -52,6 +52,7 @@ class _Reader:
 
     like: Mapping[str, Tensor]
     get: Callable[[str], Tensor]
+    opened: OpenTarget | None = None
 
 
 def count_pairs(
@@ -73,6 +74,8 @@ def count_pairs(
         FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
+        if select is None and new.opened is not None:
+            select = new.opened.recorded()  # what was pruned stands with the model after
         names = _choose(old.like, select)
         for name in names:
             shape, there = tuple(old.like[name].shape), new.like.get(name)
@@ -137,28 +140,17 @@ def _parts(side: _Reader, name: str) -> Iterator[Tensor]:
 
 @contextmanager
 def _open(target: Weights, side: str) -> Iterator[_Reader]:
-    with ExitStack() as stack:
-        if isinstance(target, Tensor):
-            yield _Reader({"weight": target}, {"weight": target}.__getitem__)
-        elif isinstance(target, nn.Module):
-            tensors = named_tensors(target)
-            yield _Reader(tensors, tensors.__getitem__)
-        elif isinstance(target, Mapping):
-            # Buffers and the like may stand beside the weights; what is no tensor has no entries to count.
-            tensors = named_tensors({name: t for name, t in target.items() if torch.is_tensor(t)})
-            yield _Reader(tensors, tensors.__getitem__)
-        elif isinstance(target, (str, PathLike)):
-            checkpoint = stack.enter_context(open_checkpoint(target, purpose="plot"))
-            # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
-            tensors = stand_ins(checkpoint)
-            stored = {id(t): name for name, t in tensors.items()}
-            shapes = named_tensors(tensors)
-            yield _Reader(shapes, lambda name: checkpoint.get(stored[id(shapes[name])]))
-        else:
-            raise TypeError(
-                f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a checkpoint is "
-                "needed"
-            )
+    if isinstance(target, Tensor):
+        yield _Reader({"weight": target}, {"weight": target}.__getitem__)
+        return
+    if not isinstance(target, (nn.Module, Mapping, str, PathLike)):
+        raise TypeError(
+            f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
+        )
+    with open_target(target, "plot") as opened:
+        # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
+        tensors = named_tensors(opened.named)
+        yield _Reader(tensors, lambda name: opened.read(tensors[name]), opened)
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:

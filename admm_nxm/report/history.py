@@ -14,26 +14,48 @@ import torch
 from ..io.files import atomic_file
 from ..optimizer import ADMMNxM
 
-__all__ = ["Recorder", "Row", "load_history"]
+__all__ = ["Recorder", "Row", "figures_row", "find_admm", "load_history"]
 
 Row = dict[str, Any]
 
-_OWN = (
-    "step",
-    "admm/primal_residual",
-    "admm/dual_residual",
-    "admm/mask_churn",
-    "admm/rho",
-    "admm/phase",
-    "admm/frozen_at",
-)
+
+def find_admm(optimizer: Any) -> ADMMNxM | None:
+    """Return the ADMMNxM in what Accelerate has put around it; None if there is none."""
+    while optimizer is not None and not isinstance(optimizer, ADMMNxM):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def figures_row(optimizer: ADMMNxM) -> Row:
+    """Return where a run stands, as :class:`admm_nxm.integrations.transformers.ADMMTrainer` logs it.
+
+    Args:
+        optimizer: the optimizer of the run. With the paper's form its residuals are measured: that waits for the
+            device and passes over all prunable weights, and is a collective where they are sharded.
+
+    Returns:
+        ``admm/phase``, ``admm/sparsity``, once they are known ``admm/model_error`` and ``admm/frozen_at``, and in the
+        paper's form ``admm/primal_residual``, ``admm/dual_residual``, ``admm/mask_churn`` and ``admm/rho``.
+    """
+    now = optimizer.figures()
+    row: Row = {"admm/phase": now.phase, "admm/sparsity": now.sparsity}
+    if now.model_error is not None:
+        row["admm/model_error"] = now.model_error
+    if now.frozen_at is not None:
+        row["admm/frozen_at"] = now.frozen_at
+    if optimizer.w_step == "optimizer":
+        far = optimizer.residuals()
+        measured = {"primal_residual": far.primal, "dual_residual": far.dual, "mask_churn": far.mask_churn}
+        row |= {f"admm/{name}": value for name, value in measured.items() if not math.isnan(value)}
+        row["admm/rho"] = now.rho
+    return row
 
 
 class Recorder:
     """Notes where a run stands, whenever the loop asks for it.
 
-    Each row has the keys that :class:`admm_nxm.integrations.transformers.ADMMTrainer` logs, and two more: the phase,
-    and the step at which the mask froze. :func:`admm_nxm.report.plots.plot_history` draws either.
+    Each row has the step, the figures of :func:`figures_row`, and what the loop adds.
+    :func:`admm_nxm.report.plots.plot_history` draws it.
 
     Args:
         optimizer: the ADMMNxM, or what Accelerate has made of it.
@@ -43,7 +65,8 @@ class Recorder:
         TypeError: there is no ADMMNxM in ``optimizer``.
 
     >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    >>> optimizer = ADMMNxM(torch.optim.AdamW(model.parameters(), lr=1e-3), model, total_steps=20)
+    >>> inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> optimizer = ADMMNxM(inner, model, total_steps=20, calibration_steps=4)
     >>> recorder = Recorder(optimizer)
     >>> for step in range(1, 21):
     ...     loss = model(torch.ones(3, 1, 8)).square().mean()
@@ -53,59 +76,40 @@ class Recorder:
     ...     if step % 5 == 0:
     ...         row = recorder.record(loss)
     >>> [(row["step"], row["admm/phase"]) for row in recorder.rows]
-    [(5, 'constrained'), (10, 'constrained'), (15, 'constrained'), (20, 'frozen')]
+    [(5, 'dense'), (10, 'dense'), (15, 'calibration'), (20, 'frozen')]
     """
 
     rows: list[Row]
     """One mapping a reading, in the order of the readings."""
 
     def __init__(self, optimizer: Any, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        found = optimizer
-        while found is not None and not isinstance(found, ADMMNxM):
-            found = getattr(found, "optimizer", None)
+        found = find_admm(optimizer)
         if found is None:
             raise TypeError(
                 f"optimizer is a {type(optimizer).__name__}; an ADMMNxM, or what Accelerate has made of one, is needed"
             )
-        self._optimizer: ADMMNxM = found
+        self._optimizer = found
         self.rows = [dict(row) for row in rows]
 
     def record(self, loss: float | torch.Tensor | None = None, **more: Any) -> Row:
         """Append a row with the present figures.
-
-        A reading waits for the device and passes over all prunable weights, so take one every so many steps and not in
-        each. Where weights are sharded it is a collective: every rank has to call it.
 
         Args:
             loss: the loss of the step, a number or a tensor with one entry.
             more: further figures, such as ``eval_accuracy=0.9``; numbers, tensors with one entry, strings, booleans.
 
         Returns:
-            The row, which is also the last of :attr:`rows`. A figure that is not known yet (the dual residual and the
-            churn before the mask has first moved) is left out, as in Trainer's log.
+            The row, which is also the last of :attr:`rows`.
 
         Raises:
             TypeError: a figure is of another kind.
             ValueError: a tensor has more than one entry, or a name is one of those that the recorder fills in.
         """
         for name in more:
-            if name in _OWN:
+            if name == "step" or name.startswith("admm/"):
                 raise ValueError(f"{name!r} is filled in by the recorder; give the figure another name")
         given = {name: _plain(name, value) for name, value in {"loss": loss, **more}.items() if value is not None}
-        optimizer = self._optimizer
-        now = optimizer.residuals()
-        counters = optimizer.param_groups[0]
-        row: Row = {"step": int(counters["admm_step"]), **given}
-        figures = {
-            "admm/primal_residual": now.primal,
-            "admm/dual_residual": now.dual,
-            "admm/mask_churn": now.mask_churn,
-            "admm/rho": optimizer.rho,
-        }
-        row.update({name: value for name, value in figures.items() if not math.isnan(value)})
-        row["admm/phase"] = optimizer.phase
-        if optimizer.frozen:
-            row["admm/frozen_at"] = int(counters["admm_frozen_at"])
+        row: Row = {"step": self._optimizer.figures().step, **given, **figures_row(self._optimizer)}
         self.rows.append(row)
         return row
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from os import PathLike
 from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
 
 from ..grouping import grouped, joint_name, starred, such_as
-from ..io.files import open_checkpoint, stand_ins
-from ..io.verify import Target
+from ..io.verify import Target, open_target
 from ..memory import address
 from ..pattern import Pattern
 from ..selection import (
@@ -29,7 +26,7 @@ from ..selection import (
     select_weights,
     unwrap_model,
 )
-from ..sparsity import SparsityReport, WeightReport, check_weights, cover
+from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
@@ -233,19 +230,8 @@ class ModelReport(SparsityReport):
     def _parts(self) -> list[list[str] | tuple[Sequence[str], list[Sequence[object]]]]:
         """Return what is printed: lists of lines, and tables as (headers, rows)."""
         parts: list[list[str] | tuple[Sequence[str], list[Sequence[object]]]] = [self._summary()]
-        headers = [
-            "weights",
-            "number",
-            "shape",
-            "dtype",
-            "pattern",
-            "zeros",
-            "groups",
-            "bad groups",
-            "FLOPs",
-            *BACKENDS,
-        ]
-        parts.append((headers, [self._row(group) for group in grouped(self.weights, _alike)]))
+        headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
+        parts.append(([*headers, *BACKENDS], [self._row(group) for group in grouped(self.weights, _alike)]))
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -320,7 +306,8 @@ def sparsity_report(
 
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
-        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None means ``"2:4"``.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
+            a path, and else means ``"2:4"``.
         example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
             tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are
             those of the linear layers per token: 2 for each entry of the weight of an ``nn.Linear``, a ``Conv1D`` or
@@ -342,13 +329,13 @@ def sparsity_report(
     """
     if example is not None and not isinstance(target, nn.Module):
         raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
-    with ExitStack() as stack:
-        named, read = _open(target, stack)
-        selection, params = cover(named, pattern)
+    with open_target(target, "report on") as opened:
+        named = opened.named
+        selection, params = opened.cover(pattern)
         dtypes: dict[str, torch.dtype] = {}
 
         def get(name: str) -> Tensor:
-            t = params[name] if read is None else read(params[name])
+            t = opened.read(params[name])
             dtypes[name] = t.dtype
             return t
 
@@ -398,20 +385,6 @@ class _Costs:
 
 
 _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
-
-
-def _open(target: Target, stack: ExitStack) -> tuple[_Named, Callable[[Tensor], Tensor] | None]:
-    """Return a target's module or tensors, and for a file, where these are on the meta device, how to read one."""
-    if isinstance(target, nn.Module):
-        return target, None
-    if isinstance(target, Mapping):
-        return {name: t for name, t in target.items() if torch.is_tensor(t)}, None
-    if not isinstance(target, (str, PathLike)):
-        raise TypeError(f"cannot report on a {type(target).__name__}; a module, a state dict or a path is needed")
-    checkpoint = stack.enter_context(open_checkpoint(target, purpose="report on"))
-    tensors = stand_ins(checkpoint)
-    names = {id(t): name for name, t in tensors.items()}
-    return tensors, lambda t: checkpoint.get(names[id(t)])
 
 
 def _identity(t: Tensor) -> object:

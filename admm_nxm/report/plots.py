@@ -1,4 +1,4 @@
-"""Pictures of a run and of its result: curves, a map of the zeros, histograms of the weights.
+"""Pictures of a run and of its result: curves, model errors, a map of the zeros, histograms of the weights.
 
 They are drawn on matplotlib's figures alone, so that no display is needed and nothing global changes. All have a white
 ground of their own, which reads well in light and dark pages, and tell things apart by more than colour.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_history", "plot_sparsity", "plot_weights", "save_figure"]
+__all__ = ["plot_history", "plot_model_error", "plot_sparsity", "plot_weights", "save_figure"]
 
 History = Union[Recorder, Sequence[Mapping[str, Any]], str, "PathLike[str]"]
 
@@ -126,25 +126,34 @@ class _Panel:
 
 
 _PANELS = (
+    _Panel("loss", "loss", "plain"),
+    _Panel("admm/sparsity", "share of zeros", "share"),
     _Panel("admm/primal_residual", "primal residual", "log"),
     _Panel("admm/dual_residual", "dual residual", "log"),
     _Panel("admm/mask_churn", "mask churn", "share"),
     _Panel("admm/rho", "penalty rho", "log"),
-    _Panel("loss", "loss", "plain"),
 )
+
+# Ground and hatching of each phase.
+_PHASES = {
+    "dense": ("#f7f7f7", None),
+    "admm": ("#f7f7f7", None),
+    "calibration": ("#fff3d6", "\\\\"),
+    "frozen": ("#e6eef6", "//"),
+}
 
 
 def plot_history(history: History | Mapping[str, History], *, title: str | None = None) -> Figure:
-    """Draw how a run came to its pattern: both residuals, mask churn, rho and loss over the steps.
+    """Draw how a run came to its pattern: loss, share of zeros, and in the paper's form the residuals over the steps.
 
-    The dense start and the frozen phase are shaded. Once the mask is frozen the residuals are exactly zero, for which a
-    logarithmic axis has no place; what stays within one order of magnitude has a plain axis. Several runs are drawn
-    over each other, each with its freeze as a vertical line.
+    The phases are shaded, and a line marks the step after which the last weights were pruned. Once the mask is frozen
+    the residuals are exactly zero, for which a logarithmic axis has no place; what stays within one order of magnitude
+    has a plain axis. Several runs are drawn over each other, each with a line of its own.
 
     Args:
         history: ``trainer.state.log_history`` of an :class:`~admm_nxm.integrations.transformers.ADMMTrainer`; a
             :class:`~admm_nxm.report.history.Recorder` or its rows; the path of a saved history; or a mapping from names
-            to any of these. A run that logged no phase is taken to be frozen from its first primal residual of zero.
+            to any of these.
         title: above all; none by default.
 
     Returns:
@@ -195,10 +204,10 @@ def _rows(name: str, history: Any) -> list[Mapping[str, Any]]:
             "saved history is needed"
         )
     rows = [row for row in history if "step" in row]
-    if not any(panel.key in row for row in rows for panel in _PANELS if panel.key.startswith("admm/")):
+    if not any("admm/phase" in row for row in rows):
         raise ValueError(
             f"{run} has {len(rows)} rows with a step and none with a figure of ADMM, such as "
-            "'admm/primal_residual'; ADMMTrainer logs them every logging_steps, a Recorder at each record()"
+            "'admm/phase'; ADMMTrainer logs them every logging_steps, a Recorder at each record()"
         )
     return rows
 
@@ -219,7 +228,7 @@ def _series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], l
 
 
 def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     every: list[float] = []
     for number, (name, rows) in enumerate(runs.items()):
@@ -237,8 +246,9 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, list[Mapping[str, 
             axes.axvline(frozen, color=colour, linestyle=dashes, linewidth=0.8, alpha=0.7, label="_freeze")
     if len(runs) > 1 and any(_freeze(rows) is not None for rows in runs.values()):
         # Nothing but its entry in the legend.
-        axes.plot([], [], color="#444444", linestyle="", marker="|", markersize=12, label="freeze of the mask")
+        axes.plot([], [], color="#444444", linestyle="", marker="|", markersize=12, label="weights pruned")
     axes.set_title(panel.title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     positive = [value for value in every if 0 < value < math.inf]
     # What changes by orders of magnitude would be a flat line and a cliff; within one, such an axis has hardly a tick.
     if positive and panel.scale == "log" and max(positive) > 10 * min(positive):
@@ -250,38 +260,74 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, list[Mapping[str, 
         axes.set_ylim(0, 1.1 * max(positive, default=1.0))
 
 
-def _phase(row: Mapping[str, Any]) -> str | None:
-    """Return the phase of a row, or what its figures say about it; None if they do not."""
-    if "admm/phase" in row:
-        return str(row["admm/phase"])
-    if "admm/primal_residual" not in row:
-        return None
-    if row["admm/primal_residual"] == 0:
-        return "frozen"
-    return "dense" if row.get("admm/rho") == 0 else "constrained"
-
-
 def _freeze(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """Return the step of the freeze, or of the first reading after it where nobody noted the step itself."""
-    frozen = [row for row in rows if _phase(row) == "frozen"]
-    if not frozen:
-        return None
-    return float(next((row["admm/frozen_at"] for row in frozen if "admm/frozen_at" in row), frozen[0]["step"]))
+    """Return the step after which the last weights were pruned."""
+    return next((float(row["admm/frozen_at"]) for row in rows if "admm/frozen_at" in row), None)
 
 
 def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    steps = [float(row["step"]) for row in rows]
-    dense = [float(row["step"]) for row in rows if _phase(row) == "dense"]
-    if dense:
-        axes.axvspan(
-            min(dense), max(dense), facecolor="#fff3d6", edgecolor="#c9b27a", hatch="\\\\", label="dense start"
-        )
+    begins: dict[str, float] = {}
+    for row in rows:
+        if row.get("admm/phase") in _PHASES:
+            begins.setdefault(row["admm/phase"], float(row["step"]))
     frozen = _freeze(rows)
     if frozen is not None:
-        noted = any("admm/frozen_at" in row for row in rows)
-        label = f"frozen mask, {'from' if noted else 'by'} step {frozen:g}: residuals are zero"
-        axes.axvspan(frozen, max(steps), facecolor="#e6eef6", edgecolor="#a9bfd4", hatch="//", label=label)
-        axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label="_freeze")
+        begins["frozen"] = frozen
+        errors = [row["admm/model_error"] for row in rows if "admm/model_error" in row]
+        said = f", model error {float(errors[-1]):.4f}" if errors else ""
+        label = f"weights pruned after step {frozen:g}{said}"
+        axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label=label)
+    ends = [*list(begins.values())[1:], max(float(row["step"]) for row in rows)]
+    for (phase, begin), end in zip(begins.items(), ends, strict=True):
+        ground, hatch = _PHASES[phase]
+        axes.axvspan(begin, end, facecolor=ground, edgecolor="#bbbbbb", hatch=hatch, linewidth=0, label=phase, zorder=0)
+
+
+def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -> Figure:
+    """Draw the model error of each weight over the blocks: a line for each kind of weight.
+
+    It shows which weights the pattern costs most. Weights of one kind that a block has several times (experts) are
+    averaged; what stands outside of the blocks has a flat line.
+
+    Args:
+        errors: name -> model error, such as ``optimizer.figures().model_errors``.
+        title: above all; none by default.
+
+    Returns:
+        A matplotlib figure; see :func:`save_figure`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no errors: nothing was solved yet, or the checkpoint did not carry them.
+    """
+    if not errors:
+        raise ValueError("errors is empty: no weight was solved yet, or the checkpoint did not carry the errors")
+    lines: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for name, error in errors.items():
+        (stack, block), kind = _place(name)
+        lines.setdefault((stack, kind), {}).setdefault(block, []).append(float(error))
+    stacks = {stack for stack, kind in lines if kind != _WHOLE}
+    with _drawing():
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _new_figure(8.4, 3.6 + 0.3 * (title is not None), title)
+        axes = figure.add_subplot()
+        for number, ((stack, kind), blocks) in enumerate(lines.items()):
+            look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
+            means = {block: sum(values) / len(values) for block, values in sorted(blocks.items())}
+            if kind == _WHOLE:
+                axes.axhline(means[-1], label=_visible(stack), linewidth=1.0, **look)
+            else:
+                label = kind if len(stacks) == 1 else f"{stack}: {kind}"
+                axes.plot(list(means), list(means.values()), marker=".", label=_visible(label), linewidth=1.3, **look)
+        positive = [error for error in errors.values() if 0 < error < math.inf]
+        if positive and max(positive) > 10 * min(positive):
+            axes.set_yscale("log", nonpositive="mask")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.set_ylabel("model error")
+        _add_legend(figure)
+    return figure
 
 
 def _visible(label: str) -> str:

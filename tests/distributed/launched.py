@@ -23,13 +23,13 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from admm_nxm.masks import packed_shape
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, verify
 from admm_nxm.integrations.transformers import ADMMConfig, ADMMTrainer
-from admm_nxm.masks import packed_shape
 from tests.helpers import CASES, batches, is_lean, loss_of, make_net, spelt_out
 from tests.test_trainer import arguments, bert, rows
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from admm_nxm.masks import PACKED, pack, unpack
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -23,7 +24,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Partial
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, project, verify
-from admm_nxm.masks import PACKED, pack, unpack
 from admm_nxm.sharding import check_sharding, local, reduce_sums, rows_divide_into_bytes, wrap_like
 from tests.helpers import CASES, every_form, spelt_out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +71,14 @@ class Encoded:
             torch.tensor([self.labels[row] for row in rows]).to(self.device),
         )
 
-    def all(self, size: int = 64, limit: int | None = None) -> list[Batch]:
-        """Return all rows (or the first ``limit``) once, by length."""
-        rows = sorted(range(min(len(self), limit or len(self))), key=lambda row: len(self.ids[row]))
-        return [self.batch(rows[first : first + size]) for first in range(0, len(rows), size)]
+    def some(self, rows: Iterable[int], size: int = 64) -> list[Batch]:
+        """Return rows once, by length."""
+        ordered = sorted(rows, key=lambda row: len(self.ids[row]))
+        return [self.batch(ordered[first : first + size]) for first in range(0, len(ordered), size)]
+
+    def all(self, size: int = 64) -> list[Batch]:
+        """Return all rows once, by length."""
+        return self.some(range(len(self)), size)
 
     def train(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
         """Yield ``steps`` batches, shuffled anew each time the split has been gone through; the seed decides all."""

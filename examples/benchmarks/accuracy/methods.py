@@ -1,49 +1,32 @@
-"""The methods that the study compares, each behind the same four functions.
+"""The methods that the study compares, each behind the same two functions.
 
-Every method gets the same AdamW, batches, learning-rate schedule and number of steps. Its ``setting`` holds what it may
-tune; plans.py says which values were tried.
+Every method gets the same AdamW, batches, learning rates and number of steps. Its ``setting`` holds what it may tune;
+plans.py says which values are tried.
 """
 
 from __future__ import annotations
 
+import functools
+import statistics
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, Pattern, keep_mask
+from admm_nxm import ADMMNxM, ConvergenceWarning, Pattern, keep_mask, solve
+from admm_nxm.solver import model_error
+from admm_nxm.statistics import Moments, Statistics
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from sparsegpt import sparsegpt  # type: ignore[import-not-found,unused-ignore]
 
 Setting = Mapping[str, Any]
-
-
-@dataclass
-class Figures:
-    """What a method says of its run; None where it has no such figure."""
-
-    primal_residual: float | None = None
-    trace: dict[str, list[Any]] = field(default_factory=lambda: {"step": [], "primal_residual": [], "churn": []})
-
-
-class Method(Protocol):
-    """One way to train and prune."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """What an LR scheduler is built on."""
-
-    def step(self, number: int) -> None:
-        """Do step ``number``, counted from 1, with the gradients in place."""
-
-    def at_projection(self, number: int) -> Callable[[], Any] | None:
-        """Return a context manager that lets the model hold what a projection after step ``number`` would leave, if
-        that is when the method projects for good; None otherwise."""
-
-    def finish(self) -> Figures:
-        """Leave the weights sparse."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +35,53 @@ class Job:
 
     Args:
         inner: AdamW over all trainable parameters.
-        named: the weights to prune, name -> parameter, all grouped along their last dimension.
+        model: the model.
+        modules: name of a weight to prune -> the module that has it; all are grouped along their inputs.
         pattern: None for the dense run.
         steps: length of the run.
+        done: steps that were already done by ``inner`` alone.
         setting: the method's own hyperparameters.
-        traced: whether residual and churn are recorded on the way, which takes time.
     """
 
     inner: Optimizer
-    named: dict[str, Tensor]
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
     pattern: Pattern | None
     steps: int
+    done: int
     setting: Setting
-    traced: bool = True
 
     @property
-    def weights(self) -> list[Tensor]:
-        return list(self.named.values())
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to prune, by name."""
+        return {name: weight_of(module) for name, module in self.modules.items()}
 
     @property
     def target(self) -> Pattern:
+        """The pattern, of a method that prunes."""
         assert self.pattern is not None, "a method that prunes needs a pattern"
         return self.pattern
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a module's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+class Method(Protocol):
+    """One way to train and prune."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose groups hold the learning rates."""
+
+    def step(self, number: int) -> None:
+        """Do step ``number``, counted from 1, with the gradients in place."""
+
+    def finish(self) -> float | None:
+        """Leave the weights sparse; return the mean model error over the weights, if the method has one."""
 
 
 class Dense:
@@ -85,11 +93,8 @@ class Dense:
     def step(self, number: int) -> None:
         self.optimizer.step()
 
-    def at_projection(self, number: int) -> Callable[[], Any] | None:
+    def finish(self) -> float | None:
         return None
-
-    def finish(self) -> Figures:
-        return Figures()
 
 
 class Masked(Dense):
@@ -98,18 +103,19 @@ class Masked(Dense):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.weights, self.pattern = job.weights, job.target
-        self.masks = [torch.ones_like(w, dtype=torch.bool) for w in self.weights]
+        self.masks: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def apply_masks(self) -> None:
-        for w, mask in zip(self.weights, self.masks, strict=True):
-            w.mul_(mask)
+        for name, mask in self.masks.items():
+            self.weights[name].mul_(mask)
 
     @torch.no_grad()
     def step(self, number: int) -> None:
-        for w, mask in zip(self.weights, self.masks, strict=True):
-            if w.grad is not None:
-                w.grad.mul_(mask)
+        for name, mask in self.masks.items():
+            grad = self.weights[name].grad
+            if grad is not None:
+                grad.mul_(mask)
         self.optimizer.step()
         self.apply_masks()
 
@@ -119,20 +125,21 @@ class OneShot(Masked):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.masks = [keep_mask(w.detach(), self.pattern, -1) for w in self.weights]
+        self.masks = {name: keep_mask(w.detach(), self.pattern, -1) for name, w in self.weights.items()}
         self.apply_masks()
 
 
 class Gradual(Masked):
-    """Gradual magnitude pruning (Zhu, Gupta 2017) toward the pattern.
+    """Gradual magnitude pruning (Zhu, Gupta 2017) toward the pattern, done at the share ``stop`` of the run.
 
     Of the entries that the pattern would prune now, the smallest go first; the share of all zeros follows the cubic
-    schedule until half of the run, moves every ten steps, and what is pruned stays so.
+    schedule, moves every ten steps, and what is pruned stays so.
     """
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.start, self.stop = job.steps // 20, max(1, job.steps // 2)
+        self.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self.weights.items()}
+        self.start, self.stop = job.steps // 20, max(1, round(float(job.setting["stop"]) * job.steps))
         self.every = min(10, max(1, (self.stop - self.start) // 10))
 
     @torch.no_grad()
@@ -142,17 +149,17 @@ class Gradual(Masked):
         if self.start <= number <= self.stop and due:
             progress = (number - self.start) / max(1, self.stop - self.start)
             share = self.pattern.sparsity * (1 - (1 - progress) ** 3)
-            for w, mask in zip(self.weights, self.masks, strict=True):
+            for name, w in self.weights.items():
                 candidates = ~keep_mask(w, self.pattern, -1)
                 count = candidates.sum() if number == self.stop else torch.as_tensor(round(share * w.numel()))
                 rank = torch.where(candidates, w.abs(), float("inf")).flatten().argsort()
-                mask.view(-1)[rank[: int(count)]] = False
+                self.masks[name].view(-1)[rank[: int(count)]] = False
             self.apply_masks()
 
-    def finish(self) -> Figures:
-        self.masks = [keep_mask(w.detach(), self.pattern, -1) for w in self.weights]
+    def finish(self) -> float | None:
+        self.masks = {name: keep_mask(w.detach(), self.pattern, -1) for name, w in self.weights.items()}
         self.apply_masks()
-        return Figures()
+        return None
 
 
 class SRSTE(Dense):
@@ -161,7 +168,8 @@ class SRSTE(Dense):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.weights, self.pattern, self.decay = job.weights, job.target, float(job.setting["decay"])
+        self.weights, self.pattern = list(job.weights.values()), job.target
+        self.decay = float(job.setting["decay"])
         self.dense = [w.detach().clone() for w in self.weights]
         self._project()
 
@@ -192,7 +200,7 @@ class PAT(Dense):
             PruneOptimizer,
         )
 
-        pruned = {id(w) for w in job.weights}
+        pruned = {id(w) for w in job.weights.values()}
         groups = []
         for group in job.inner.param_groups:
             options = {key: value for key, value in group.items() if key != "params"}
@@ -206,7 +214,6 @@ class PAT(Dense):
             }
             groups += [{**options, "params": chosen, **constraint}] if chosen else []
             groups += [{**options, "params": rest}] if rest else []
-        # LR schedulers refuse PAT's class unless it is given the base optimizer's groups, which it shares.
         self.optimizer: Optimizer = torch.optim.AdamW(groups)
         self.pat = PruneOptimizer(
             self.optimizer,
@@ -218,85 +225,176 @@ class PAT(Dense):
         self.pat.step()
 
 
+class Window(NamedTuple):
+    """The steps whose batches calibrate a solve: after ``start``, up to ``prune_at``, after which the solve stands."""
+
+    start: int
+    prune_at: int
+    pattern: Pattern
+
+
+@functools.cache
+def package_defaults(steps: int) -> tuple[int, int]:
+    """Return ``prune_at`` and ``calibration_steps`` that ADMMNxM takes for a run of so many steps."""
+    net = nn.Linear(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # short runs are warned of where they are trained
+        optimizer = ADMMNxM(
+            torch.optim.SGD(net.parameters(), lr=0.0), net, pattern="2:4", total_steps=steps, select=lambda *_: "2:4"
+        )
+    return optimizer.prune_at, optimizer.calibration_steps
+
+
+def windows(pattern: Pattern, setting: Setting, steps: int) -> list[Window]:
+    """Return when a method of the kind ``late`` calibrates and solves.
+
+    Args:
+        pattern: the pattern in the end.
+        setting: may hold ``prune_at`` (share of the run), ``calibration_steps``, and ``by_way_of`` (a pattern that a
+            first solve reaches 15 % of the run earlier).
+        steps: length of the run.
+
+    Returns:
+        One window, or two.
+    """
+    prune_at, calibration = package_defaults(steps)
+    prune_at = round(setting["prune_at"] * steps) if "prune_at" in setting else prune_at
+    calibration = int(setting.get("calibration_steps", calibration))
+    ends = [(prune_at, pattern)]
+    if "by_way_of" in setting:
+        ends.insert(0, (prune_at - round(0.15 * steps), Pattern.parse(setting["by_way_of"])))
+    return [Window(max(0, at - calibration), at, to) for at, to in ends]
+
+
+Prune = Callable[[Tensor, Pattern, Moments], tuple[Tensor, Tensor]]
+"""(weight, pattern, moments) -> the pruned weight and its mask."""
+
+
+class Late(Masked):
+    """Dense training, one pruning of all weights from the moments of ordinary batches, then masked fine-tuning."""
+
+    def __init__(self, job: Job, prune: Prune) -> None:
+        super().__init__(job)
+        self.modules, self.prune = job.modules, prune
+        self.windows = windows(job.target, job.setting, job.steps)
+        self.errors: list[float] = []
+        self._observe_from(job.done)
+
+    def _observe_from(self, number: int) -> None:
+        if self.windows and number == self.windows[0].start:
+            self.statistics = Statistics(self.modules)
+            self.statistics.attach()
+
+    def step(self, number: int) -> None:
+        super().step(number)
+        if self.windows and number == self.windows[0].prune_at:
+            self.statistics.detach()
+            self._prune(self.windows.pop(0).pattern)
+        self._observe_from(number)
+
+    @torch.no_grad()
+    def _prune(self, pattern: Pattern) -> None:
+        for name, w in self.weights.items():
+            moments = self.statistics.moments[name]
+            pruned, self.masks[name] = self.prune(w, pattern, moments)
+            self.errors.append(model_error(w, pruned, moments.inputs, moments.outputs))
+            w.copy_(pruned)
+
+    def finish(self) -> float | None:
+        return statistics.fmean(self.errors[-len(self.weights) :])
+
+
+def magnitude(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """Keep the largest."""
+    mask = keep_mask(weight, pattern, -1)
+    return weight * mask, mask
+
+
+def by_sparsegpt(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Apply SparseGPT's update."""
+    pruned, mask = sparsegpt(weight, moments.inputs, pattern)
+    return pruned, mask
+
+
+def by_solve(
+    weight: Tensor, pattern: Pattern, moments: Moments, *, outputs: bool = True, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Solve the layer problem with A and, if ``outputs``, G."""
+    solved = solve(weight, pattern, moments.inputs, moments.outputs if outputs else None, **options)
+    return solved.weight, solved.mask
+
+
+SOLVER_OPTIONS = {"input_damping", "output_damping"}
+NOT_IN_THE_PACKAGE = {*SOLVER_OPTIONS, "by_way_of"}
+
+
 class ADMM:
     """ADMMNxM with its defaults, or in the paper's form with ``rho`` from the setting."""
 
     def __init__(self, job: Job, *, paper: bool) -> None:
-        self.named = job.named
-        build: Callable[..., ADMMNxM] = ADMMNxM.paper if paper else ADMMNxM
-        self.optimizer: ADMMNxM = build(
-            job.inner,
-            job.named.items(),
-            select=lambda name, _: job.target if name in job.named else None,
-            total_steps=job.steps,
-            **_arguments(job.setting),
-        )
-        self.narrow = NARROW.get(job.setting.get("emulated_state"))
-        self.figures = Figures()
-        self.every = max(1, job.steps // 40) if job.traced else 0
+        left = job.steps - job.done
+        arguments: dict[str, Any] = {
+            "pattern": job.target,
+            "total_steps": left,
+            "select": lambda name, _: job.target if name in job.modules else None,
+        }
+        if paper:
+            self.optimizer = ADMMNxM.paper(job.inner, job.model, rho=float(job.setting["rho"]), **arguments)
+        else:
+            (window,) = windows(job.target, job.setting, job.steps)
+            self.optimizer = ADMMNxM(
+                job.inner,
+                job.model,
+                prune_at=window.prune_at - job.done,
+                calibration_steps=window.prune_at - window.start,
+                **arguments,
+            )
 
     def step(self, number: int) -> None:
         self.optimizer.step()
-        if self.narrow is not None and not self.optimizer.frozen:
-            self._narrow_states(self.narrow)
-        if self.every and number % self.every == 0 and not self.optimizer.frozen:
-            now = self.optimizer.residuals()
-            churn = now.mask_churn if now.mask_churn == now.mask_churn else None
-            for key, value in (("step", number), ("primal_residual", now.primal), ("churn", churn)):
-                self.figures.trace[key].append(value)
 
-    @torch.no_grad()
-    def _narrow_states(self, narrow: Callable[[Tensor], Tensor]) -> None:
-        """Round every v as a narrower dtype would hold it: a first, then its mask."""
-        for weight in self.optimizer.selection:
-            v = self.optimizer.state[self.named[weight.name]]["admm_consensus"]
-            a = narrow(torch.where(keep_mask(v, weight.pattern, weight.dim), v, -v))
-            v.copy_(torch.where(keep_mask(a, weight.pattern, weight.dim), a, -a))
-
-    def at_projection(self, number: int) -> Callable[[], Any] | None:
-        freeze_at = self.optimizer.plan.freeze_at
-        return self.optimizer.projected if freeze_at is not None and number == freeze_at - 1 else None
-
-    def finish(self) -> Figures:
+    def finish(self) -> float | None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the study records the figures of every run
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the paper's form does not converge in so few steps
             self.optimizer.finalize()
-        self.figures.primal_residual = float(self.optimizer.param_groups[0]["admm_freeze_residual"])
-        return self.figures
+        return self.optimizer.figures().model_error
 
 
-def _arguments(setting: Setting) -> dict[str, Any]:
-    """Arguments of ADMMNxM from what a line of raw results can hold."""
-    given = {key: value for key, value in setting.items() if key not in ("variant", "emulated_state")}
-    if "state_dtype" in given:
-        given["state_dtype"] = getattr(torch, given["state_dtype"])
-    return given
-
-
-def _as_int8(a: Tensor) -> Tensor:
-    """Round as int8 holds it, with a float32 scale for 64 entries of a row."""
-    blocks = a.view(-1, 64)
-    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-    return ((blocks / scale).round().clamp(-127, 127) * scale).view(a.shape)
-
-
-def _as_float8(a: Tensor) -> Tensor:
-    """Round as float8 (e4m3) holds it, with a float32 scale for 64 entries of a row."""
-    blocks = a.view(-1, 64)
-    scale = (blocks.abs().amax(-1, keepdim=True) / 448).clamp_min(1e-30)
-    return ((blocks / scale).to(torch.float8_e4m3fn).to(a.dtype) * scale).view(a.shape)
-
-
-NARROW: dict[Any, Callable[[Tensor], Tensor]] = {"int8": _as_int8, "float8": _as_float8}
-"""Dtypes that ADMMNxM does not offer for its state, as they would round it."""
+def admm(job: Job) -> Method:
+    """Build ADMMNxM, or what does the same by hand where a setting asks for what the package has no argument for."""
+    if NOT_IN_THE_PACKAGE & set(job.setting):
+        options: dict[str, Any] = {key: value for key, value in job.setting.items() if key in SOLVER_OPTIONS}
+        return Late(job, functools.partial(by_solve, **options))
+    return ADMM(job, paper=False)
 
 
 METHODS: dict[str, Callable[[Job], Method]] = {
     "dense": Dense,
     "asp": OneShot,
+    "asp-late": lambda job: Late(job, magnitude),
+    "sparsegpt-late": lambda job: Late(job, by_sparsegpt),
     "gradual": Gradual,
     "sr-ste": SRSTE,
     "pat": PAT,
     "admm-paper": lambda job: ADMM(job, paper=True),
-    "admm": lambda job: ADMM(job, paper=False),
+    "admm-inputs": lambda job: Late(job, functools.partial(by_solve, outputs=False)),
+    "admm": admm,
 }
+LATE = ("asp-late", "sparsegpt-late", "admm-inputs", "admm")
+
+
+def dense_steps(method: str, pattern: Pattern | None, setting: Setting, steps: int) -> int:
+    """Return how many steps of a run are those of the dense run, bit for bit.
+
+    Args:
+        method: a key of METHODS.
+        pattern: None for dense.
+        setting: the method's own hyperparameters.
+        steps: length of the run.
+
+    Returns:
+        The number of steps; all of them for ``dense``.
+    """
+    if pattern is None:
+        return steps
+    return windows(pattern, setting, steps)[0].start if method in LATE else 0

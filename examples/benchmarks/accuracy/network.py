@@ -45,14 +45,14 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def logits_of(model: Classifier, batches: list[Batch]) -> Tensor:
-    """Return the logits of all rows in their own order, on the CPU, without dropout."""
+    """Return logits on the CPU, without dropout, each at the number of its row; NaN where no batch has the row."""
     training = model.training
     model.eval()
-    parts = [model(batch).float().cpu() for batch in batches]
+    logits = torch.cat([model(batch).float().cpu() for batch in batches])
     model.train(training)
     order = torch.cat([batch.rows for batch in batches])
-    logits = torch.cat(parts)
-    return torch.empty_like(logits).index_copy_(0, order, logits)
+    placed = torch.full((int(order.max()) + 1, logits.shape[1]), float("nan"))
+    return placed.index_copy_(0, order, logits)
 
 
 def accuracy(model: Classifier, batches: list[Batch]) -> float:

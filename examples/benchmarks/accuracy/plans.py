@@ -1,39 +1,76 @@
-"""What is run: declared grids, and the choice that dev makes in them. No file of results, no training here."""
+"""What is run and in which order: declared grids, and the choice that dev makes in them. No files, no training here."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from training import DISTILLED, Spec
-
 Line = Mapping[str, Any]
-TUNING_SEED = 100  # no final run has it
+Choice = tuple[float, dict[str, Any]]
+"""A learning rate and a setting."""
+
+DISTILLED = "+kd"
+
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "gradual": ({"stop": 0.5}, {"stop": 0.75}),
+    "sr-ste": ({"decay": 2e-4}, {"decay": 2e-3}),
+    "pat": ({"healing": 0.75}, {"healing": 0.9}),
+    "admm-paper": ({"rho": 1e-2}, {"rho": 1e-3}),
+}
+"""What a method may tune besides the learning rate, the usual value first."""
+
+WIDER = 3.0
+"""By how much the grid of learning rates grows on a side where a choice lies on its edge."""
+
+EXPLORED_AT = 0.85
+"""``prune_at`` of the runs that explore everything else."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What a method may tune: the learning rate for all, and settings of its own; the first setting is the usual one.
+class Spec:
+    """Everything that decides a run's outcome.
 
-    Settings are tried at the middle learning rate, then learning rates with the best setting.
+    Args:
+        task: one of tasks.TASKS.
+        layers: encoder layers.
+        pattern: spelling of the pattern, None for dense.
+        method: a key of methods.METHODS, with ``+kd`` behind it for distillation from the dense run of the same seed.
+        seed: of the head, the batches and dropout.
+        lr: peak learning rate of the encoder.
+        steps: optimizer steps.
+        setting: JSON of the method's own hyperparameters; ``teacher_lr`` is the dense run's with distillation.
+        stage: see records.py; "final" is scored on test, all others on dev.
     """
 
-    settings: tuple[dict[str, Any], ...] = ({},)
+    task: str
+    layers: int
+    pattern: str | None
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    setting: str = "{}"
+    stage: str = "final"
 
+    @property
+    def model(self) -> str:
+        """The model in words."""
+        return f"MiniLM-L6, first {self.layers} layers"
 
-GRIDS: dict[str, Grid] = {
-    "dense": Grid(),
-    "asp": Grid(),
-    "gradual": Grid(),
-    "sr-ste": Grid(({"decay": 2e-4}, {"decay": 2e-3})),
-    "pat": Grid(({"healing": 0.75}, {"healing": 0.9})),
-    "admm-paper": Grid(tuple({"rho": rho} for rho in (1e-1, 1e-3, 1e-2, 1.0, 10.0))),
-    "admm": Grid(),
-}
+    @property
+    def options(self) -> dict[str, Any]:
+        """The setting as an object."""
+        options: dict[str, Any] = json.loads(self.setting)
+        return options
+
+    @property
+    def trunk(self) -> tuple[Any, ...]:
+        """What runs have in common that share their first part."""
+        return (self.task, self.layers, self.seed, self.lr, self.steps, self.options.get("teacher_lr"))
 
 
 @dataclass(frozen=True)
@@ -42,216 +79,270 @@ class Plan:
 
     Args:
         layers: encoder layers of the model.
-        tasks: tasks of the final runs.
-        tuning_tasks: tasks on whose dev parts learning rates and settings are chosen.
-        patterns: patterns of the final runs.
-        tuned_at: pattern -> the pattern at which it is tuned.
-        methods: methods of the final runs, those with ``+kd`` included.
-        distilled_at: patterns at which those with ``+kd`` are run.
-        lrs: learning rates, the middle one first tried.
+        tasks: the tasks.
+        patterns: pattern -> (its seeds, the pattern whose choice it takes).
+        methods: the methods in the order of their runs; those of ``first`` come before all others.
+        first: the methods that are run first.
+        lrs: the grid of learning rates, rising.
+        usual_lrs: those of the table in which nothing is tuned.
+        middle: the learning rate at which a method's own settings are tried.
         seeds: seeds of the final runs.
-        steps: length of tuning and final runs.
-        budgets: (steps, lr) of the budget runs.
-        budget_tasks: tasks of the budget runs.
-        budget_seeds: seeds of the budget runs.
-        variants: name -> setting of ADMMNxM, for the ablation.
-        ablation_seeds: seeds of the ablation.
+        tuning_seeds: seeds of tuning and exploring.
+        steps: length of a run.
+        explore_tasks: tasks of the runs that explore.
+        explore_lrs: learning rates of the runs that explore.
+        explore_steps: other lengths at which ``prune_at`` is explored.
     """
 
     layers: int
     tasks: tuple[str, ...]
-    tuning_tasks: tuple[str, ...]
-    patterns: tuple[str, ...]
-    tuned_at: Mapping[str, str]
+    patterns: Mapping[str, tuple[tuple[int, ...], str]]
     methods: tuple[str, ...]
-    distilled_at: tuple[str, ...]
-    lrs: tuple[float, float, float]
+    first: tuple[str, ...]
+    lrs: tuple[float, ...]
+    usual_lrs: tuple[float, ...]
+    middle: float
     seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
     steps: int
-    budgets: tuple[tuple[int, float], ...] = ()
-    budget_tasks: tuple[str, ...] = ()
-    budget_seeds: tuple[int, ...] = ()
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ablation_seeds: tuple[int, ...] = ()
+    explore_tasks: tuple[str, ...] = ()
+    explore_lrs: tuple[float, ...] = (3e-4, 9e-4)
+    explore_steps: tuple[int, ...] = ()
+
+    @property
+    def model(self) -> str:
+        """The model in words."""
+        return f"MiniLM-L6, first {self.layers} layers"
+
+    def mine(self, line: Line) -> bool:
+        """Say whether a line of raw results belongs to this study."""
+        return bool(line["model"] == self.model and line["steps"] == self.steps and line["task"] in self.tasks)
 
 
-_CPU = Plan(
-    layers=2,
-    tasks=("supersense", "entailment", "polarity"),
-    tuning_tasks=("supersense", "entailment"),
-    patterns=("2:4", "1:4", "2:8"),
-    tuned_at={"2:4": "2:4", "1:4": "1:4", "2:8": "1:4"},
-    methods=("dense", "asp", "gradual", "sr-ste", "pat", "admm-paper", "admm", "admm-paper+kd", "admm+kd"),
-    distilled_at=("1:4", "2:4"),
-    lrs=(3e-4, 9e-4, 2.7e-3),
-    seeds=(0, 1, 2, 3, 4),
-    steps=200,
-    budgets=tuple((steps, lr) for steps in (100, 400, 1600) for lr in (2e-5, 8e-5, 3e-4)),
-    budget_tasks=("supersense",),
-    budget_seeds=(0, 1),
-    variants={
-        "default": {},
-        "magnitude only": {"saliency": "magnitude"},
-        "freeze at 70 %": {"freeze_at": 140},
-        "no masked phase": {"freeze_at": 200},
-        "z every step": {"update_every": 1},
-        "proximal": {"penalty": "proximal"},
-        "gradient": {"penalty": "gradient"},
-        "w stored, float32": {"state_dtype": "float32"},
-        "w stored, bfloat16": {"state_dtype": "bfloat16"},
-        "proximal, bfloat16": {"penalty": "proximal", "state_dtype": "bfloat16"},
-        "proximal, bfloat16 at random": {
-            "penalty": "proximal",
-            "state_dtype": "bfloat16",
-            "state_rounding": "stochastic",
-        },
-        "proximal, as int8": {"penalty": "proximal", "emulated_state": "int8"},
-        "proximal, as float8": {"penalty": "proximal", "emulated_state": "float8"},
-    },
-    ablation_seeds=(0, 1, 2),
+_SEEDS = (0, 1, 2, 3, 4)
+_FULL = Plan(
+    layers=6,
+    tasks=("supersense", "entailment", "polarity", "tweets", "topics"),
+    patterns={"2:4": (_SEEDS, "2:4"), "1:4": (_SEEDS, "1:4"), "2:8": (_SEEDS[:3], "1:4")},
+    methods=(
+        *("dense", "asp", "asp-late", "sparsegpt-late", "admm"),
+        *("gradual", "sr-ste", "pat", "admm-paper", "admm-inputs", "asp+kd", "admm+kd"),
+    ),
+    first=("dense", "asp", "asp-late", "sparsegpt-late", "admm"),
+    lrs=(5e-5, 1.5e-4, 4.5e-4, 1.35e-3),
+    usual_lrs=(5e-5, 1.5e-4),
+    middle=4.5e-4,
+    seeds=_SEEDS,
+    tuning_seeds=(100, 101),
+    steps=400,
+    explore_tasks=("supersense", "entailment"),
+    explore_steps=(100, 1600),
 )
-
 PLANS: dict[str, Plan] = {
-    "cpu": _CPU,
-    "full": Plan(
+    "full": _FULL,
+    "cpu": Plan(
         **{
-            **_CPU.__dict__,
-            "layers": 6,
-            "distilled_at": _CPU.patterns,
-            "tasks": ("polarity", "tweets", "topics", "supersense", "entailment"),
-            "steps": 400,
-            "budget_tasks": ("supersense", "entailment"),
-            "budget_seeds": (0, 1, 2),
-            "variants": {**_CPU.variants, "freeze at 70 %": {"freeze_at": 280}, "no masked phase": {"freeze_at": 400}},
+            **_FULL.__dict__,
+            "layers": 2,
+            "steps": 200,
+            "tasks": ("supersense", "entailment", "polarity"),
+            "explore_steps": (),
         }
     ),
     "smoke": Plan(
         layers=1,
         tasks=("polarity",),
-        tuning_tasks=("polarity",),
-        patterns=("2:4",),
-        tuned_at={"2:4": "2:4"},
+        patterns={"2:4": ((0,), "2:4")},
         methods=("asp", "admm"),
-        distilled_at=(),
-        lrs=(1e-4, 3e-4, 9e-4),
+        first=("asp", "admm"),
+        lrs=(3e-4,),
+        usual_lrs=(3e-4,),
+        middle=3e-4,
         seeds=(0,),
+        tuning_seeds=(100,),
         steps=20,
     ),
 }
 
 
-def tuning(plan: Plan, lines: Iterable[Line]) -> Iterator[Spec]:
-    """Yield the tuning runs whose turn it is, given what has been run: settings first, then learning rates."""
-    done = list(lines)
-    for method in (m for m in plan.methods if not m.endswith(DISTILLED)):
-        for pattern in (None,) if method == "dense" else sorted(set(plan.tuned_at.values()), reverse=True):
-            settings, middle = GRIDS[method].settings, plan.lrs[1]
-            tried = [_tuning_specs(plan, method, pattern, middle, setting) for setting in settings]
-            yield from (spec for specs in tried for spec in specs)
-            best = choose(plan, done, method, pattern, only_lr=middle)
-            if best is not None:
-                for lr in plan.lrs:
-                    yield from _tuning_specs(plan, method, pattern, lr, best[1])
+def together(specs: Iterable[Spec]) -> list[list[Spec]]:
+    """Group runs that begin alike, in the order in which the first of each comes."""
+    groups: dict[tuple[Any, ...], list[Spec]] = defaultdict(list)
+    for spec in specs:
+        groups[spec.trunk].append(spec)
+    return list(groups.values())
 
 
-def _tuning_specs(plan: Plan, method: str, pattern: str | None, lr: float, setting: Mapping[str, Any]) -> list[Spec]:
-    return [
-        Spec(task, plan.layers, pattern, method, TUNING_SEED, lr, plan.steps, json.dumps(setting), "tune")
-        for task in plan.tuning_tasks
-    ]
+# Tuning --------------------------------------------------------------------------------------------------------------
 
 
-def choose(
-    plan: Plan, lines: Iterable[Line], method: str, pattern: str | None, only_lr: float | None = None
-) -> tuple[float, dict[str, Any]] | None:
-    """Return the learning rate and setting with the best mean over the tuning tasks' dev parts.
+def settings_of(method: str) -> tuple[dict[str, Any], ...]:
+    """Return the settings of its own that a method tries, the usual one first."""
+    return SETTINGS.get(method.removesuffix(DISTILLED), ({},))
+
+
+class Tuning:
+    """What dev chooses, as far as the tuning runs go.
 
     Args:
         plan: the study.
         lines: raw results.
-        method: the method, without ``+kd``.
-        pattern: at which it was tuned.
-        only_lr: look at this learning rate only.
-
-    Returns:
-        None while a task lacks a run of the grid that ``only_lr`` leaves.
     """
-    found: dict[tuple[float, str], dict[str, float]] = defaultdict(dict)
-    for line in lines:
-        mine = (line["stage"], line["method"], line["pattern"], line["steps"]) == ("tune", method, pattern, plan.steps)
-        if mine and line["seed"] == TUNING_SEED and only_lr in (None, line["lr"]) and line["task"] in plan.tuning_tasks:
-            found[line["lr"], json.dumps(line["setting"])][line["task"]] = line["dev"]
-    grid = {(plan.lrs[1], json.dumps(setting)) for setting in GRIDS[method].settings}
-    complete = {key: mean(devs.values()) for key, devs in found.items() if len(devs) == len(plan.tuning_tasks)}
-    if not grid <= complete.keys():
-        return None
-    if only_lr is None:
-        _, at_middle = max(grid, key=complete.__getitem__)
-        grid |= {(lr, at_middle) for lr in plan.lrs}
-        if not grid <= complete.keys():
+
+    def __init__(self, plan: Plan, lines: Iterable[Line]) -> None:
+        self.plan = plan
+        found: dict[tuple[str, str | None], dict[Any, dict[tuple[str, int], float]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        for line in lines:
+            if line["stage"] == "tune" and plan.mine(line):
+                key = line["lr"], json.dumps(line["setting"])
+                found[line["method"], line["pattern"]][key][line["task"], line["seed"]] = line["dev"]
+        wanted = {(task, seed) for task in plan.tasks for seed in plan.tuning_seeds}
+        # (method, pattern) -> (learning rate, setting) -> the mean, for what has every task and seed.
+        self._means = {
+            cell: {key: mean(devs[pair] for pair in wanted) for key, devs in grid.items() if wanted <= devs.keys()}
+            for cell, grid in found.items()
+        }
+        at = dict.fromkeys(source for _, source in plan.patterns.values())
+        methods = [method for method in plan.methods if not method.endswith(DISTILLED)]
+        self.cells = [(m, pattern) for m in methods for pattern in ((None,) if m == "dense" else at)]
+        self.lrs = self._grid()
+
+    def _grid(self) -> tuple[float, ...]:
+        """Return the learning rates of every method: the plan's, and one more where a choice lies on an edge."""
+        bests = [self._best(method, pattern, self.plan.lrs) for method, pattern in self.cells]
+        edges = {best[0] for best in bests if best is not None}
+        low, high = self.plan.lrs[0], self.plan.lrs[-1]
+        if low == high:
+            return self.plan.lrs
+        below = (float(f"{low / WIDER:.3g}"),) if low in edges else ()
+        return (*below, *self.plan.lrs, *((float(f"{high * WIDER:.3g}"),) if high in edges else ()))
+
+    def best_setting(self, method: str, pattern: str | None) -> str | None:
+        """Return the setting that is best at the middle learning rate; None while it is not known."""
+        if len(settings_of(method)) == 1:
+            return json.dumps(settings_of(method)[0])
+        means = self._means.get((method, pattern), {})
+        keys = [(self.plan.middle, json.dumps(setting)) for setting in settings_of(method)]
+        return max(keys, key=means.__getitem__)[1] if set(keys) <= means.keys() else None
+
+    def _best(self, method: str, pattern: str | None, lrs: Sequence[float]) -> tuple[float, str] | None:
+        means, setting = self._means.get((method, pattern), {}), self.best_setting(method, pattern)
+        if setting is None or not {(lr, setting) for lr in lrs} <= means.keys():
             return None
-    lr, setting = max(sorted(grid), key=complete.__getitem__)
-    return lr, json.loads(setting)
+        return max(((lr, setting) for lr in lrs), key=means.__getitem__)
+
+    def choose(self, method: str, pattern: str | None) -> Choice | None:
+        """Return the learning rate and the setting with the best mean over the tasks' dev parts and the tuning seeds.
+
+        Args:
+            method: the method; one with distillation has the choice of that without, and the dense model's teacher.
+            pattern: the pattern of the final run.
+
+        Returns:
+            None while a run is missing that the choice needs.
+        """
+        source = None if pattern is None else self.plan.patterns[pattern][1]
+        best = self._best(method.removesuffix(DISTILLED), source, self.lrs)
+        if best is None:
+            return None
+        lr, setting = best[0], json.loads(best[1])
+        if method.endswith(DISTILLED):
+            teacher = self.choose("dense", None)
+            return None if teacher is None else (lr, {**setting, "teacher_lr": teacher[0]})
+        return lr, setting
+
+    def runs(self, methods: Sequence[str]) -> Iterator[Spec]:
+        """Yield the tuning runs whose turn it is: a method's settings first, then learning rates with the best."""
+        plan = self.plan
+        cells: list[tuple[float, str, str | None, str]] = []
+        for method, pattern in self.cells:
+            if method in methods:
+                cells += [(plan.middle, method, pattern, json.dumps(setting)) for setting in settings_of(method)]
+                best = self.best_setting(method, pattern)
+                cells += [(lr, method, pattern, best) for lr in self.lrs if best is not None]
+        for seed in plan.tuning_seeds:
+            for task in plan.tasks:
+                for lr, method, pattern, setting in dict.fromkeys(cells):
+                    yield Spec(task, plan.layers, pattern, method, seed, lr, plan.steps, setting, "tune")
 
 
-class NotTunedError(Exception):
-    """A final run needs a choice that the tuning runs do not yet give."""
+# Final runs ----------------------------------------------------------------------------------------------------------
 
 
-def _chosen(plan: Plan, lines: list[Line], method: str, pattern: str | None) -> tuple[float, dict[str, Any]]:
-    at = None if pattern is None else plan.tuned_at[pattern]
-    choice = choose(plan, lines, method.removesuffix(DISTILLED), at)
-    if choice is None:
-        raise NotTunedError(f"{method} at {pattern}: its tuning runs are not complete; run the stage tune first")
-    return choice
+def usual(plan: Plan, method: str) -> list[Choice]:
+    """Return the (learning rate, setting) of a method in the table in which nothing is tuned."""
+    setting = settings_of(method)[0]
+    return [(lr, {**setting, "teacher_lr": lr} if method.endswith(DISTILLED) else setting) for lr in plan.usual_lrs]
 
 
-def _patterns(plan: Plan, method: str) -> tuple[str | None, ...]:
-    if method == "dense":
-        return (None,)
-    return plan.distilled_at if method.endswith(DISTILLED) else plan.patterns
+def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return (methods, patterns) in the order of their runs."""
+    early = tuple(pattern for pattern in plan.patterns if pattern == plan.patterns[pattern][1])
+    late = tuple(pattern for pattern in plan.patterns if pattern not in early)
+    rest = [method for method in plan.methods if method not in plan.first]
+    return [(plan.first, early), *(((method,), early) for method in rest), *([(plan.methods, late)] if late else [])]
 
 
-def final(plan: Plan, lines: list[Line]) -> Iterator[Spec]:
-    """Yield the final runs, seed by seed, so that whatever has been run can be compared."""
-    teacher_lr, _ = _chosen(plan, lines, "dense", None) if "dense" in plan.methods else (None, {})
+def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
+    """Yield tuning and final runs, those that begin alike together, the most useful first."""
+    tuning = Tuning(plan, lines)
+    for methods, patterns in blocks(plan):
+        cells = [(m, p) for m in methods for p in ((None,) if m == "dense" else patterns)]
+        plain = [(m, p, choice) for m, p in cells for choice in usual(plan, m)]
+        yield from together(_final_specs(plan, plain))
+        yield from together(tuning.runs(methods))
+        chosen = [(m, p, choice) for m, p in cells if (choice := tuning.choose(m, p)) is not None]
+        yield from together(_final_specs(plan, chosen))
+
+
+def _final_specs(plan: Plan, cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
+    """Seed by seed, so that whatever has been run can be compared."""
     for seed in plan.seeds:
-        for method in plan.methods:
-            for pattern in _patterns(plan, method):
-                lr, setting = _chosen(plan, lines, method, pattern)
-                for task in plan.tasks:
-                    yield Spec(
-                        task,
-                        plan.layers,
-                        pattern,
-                        method,
-                        seed,
-                        lr,
-                        plan.steps,
-                        json.dumps(setting),
-                        "final",
-                        teacher_lr if method.endswith(DISTILLED) else None,
-                    )
+        for task in plan.tasks:
+            for method, pattern, (lr, setting) in cells:
+                if pattern is None or seed in plan.patterns[pattern][0]:
+                    yield Spec(task, plan.layers, pattern, method, seed, lr, plan.steps, json.dumps(setting), "final")
 
 
-def budget(plan: Plan, lines: list[Line]) -> Iterator[Spec]:  # noqa: ARG001 - nothing is chosen here
-    """Yield ASP's and ADMMNxM's runs at other lengths and learning rates, nothing tuned."""
-    for seed in plan.budget_seeds:
-        for steps, lr in plan.budgets:
-            for pattern in ("1:4",):
-                for task in plan.budget_tasks:
-                    for method in ("asp", "admm"):
-                        yield Spec(task, plan.layers, pattern, method, seed, lr, steps, stage="budget")
+# Exploring -----------------------------------------------------------------------------------------------------------
+
+BASE: dict[str, Any] = {"prune_at": EXPLORED_AT}
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "prune_at": tuple({"prune_at": share} for share in (0.6, 0.75, 0.85, 0.9)),
+    "calibration": tuple({**BASE, "calibration_steps": steps} for steps in (8, 32)),
+    "damping": (
+        *({**BASE, "input_damping": damping} for damping in (0.001, 0.1)),
+        *({**BASE, "output_damping": damping} for damping in (0.01, 1.0)),
+    ),
+    "rewarm": tuple({**BASE, "rewarm": share} for share in (0.3, 0.6)),
+    "by way of": ({**BASE, "by_way_of": "2:4"},),
+}
 
 
-def ablation(plan: Plan, lines: list[Line]) -> Iterator[Spec]:
-    """Yield ADMMNxM with one thing changed, on dev."""
-    for seed in plan.ablation_seeds:
-        for name, setting in plan.variants.items():
-            for task in plan.tuning_tasks:
-                lr, _ = _chosen(plan, lines, "admm", "1:4")
-                setting_ = json.dumps({**setting, "variant": name})
-                yield Spec(task, plan.layers, "1:4", "admm", seed, lr, plan.steps, setting_, "ablation")
+def explore(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: ARG001 - nothing is chosen here
+    """Yield the runs that explore, on dev: ``prune_at`` first, then the rest, then other lengths."""
+    at = [("prune_at",), tuple(name for name in VARIANTS if name != "prune_at")]
+    for steps, names in [*((plan.steps, names) for names in at), *((n, at[0]) for n in plan.explore_steps)]:
+        for seed in plan.tuning_seeds:
+            for lr in plan.explore_lrs:
+                for task in plan.explore_tasks:
+                    yield [
+                        Spec(task, plan.layers, pattern, "admm", seed, lr, steps, json.dumps(setting), "explore")
+                        for name in names
+                        for setting in VARIANTS[name]
+                        for pattern in ("1:4", "2:4")
+                        if setting.get("by_way_of") != pattern
+                    ]
 
 
-STAGES = {"tune": tuning, "final": final, "budget": budget, "ablation": ablation}
+def layers(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: ARG001 - nothing is chosen here
+    """Yield the runs that prune one weight at a time."""
+    for pattern in ("1:4", "2:4"):
+        for task in plan.explore_tasks:
+            for seed in plan.tuning_seeds:
+                yield [Spec(task, plan.layers, pattern, "admm", seed, plan.explore_lrs[0], plan.steps, stage="layers")]
+
+
+STAGES = {"final": final, "explore": explore, "layers": layers}

@@ -1,30 +1,20 @@
-"""The plots as SVG: the same data give the same bytes."""
+"""The pictures as SVG: the same data give the same bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import math
-import statistics
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
-
-from figures import TITLES, Figure, Line, Panel
-from records import METHODS, by_known
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLUMNS = 3
-# Colours that remain apart for colour-blind readers; a distilled form has the colour of its method, drawn hollow.
-COLOURS = {
-    "dense": "#222222",
-    "asp": "#888888",
-    "gradual": "#9c6b30",
-    "sr-ste": "#0072b2",
-    "pat": "#009e73",
-    "admm-paper": "#cc79a7",
-    "admm": "#d55e00",
-}
-OTHERS = ("#56b4e9", "#b8860b", "#7b5ea7")
+# Colours that remain apart for colour-blind readers.
+OURS, OTHERS, DENSE = "#d55e00", "#777777", "#222222"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 STYLE: Any = {
     "svg.hashsalt": "admm-nxm",
     "svg.fonttype": "none",  # text as text: a tenth of the bytes, and it can be searched
@@ -38,86 +28,83 @@ STYLE: Any = {
 }
 
 
-def _colour(method: str, unknown: list[str]) -> str:
-    base = method.removesuffix("+kd")
-    if base in COLOURS:
-        return COLOURS[base]
-    return OTHERS[unknown.index(method) % len(OTHERS)]
+@dataclass(frozen=True)
+class Row:
+    """One method in a panel of accuracies: its mean and the ends of its interval."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
 
 
-def _is_hollow(method: str) -> bool:
-    return method.endswith("+kd")
+@dataclass(frozen=True)
+class Bars:
+    """One pair of axes of accuracies."""
+
+    title: str
+    rows: tuple[Row, ...]
 
 
-def _methods(figure: Figure) -> tuple[list[str], list[str]]:
-    listed = by_known((line.method for panel in figure.panels for line in panel.lines), METHODS)
-    return listed, [method for method in listed if method.removesuffix("+kd") not in COLOURS]
+@dataclass(frozen=True)
+class Cloud:
+    """One pair of axes of points: name of a series -> (x, y)."""
+
+    title: str
+    x: str
+    y: str
+    series: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
 
 
-def _spread(count: int) -> list[float]:
-    """Heights of the points of one method, so that equal scores do not hide each other."""
-    return [0.0] if count == 1 else [0.36 * (i / (count - 1) - 0.5) for i in range(count)]
-
-
-def _draw_scores(axes: Axes, panel: Panel, methods: list[str], unknown: list[str]) -> None:
-    for line in panel.lines:
-        row, colour = methods.index(line.method), _colour(line.method, unknown)
-        values = [value for value in line.y if value is not None]
-        heights = [row + shift for shift in _spread(len(values))]
-        face = "white" if _is_hollow(line.method) else colour
-        axes.scatter(values, heights, s=14, facecolors=face, edgecolors=colour, linewidths=0.9, zorder=2)
-        mean = statistics.fmean(values)
-        axes.plot([mean, mean], [row - 0.38, row + 0.38], color=colour, linewidth=2.2, zorder=3)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.08)
-
-
-def _draw_trace(axes: Axes, line: Line, colour: str, first: bool) -> None:
-    values = [math.nan if value is None else value for value in line.y]
-    axes.plot(
-        *(line.x, values),
-        color=colour,
-        linewidth=0.9,
-        linestyle="--" if _is_hollow(line.method) else "-",
-        label=line.method if first else None,
-    )
-
-
-def _draw_traces(axes: Axes, panel: Panel, unknown: list[str], logarithmic: bool) -> None:
-    seen: set[str] = set()
-    for line in panel.lines:
-        _draw_trace(axes, line, _colour(line.method, unknown), line.method not in seen)
-        seen.add(line.method)
-    # On a logarithmic axis zero has no place: a residual of exactly zero is a gap.
-    if logarithmic and any(value for line in panel.lines for value in line.y):
-        axes.set_yscale("log", nonpositive="mask")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=7)
-
-
-def _draw_grid(axes: Axes, panel: Panel, unknown: list[str]) -> None:
-    for line in panel.lines:
-        colour = _colour(line.method, unknown)
-        values = [math.nan if value is None else value for value in line.y]
-        axes.plot(line.x, values, color=colour, linewidth=0.9, marker="o", markersize=3, label=line.method)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=7)
-
-
-def draw(figure: Figure) -> bytes:
-    """Draw a figure.
+@dataclass(frozen=True)
+class Picture:
+    """One file, known by the digest of its data without drawing.
 
     Args:
-        figure: the data.
+        name: its name.
+        title: its title.
+        panels: its axes.
+    """
+
+    name: str
+    title: str
+    panels: tuple[Bars | Cloud, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the data, which the file carries: the bytes of a drawing differ between versions of matplotlib."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    for number, row in enumerate(panel.rows):
+        colour = DENSE if row.name == "dense" else OURS if row.name.startswith("admm") else OTHERS
+        axes.plot([row.low, row.high], [number, number], color=colour, linewidth=1.2)
+        axes.scatter([row.mean], [number], s=22, color=colour, zorder=3)
+        if row.name == "dense":
+            axes.axvline(row.mean, color=DENSE, linewidth=0.6, linestyle=":")
+    axes.set_yticks(range(len(panel.rows)), [row.name for row in panel.rows])
+    axes.set_ylim(len(panel.rows) - 0.5, -0.5)
+    axes.set_xlabel("accuracy (%)")
+
+
+def _draw_cloud(axes: Axes, panel: Cloud) -> None:
+    for (name, points), colour in zip(panel.series, PALETTE * len(panel.series), strict=False):
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=10, color=colour, label=name, linewidths=0)
+    axes.set_xscale("log")
+    axes.axhline(0, color=OTHERS, linewidth=0.6)
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def draw(picture: Picture, columns: int = 2) -> bytes:
+    """Draw a picture.
+
+    Args:
+        picture: the data.
+        columns: axes beside each other.
 
     Returns:
         The bytes of an SVG that carries the digest of the data and no date.
@@ -126,33 +113,28 @@ def draw(figure: Figure) -> bytes:
         ImportError: matplotlib is not installed.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
-    methods, unknown = _methods(figure)
-    scores = figure.kind == "accuracy"
-    columns = min(COLUMNS, len(figure.panels))
-    rows = math.ceil(len(figure.panels) / columns)
-    height = 0.7 + 0.2 * len(methods) if scores else 3.2 if figure.kind == "tuning" else 2.2
+    columns = min(columns, len(picture.panels))
+    rows = -(-len(picture.panels) // columns)
+    longest = max(len(panel.rows) if isinstance(panel, Bars) else 10 for panel in picture.panels)
     with rc_context(STYLE):
-        canvas = Canvas(figsize=(3.2 * columns + 0.4, rows * height + 0.5), layout="constrained")
-        canvas.suptitle(f"{TITLES[figure.kind]}, {figure.pattern}, {figure.model}", fontsize=10)
-        grid = canvas.subplots(rows, columns, squeeze=False)
-        for number, axes in enumerate(grid.flat):
-            if number >= len(figure.panels):
-                axes.remove()
-                continue
-            panel = figure.panels[number]
+        canvas = Figure(figsize=(3.6 * columns + 0.4, rows * (0.8 + 0.2 * longest) + 0.4), layout="constrained")
+        canvas.suptitle(picture.title, fontsize=10)
+        grid: Sequence[Axes] = list(canvas.subplots(rows, columns, squeeze=False).flat)
+        for axes in grid[len(picture.panels) :]:
+            axes.remove()
+        for axes, panel in zip(grid, picture.panels, strict=False):
             axes.set_title(panel.title)
-            if scores:
-                _draw_scores(axes, panel, methods, unknown)
-                axes.tick_params(labelleft=number % columns == 0)
-            elif figure.kind == "tuning":
-                _draw_grid(axes, panel, unknown)
+            axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+            axes.set_axisbelow(True)
+            if isinstance(panel, Bars):
+                _draw_bars(axes, panel)
             else:
-                _draw_traces(axes, panel, unknown, logarithmic=figure.kind == "residual")
-                axes.set_xlabel("step")
+                _draw_cloud(axes, panel)
         buffer = io.BytesIO()
-        metadata = {"Date": None, "Creator": None, "Description": f"data {figure.digest}"}
-        canvas.savefig(buffer, format="svg", metadata=metadata)
+        canvas.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": f"data {picture.digest}"}
+        )
     # Matplotlib ends some lines with a blank, which editors and hooks would take away.
     return b"".join(line.rstrip() + b"\n" for line in buffer.getvalue().splitlines())

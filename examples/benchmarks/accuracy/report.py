@@ -1,129 +1,417 @@
-"""Write docs/results.md and its plots from the raw files of the accuracy study, by one command.
+"""Write docs/results.md, docs/results-log.md and their pictures from the raw files of the accuracy study.
 
     python examples/benchmarks/accuracy/report.py
 
-Every figure comes from docs/results/*.jsonl. ``--check`` writes nothing and says whether document and plots are what
-the raw files give. The exit status is 0, 1 if ``--check`` found a difference, or 2 on bad input.
+Every figure comes from docs/results/*.jsonl. ``--check`` writes nothing and says whether the pages and the pictures are
+what the raw files give. The exit status is 0, 1 if ``--check`` found a difference, or 2 on bad input.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
-    from figures import Figure, accuracy_figures, trace_figures, tuning_figures
-    from plots import draw
-    from records import InputError, find_files, read_runs, read_traces
-    from sections import overview, patterns, projection, provenance, traces, verdicts, without_each_task
-    from studies import ablations, budgets, tuning
+    from scipy import stats  # type: ignore[import-untyped]
+
+    import plans
+    import records
+    import tables
+    from layout import NOT_RUN, difference, plain, score, setting_text, signed, table
+    from plans import PLANS, Line, Plan
+    from plots import Bars, Cloud, Picture, Row, draw
+    from tables import Table
+    from targets import verdicts
 except ImportError as error:
     print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
     sys.exit(2)
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 MARKS = ("<!-- study -->", "<!-- /study -->")
-INTRODUCTION = """\
-# Accuracy study: results
+WRITTEN = (
+    "<!-- Written by examples/benchmarks/accuracy/report.py from the raw files; changes by hand would be lost. -->"
+)
+PROTOCOL = "`examples/benchmarks/accuracy/README.md`"
+CAPTION = (
+    "Test accuracy ± standard deviation (seeds), mean over tasks; `admm` minus the method with its 95 % interval; its "
+    "p-value, corrected by Holm for all methods at the pattern."
+)
+TITLES = {"full": "The study", "cpu": "The quick study", "smoke": "A trial"}
 
-<!-- Written by examples/benchmarks/accuracy/report.py from the raw files; changes by hand would be lost. -->
 
-Everything on this page is computed from the raw files by `python examples/benchmarks/accuracy/report.py`. How the runs
-were made, what was tuned on what, and what was not run, is in `examples/benchmarks/accuracy/README.md`."""
+def subject(plan: Plan) -> str:
+    """Say what a study trains."""
+    return f"{plan.model}; {len(plan.tasks)} tasks ({', '.join(plan.tasks)}); {plan.steps} steps of 16"
 
 
-def build(results: Path, output: Path) -> tuple[str, dict[Figure, Path]]:
-    """Compute the document.
+# The first lines -----------------------------------------------------------------------------------------------------
+
+
+def lead(plan: Plan, usual: Table, tuned: Table) -> str:
+    """Say in some ten lines what a practitioner wants to know.
+
+    Args:
+        plan: the study.
+        usual: the table in which nothing is tuned.
+        tuned: the tuned table.
+
+    Returns:
+        A list in Markdown.
+    """
+    rates = " and ".join(f"{lr:g}" for lr in plan.usual_lrs)
+    lines = [f"{subject(plan)}. Figures are test accuracies in percent, differences are in points with 95 % intervals."]
+    for which, words in ((usual, f"At usual learning rates (mean over {rates})"), (tuned, "With tuned learning rates")):
+        for pattern in plan.patterns:
+            lines += _cost(which, words, pattern)
+    for pattern in plan.patterns:
+        family = tuned.family(pattern)
+        by_word: dict[str, list[str]] = defaultdict(list)
+        for method, found in family.items():
+            if method not in ("dense", "asp") and not method.endswith(plans.DISTILLED):
+                by_word[found.word].append(f"`{method}`")
+        said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
+        parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
+        lines += [f"Tuned, {pattern}: `admm` is {'; '.join(parts)}."] if parts else []
+    kd = [(p, d) for p in plan.patterns if (d := tuned.difference("admm+kd", "admm", p)) is not None]
+    lines += (
+        [f"Distillation adds {', '.join(f'{difference(d)} at {p}' for p, d in kd)} to `admm`, tuned."] if kd else []
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cost(which: Table, words: str, pattern: str) -> list[str]:
+    dense, ours = which.mean("dense", pattern), which.mean("admm", pattern)
+    loss, rival = which.difference("admm", "dense", pattern), which.difference("asp", "dense", pattern)
+    gain = which.family(pattern).get("asp")
+    if dense is None or ours is None or loss is None or rival is None or gain is None:
+        return []
+    told = "" if gain.word == "not resolved" else f", {gain.word}"
+    ours_text = f"dense {plain(dense.mean)}; `admm` {plain(ours.mean)}, which is {difference(loss)}"
+    asp_text = f"one-shot magnitude pruning before training (`asp`) {difference(rival)}"
+    return [f"{words}, {pattern}: {ours_text}; {asp_text}; `admm` minus `asp` {difference(gain.estimate)}{told}."]
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def means(which: Table) -> str:
+    """Write the means over tasks and the differences of ``admm`` to each method."""
+    patterns = list(which.plan.patterns)
+    header = ["method", *(cell for pattern in patterns for cell in (pattern, "`admm` minus it", "Holm"))]
+    rows = []
+    for method in which.plan.methods:
+        row = [f"`{method}`"]
+        for pattern in patterns:
+            found = which.family(pattern).get(method)
+            row += [
+                score(which.mean(method, pattern)),
+                "" if found is None else difference(found.estimate),
+                "" if found is None or found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
+            ]
+        rows.append(row)
+    return table(header, rows)
+
+
+def by_task(which: Table) -> str:
+    """Write the means of each task, and how far ``admm`` is ahead of ``asp`` there."""
+    parts = []
+    for pattern in which.plan.patterns:
+        rows = [
+            [f"`{method}`", *(score(which.mean(method, pattern, task)) for task in which.plan.tasks)]
+            for method in which.plan.methods
+            if which.of(method, pattern)
+        ]
+        if len(rows) < 2:  # dense alone
+            continue
+        ahead = [difference(which.difference("admm", "asp", pattern, task)) for task in which.plan.tasks]
+        rows.append(["`admm` minus `asp`", *ahead])
+        parts.append(f"{pattern}:\n\n{table(['method', *which.plan.tasks], rows)}")
+    return "\n\n".join(parts) or f"{NOT_RUN}."
+
+
+def targets_table(usual: Table, tuned: Table) -> str:
+    """Write the verdicts as a table."""
+    rows = [[verdict.target, f"**{verdict.status}**", verdict.detail] for verdict in verdicts(usual, tuned)]
+    return table(["target", "verdict", "figures"], rows)
+
+
+def overview(usual: Table, tuned: Table) -> str:
+    """Write what the repository's README shows: one small table and a sentence for each target."""
+    plan, methods = usual.plan, ("dense", "asp", "asp-late", "sparsegpt-late", "admm")
+    patterns = [pattern for pattern in plan.patterns if pattern in ("2:4", "1:4")]
+    header = ["method", *(f"{which.name}, {pattern}" for which in (usual, tuned) for pattern in patterns)]
+    rows = [
+        [f"`{method}`", *(score(which.mean(method, pattern)) for which in (usual, tuned) for pattern in patterns)]
+        for method in plan.methods
+        if method in methods
+    ]
+    sentences = [f"- {verdict.target}: **{verdict.status}** ({verdict.detail})." for verdict in verdicts(usual, tuned)]
+    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
+    return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
+
+
+# Exploring -----------------------------------------------------------------------------------------------------------
+
+
+def explored(plan: Plan, lines: Sequence[Line]) -> str:
+    """Write what the runs that explore gave, against ``prune_at`` at its usual place."""
+    cells: dict[Any, dict[tuple[str, int], float]] = defaultdict(dict)
+    for line in lines:
+        if line["stage"] == "explore" and line["model"] == plan.model:
+            setting = json.dumps(line["setting"], sort_keys=True)
+            cells[line["steps"], setting, line["pattern"], line["lr"]][line["task"], line["seed"]] = line["dev"]
+    columns = [(pattern, lr) for pattern in ("1:4", "2:4") for lr in plan.explore_lrs]
+    header = ["setting", *(f"{pattern}, lr {lr:g}" for pattern, lr in columns)]
+    parts = []
+    base = json.dumps(plans.BASE, sort_keys=True)
+    for steps in sorted({key[0] for key in cells}, key=lambda steps: (steps != plan.steps, steps)):
+        rows = []
+        for setting in dict.fromkeys(key[1] for key in cells if key[0] == steps):
+            text = setting_text(json.loads(setting))
+            compared = [
+                _explored_cell(cells[steps, setting, p, lr], None if setting == base else cells[steps, base, p, lr])
+                for p, lr in columns
+            ]
+            rows.append([text, *compared])
+        parts.append(f"{steps} steps:\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def _explored_cell(scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float] | None) -> str:
+    if not scores:
+        return NOT_RUN
+    if base is None:
+        return plain(statistics.fmean(scores.values()))
+    gains: dict[int, list[float]] = defaultdict(list)
+    for (task, seed), value in scores.items():
+        if (task, seed) in base:
+            gains[seed].append(value - base[task, seed])
+    each = [signed(statistics.fmean(values)) for _, values in sorted(gains.items())]
+    total = [value for values in gains.values() for value in values]
+    return f"{signed(statistics.fmean(total))} ({', '.join(each)})" if total else NOT_RUN
+
+
+def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, list[Picture]]:
+    """Say and draw whether the model error of a layer predicts what pruning it alone costs."""
+    clouds, rows = [], []
+    groups: dict[tuple[str, str], dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["stage"] == "layers" and plan.mine(line):
+            groups[line["pattern"], line["task"]][line["seed"]].append(line)
+    for (pattern, task), seeds in sorted(groups.items()):
+        for x, words in (("model_error", "model error"), ("predicted", "model error times loss at zero")):
+            for y, cost in (("loss", "rise of dev loss"), ("dev", "loss of dev accuracy")):
+                rank = [
+                    float(stats.spearmanr([e[x] for e in each], [e[y] * (1 if y == "loss" else -1) for e in each])[0])
+                    for each in seeds.values()
+                ]
+                rows.append([f"{task}, {pattern}", words, cost, ", ".join(plain(r, 2) for r in rank)])
+        for y, cost in (("loss", "rise of dev loss"), ("dev", "loss of dev accuracy (points)")):
+            series = tuple(
+                (f"seed {seed}", tuple((e["predicted"], e[y] * (1 if y == "loss" else -1)) for e in each))
+                for seed, each in sorted(seeds.items())
+            )
+            clouds.append(Cloud(f"{task}, {pattern}", "predicted (model error × loss at zero)", cost, series))
+    if not clouds:
+        return "", []
+    header = ["runs", "predictor", "cost of pruning one weight", "Spearman's rank correlation, each seed"]
+    picture = Picture(f"layers-{name}.svg", "Each weight pruned alone", tuple(clouds))
+    return table(header, rows), [picture]
+
+
+# The pages -----------------------------------------------------------------------------------------------------------
+
+
+def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
+    """Draw the means over tasks of both tables."""
+    panels = []
+    for pattern in usual.plan.patterns:
+        for which in (usual, tuned):
+            rows = []
+            for method in usual.plan.methods:
+                found = which.mean(method, pattern)
+                if found is not None:
+                    low, high = found.interval or (found.mean, found.mean)
+                    rows.append(Row(method, round(found.mean, 6), round(low, 6), round(high, 6)))
+            if len(rows) > 1:  # not dense alone
+                panels.append(Bars(f"{pattern}, {which.name}", tuple(rows)))
+    title = f"Test accuracy, mean over {len(usual.plan.tasks)} tasks"
+    return [Picture(f"accuracy-{name}.svg", title, tuple(panels))] if panels else []
+
+
+def missing(plan: Plan, lines: Sequence[Line]) -> str:
+    """Say how many of the final runs that the protocol declares the raw files lack."""
+    done, tuning, rows = {records.key_of(line) for line in lines}, plans.Tuning(plan, lines), []
+    for which in ("nothing tuned", "tuned"):
+        for method in plan.methods:
+            cells = dict.fromkeys(("dense", *plan.patterns), "")
+            for pattern in (None,) if method == "dense" else tuple(plan.patterns):
+                seeds = plan.seeds if pattern is None else plan.patterns[pattern][0]
+                tuned = tuning.choose(method, pattern)
+                chosen = plans.usual(plan, method) if which == "nothing tuned" else [tuned] if tuned else []
+                wanted = [
+                    (lr, json.dumps(s, sort_keys=True), t, n) for lr, s in chosen for t in plan.tasks for n in seeds
+                ]
+                left = sum(
+                    (task, plan.model, pattern, method, seed, lr, plan.steps, "final", setting) not in done
+                    for lr, setting, task, seed in wanted
+                )
+                share = f"{left} of {len(wanted)} runs" if left else ""
+                cells[pattern or "dense"] = share if chosen else "not tuned"
+            if any(cells.values()):
+                rows.append([f"`{method}`, {which}", *cells.values()])
+    return table(["missing", "dense", *plan.patterns], rows) if rows else "Everything that was declared was run."
+
+
+def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, str]) -> tuple[list[str], list[Picture]]:
+    """Write the part of docs/results.md that belongs to a plan, and lay out its pictures."""
+    usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
+    pictures = accuracy_picture(usual, tuned, name)
+    parts = [f"## {TITLES[name]}: {subject(plan)}"]
+    if any(usual.scores.values()) or any(tuned.scores.values()):
+        parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
+        for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
+            parts += [f"### {title}", CAPTION, means(which), "Each task:", by_task(which)]
+    if found := explored(plan, lines):
+        words = "points gained over that row, mean over tasks and seeds, in brackets each seed"
+        caption = f"In the rows other than `{setting_text(plans.BASE)}`: {words}."
+        parts += ["### What was explored on dev", caption, found]
+    text, clouds = layer_pictures(plan, lines, name)
+    if clouds:
+        parts += ["### Does the model error predict the loss?", text]
+        parts += [f"![{picture.title}]({links[picture.name]})" for picture in clouds]
+    parts += ["### What was not run", missing(plan, lines)]
+    return parts, [*pictures, *clouds]
+
+
+def log(lines: Sequence[Line]) -> str:
+    """Write docs/results-log.md: choices, grids and provenance."""
+    parts = ["# Accuracy study: log", WRITTEN, "Choices, tuning grids and provenance of the [results](results.md)."]
+    for name, plan in PLANS.items():
+        mine = [line for line in lines if line["model"] == plan.model]
+        if not mine:
+            continue
+        counts = Counter(line["stage"] for line in mine)
+        rows = [
+            ["runs", ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))],
+            ["hours", plain(sum(line["seconds"] for line in mine if line["stage"] != "layers") / 3600)],
+            *([key, _counted(line[key] for line in mine)] for key in ("device", "commit")),
+            ["versions", _counted(setting_text(line["versions"]) for line in mine)],
+            ["learning rates", ", ".join(f"{lr:g}" for lr in plans.Tuning(plan, lines).lrs)],
+        ]
+        parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _tuning(plan, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counted(values: Iterable[str]) -> str:
+    return "; ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
+
+
+def _tuning(plan: Plan, lines: Sequence[Line]) -> str:
+    grids: dict[tuple[str, str | None], dict[tuple[float, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["stage"] == "tune" and plan.mine(line):
+            setting = json.dumps(line["setting"])
+            grids[line["method"], line["pattern"]][line["lr"], setting].append(line["dev"])
+    rows, tuning = [], plans.Tuning(plan, lines)
+    for (method, pattern), grid in sorted(grids.items(), key=str):
+        choice = tuning.choose(method, pattern)
+        for (lr, setting), devs in sorted(grid.items()):
+            chosen = choice is not None and choice == (lr, json.loads(setting))
+            text = setting_text({"lr": lr, **json.loads(setting)})
+            mean = f"{plain(statistics.fmean(devs))} ({len(devs)})"
+            rows.append([f"`{method}`, {pattern or 'dense'}", text, mean, "chosen" if chosen else ""])
+    header = ["method", "setting", "dev, mean over tasks and seeds (runs)", ""]
+    return table(header, rows) if rows else "Nothing was tuned."
+
+
+def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, Path], str]:
+    """Compute both pages.
 
     Args:
         results: the folder of raw files.
-        output: where the document will lie, which its links start from.
+        output: where docs/results.md will lie; the log lies beside it.
 
     Returns:
-        The text, and each figure with the file it belongs into.
+        Each page's text, each picture's file, and what README shows.
 
     Raises:
         InputError: a raw file is malformed.
     """
-    run_files, trace_files = find_files(results)
-    runs, traced = read_runs(run_files), read_traces(trace_files)
-    figures = (*accuracy_figures(runs), *tuning_figures(runs), *trace_figures(traced))
-    files = {figure: results / figure.name for figure in figures}
+    lines = records.read(results)
     start = output.resolve().parent
-    links = {figure: Path(os.path.relpath(path.resolve(), start)).as_posix() for figure, path in files.items()}
-    parts = [
-        INTRODUCTION,
-        "\n\n".join(filter(None, ("## Overview", overview(runs), without_each_task(runs)))),
-        provenance(runs, traced, [*run_files, *trace_files]),
-        verdicts(runs),
-        patterns(runs, links),
-        tuning(runs, links),
-        budgets(runs),
-        ablations(runs),
-        projection(runs),
-        traces(traced, links),
-    ]
-    return "\n\n".join(parts) + "\n", files
+
+    def link(name: str) -> str:
+        return Path(os.path.relpath((results / name).resolve(), start)).as_posix()
+
+    links = {name: link(name) for plan in PLANS for name in (f"layers-{plan}.svg", f"accuracy-{plan}.svg")}
+    body: list[str] = []
+    pictures: list[Picture] = []
+    first, shown = "Nothing was run yet.", ""
+    for name, plan in PLANS.items():
+        mine = [line for line in lines if line["model"] == plan.model]
+        if not mine:
+            continue
+        usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
+        parts, drawn = section(name, plan, lines, links)
+        body += parts
+        pictures += drawn
+        if not shown and any(usual.scores.values()):
+            shown = overview(usual, tuned)
+            images = [f"![{picture.title}]({links[picture.name]})" for picture in accuracy_picture(usual, tuned, name)]
+            first = "\n\n".join((lead(plan, usual, tuned), *images))
+    where = (
+        f"How the runs were made is in {PROTOCOL}; tuning grids, choices and provenance are in the "
+        f"[log]({output.stem}-log.md); everything is computed from the raw files by "
+        "`python examples/benchmarks/accuracy/report.py`."
+    )
+    opening = ["# Accuracy study: results", WRITTEN, first, where]
+    pages = {output: "\n\n".join([*opening, *body]) + "\n", output.with_name(f"{output.stem}-log.md"): log(lines)}
+    return pages, {picture: results / picture.name for picture in pictures}, shown or "Nothing was run yet."
 
 
-def with_overview(readme: Path, results: Path) -> str:
-    """Put the overview between the marks of a page.
+def with_overview(readme: Path, shown: str) -> str | None:
+    """Put the overview between the marks of a page; None if the page has no marks.
 
     Args:
         readme: the page.
-        results: the folder of raw files.
+        shown: the overview.
 
     Returns:
         Its new text.
-
-    Raises:
-        InputError: the page lacks its marks, or a raw file is malformed.
     """
-    old = readme.read_text(encoding="utf-8")
-    before, opening, rest = old.partition(MARKS[0])
+    before, opening, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     _, closing, after = rest.partition(MARKS[1])
-    if not (opening and closing):
-        raise InputError(f"{readme} has no {MARKS[0]} with a {MARKS[1]} behind it; the overview belongs between them")
-    return f"{before}{opening}\n\n{overview(read_runs(find_files(results)[0]))}\n\n{closing}{after}"
+    return f"{before}{opening}\n\n{shown}\n\n{closing}{after}" if opening and closing else None
 
 
-def write(output: Path, text: str, files: Mapping[Figure, Path]) -> None:
-    """Write document and plots.
-
-    Args:
-        output: the document.
-        text: its text.
-        files: each figure and its file.
-    """
-    drawn = {path: draw(figure) for figure, path in files.items()}
-    for path, data in drawn.items():
-        path.write_bytes(data)
-    output.write_text(text, encoding="utf-8", newline="\n")
-
-
-def differences(output: Path, text: str, files: Mapping[Figure, Path]) -> list[str]:
+def differences(pages: Mapping[Path, str], pictures: Mapping[Picture, Path]) -> list[str]:
     """Compare what lies there with what the raw files give.
 
     Args:
-        output: the document.
-        text: what it must say.
-        files: each figure and its file; a plot is compared by the digest of its data, not by its drawing.
+        pages: each page and what it must say.
+        pictures: each picture and its file, compared by the digest of its data, not by its drawing.
 
     Returns:
-        The lines of a unified diff, and one for each plot that is missing or of other data; none if all is well.
+        The lines of unified diffs, and one for each picture that is missing or of other data; none if all is well.
     """
-    old = output.read_text(encoding="utf-8") if output.is_file() else ""
-    found = list(
-        difflib.unified_diff(old.splitlines(), text.splitlines(), output.name, "from the raw files", lineterm="")
-    )
-    for figure, path in files.items():
+    found: list[str] = []
+    for path, text in pages.items():
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        diff = difflib.unified_diff(old.splitlines(), text.splitlines(), path.name, "from the raw files", lineterm="")
+        found += diff
+    for picture, path in pictures.items():
         if not path.is_file():
             found.append(f"{path.name}: missing")
-        elif figure.digest not in path.read_text(encoding="utf-8"):
+        elif picture.digest not in path.read_text(encoding="utf-8"):
             found.append(f"{path.name}: not drawn from these data")
     return found
 
@@ -138,32 +426,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=DOCS / "results", help="folder of the raw files and plots")
-    parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the document")
+    parser.add_argument("--results", type=Path, default=DOCS / "results", help="folder of the raw files and pictures")
+    parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="the page; its log lies beside it")
     parser.add_argument("--readme", type=Path, help="page that repeats the overview (by default the repository's own)")
     parser.add_argument("--check", action="store_true", help="write nothing; show what would change")
     options = parser.parse_args(arguments)
     own = options.output.resolve() == (DOCS / "results.md").resolve()
     readme = options.readme or (DOCS.parent / "README.md" if own else None)
     try:
-        text, files = build(options.results, options.output)
-        page = None if readme is None else with_overview(readme, options.results)
+        pages, pictures, shown = build(options.results, options.output)
+        if readme is not None and (page := with_overview(readme, shown)) is not None:
+            pages[readme] = page
         if options.check:
-            found = differences(options.output, text, files)
-            if readme is not None and page is not None:
-                found += differences(readme, page, {})
+            found = differences(pages, pictures)
             print("\n".join(found) or f"{options.output.name} is what the raw files give")
             return 1 if found else 0
-        write(options.output, text, files)
-        if readme is not None and page is not None:
-            write(readme, page, {})
+        drawn = {path: draw(picture) for picture, path in pictures.items()}
+        for path, data in drawn.items():
+            path.write_bytes(data)
+        for path, text in pages.items():
+            path.write_text(text, encoding="utf-8", newline="\n")
     except ImportError as error:
         print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
         return 2
-    except (InputError, OSError) as error:
+    except (records.InputError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output.name} and {len(files)} plots")
+    print(f"wrote {', '.join(path.name for path in pages)} and {len(pictures)} pictures")
     return 0
 
 

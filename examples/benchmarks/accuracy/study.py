@@ -1,10 +1,11 @@
 """Run the accuracy study: many runs, resumable, one JSON line each.
 
     python examples/benchmarks/accuracy/prepare.py
-    python examples/benchmarks/accuracy/study.py --plan cpu --stage tune final
+    python examples/benchmarks/accuracy/study.py --plan full --stage explore layers final --workers 2
     python examples/benchmarks/accuracy/report.py
 
-A run that is in the results already is not done again; to redo it, delete its line.
+A run that is in the results already is not done again; to redo it, delete its line. Each worker has one thread unless
+--threads says otherwise.
 """
 
 from __future__ import annotations
@@ -32,20 +33,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def commit_of(root: Path) -> str:
     """Return the commit of a checkout, with ``-dirty`` if the package or the study was changed since."""
+    git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        watched = ["admm_nxm", "examples/benchmarks/accuracy"]
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--", *watched],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        watched = ["admm_nxm", "examples/benchmarks/accuracy", "examples/benchmarks/sparsegpt.py"]
+        status = [*git, "status", "--porcelain", "--", *watched]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("-dirty" if changed.strip() else "")
+    return head.stdout.strip() + ("-dirty" if changed.strip() else "")
 
 
 def device_name(device: str) -> str:
@@ -71,18 +67,9 @@ def installed(package: str) -> bool:
 
 
 def read_lines(results: Path) -> list[Mapping[str, Any]]:
-    """Read the raw results that are there; traces apart."""
-    files, _ = records.find_files(results)
+    """Read the raw results that are there."""
+    files = sorted(results.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what :meth:`training.Spec.key` returns for the run of this line."""
-    setting = json.dumps(line["setting"])
-    return tuple(
-        setting if name == "setting" else line[name]
-        for name in ("task", "model", "pattern", "method", "seed", "lr", "steps", "setting", "stage")
-    )
 
 
 def start_worker(threads: int) -> None:
@@ -95,74 +82,94 @@ def start_worker(threads: int) -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def work(spec: training.Spec, cache: Path, device: str) -> dict[str, Any]:
-    """Do one run in a worker."""
-    return training.train(spec, cache, device)[1]
+def append(file: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a file, whole, and make sure that it is on disk."""
+    raw = (json.dumps(line) + "\n").encode()
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, raw)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def append(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a file and make sure that it is on disk."""
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+def work(specs: list[plans.Spec], name: str, options: argparse.Namespace, provenance: tuple[Any, ...]) -> list[str]:
+    """Do runs that begin alike, in a worker; write each line when it is there, and return what to tell of each."""
+    layers = specs[0].stage == "layers"
+    measured = (
+        training.layers_alone(specs[0], options.cache, options.device)
+        if layers
+        else training.train(specs, options.cache, options.device)
+    )
+    lines = []
+    told = []
+    for spec, figures in measured:
+        line = training.line_of(spec, figures, *provenance)
+        lines.append(line)
+        if not layers:  # those of one model are written together, or not at all
+            append(options.results / f"{name}-{spec.stage}.jsonl", line)
+            score = f"dev {line['dev']:.1f}" if line["test"] is None else f"test {line['test']:.1f}"
+            what = f"{spec.stage} {spec.task} {spec.method} {spec.pattern or ''} seed {spec.seed} lr {spec.lr:g}"
+            told.append(f"{what} {spec.setting} {score} ({line['seconds']:.0f} s)")
+    if layers:
+        for line in lines:
+            append(options.results / f"{name}-layers.jsonl", line)
+        told = [f"layers {specs[0].task} {specs[0].pattern} seed {specs[0].seed}: {len(lines)} weights"]
+    return told
 
 
-def pending(plan: plans.Plan, stage: str, results: Path, running: set[tuple[Any, ...]]) -> Iterator[training.Spec]:
-    """Yield the runs of a stage that are neither done nor running; tuning makes more as its results come in."""
+def pending(plan: plans.Plan, stage: str, results: Path, running: set[tuple[Any, ...]]) -> Iterator[list[plans.Spec]]:
+    """Yield what neither is done nor runs; tuning makes more as its results come in."""
     lines = read_lines(results)
-    seen = {key_of(line) for line in lines} | running
-    for spec in plans.STAGES[stage](plan, lines):
-        if spec.key() not in seen:
-            seen.add(spec.key())
-            yield spec
+    seen = {records.key_of(line) for line in lines} | running
+    for specs in plans.STAGES[stage](plan, lines):
+        left = [spec for spec in specs if spec_key(spec) not in seen]
+        seen |= {spec_key(spec) for spec in left}
+        if left:
+            yield left
+
+
+def spec_key(spec: plans.Spec) -> tuple[Any, ...]:
+    """Return what tells the line of a run from others, see :func:`records.key_of`."""
+    return records.key_of(training.line_of(spec, {}, "", "", {}))
 
 
 def run_stage(name: str, stage: str, options: argparse.Namespace, executor: ProcessPoolExecutor) -> None:
     """Run what a stage lacks, telling how far it is."""
-    plan, results = plans.PLANS[name], options.results
-    provenance = (device_name(options.device), commit_of(ROOT))
-    versions = {
-        package: version(package) for package in ("torch", "transformers", "torchao", "admm-nxm") if installed(package)
-    }
+    plan = plans.PLANS[name]
+    packages = {name: version(name) for name in ("torch", "transformers", "torchao", "admm-nxm") if installed(name)}
+    provenance = (device_name(options.device), commit_of(ROOT), packages)
     began, done = time.monotonic(), 0
-    running: dict[Future[dict[str, Any]], training.Spec] = {}
+    running: dict[Future[list[str]], list[plans.Spec]] = {}
     while True:
-        waiting = list(pending(plan, stage, results, {spec.key() for spec in running.values()}))
+        keys = {spec_key(spec) for specs in running.values() for spec in specs}
+        waiting = list(pending(plan, stage, options.results, keys))
         while waiting and len(running) < options.workers:
-            spec = waiting.pop(0)
-            running[executor.submit(work, spec, options.cache, options.device)] = spec
+            specs = waiting.pop(0)
+            running[executor.submit(work, specs, name, options, provenance)] = specs
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            spec = running.pop(future)
-            measured = future.result()
-            line = training.line_of(spec, measured, *provenance, versions)
-            append(results / f"{name}-{stage}.jsonl", line)
-            if measured["trace"]["step"] and stage == "final":
-                kept = {key: line[key] for key in ("task", "model", "pattern", "method", "seed", "lr", "steps")}
-                append(results / f"{records.TRACES}{name}.jsonl", {**kept, "trace": measured["trace"]})
+            del running[future]
             done += 1
-            left = (time.monotonic() - began) / done * (len(waiting) + len(running))
-            score = "" if line["test"] is None else f" test {line['test']:.1f}"
-            print(
-                f"{stage} {done}, {len(waiting) + len(running)} to go, {left / 60:.0f} min: {spec.task} {spec.method} "
-                f"{spec.pattern or ''} seed {spec.seed} lr {spec.lr:g} {spec.setting} dev {line['dev']:.1f}{score} "
-                f"({line['seconds']:.0f} s)",
-                flush=True,
-            )
+            left = len(waiting) + len(running)
+            minutes = (time.monotonic() - began) / done * left / 60
+            for told in future.result():
+                print(told, flush=True)
+            print(f"{stage}: {done} done, {left} known to be left, about {minutes:.0f} min", flush=True)
 
 
 def main() -> int:
     """Run the stages asked for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=sorted(plans.PLANS), default="cpu")
-    parser.add_argument("--stage", nargs="+", choices=list(plans.STAGES), default=["tune", "final"])
+    parser.add_argument("--stage", nargs="+", choices=list(plans.STAGES), default=["final"])
     parser.add_argument("--cache", type=Path, default=default_cache(), help="what prepare.py filled")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with one run at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
+    parser.add_argument("--list", action="store_true", help="say what is left to run, and stop")
     options = parser.parse_args()
     if options.workers < 1 or options.threads < 1:
         parser.error("--workers and --threads must be at least 1")
@@ -171,17 +178,19 @@ def main() -> int:
     except TaskError as error:
         print(error, file=sys.stderr)
         return 2
-    except plans.NotTunedError as error:
-        print(error, file=sys.stderr)
-        return 1
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the stages asked for, after a look at whether what they need is there."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.list:
+        for stage in options.stage:
+            for specs in pending(plans.PLANS[options.plan], stage, options.results, set()):
+                print(f"{stage}: {', '.join(f'{s.method} {s.pattern} {s.setting}' for s in specs)}: {specs[0].trunk}")
+        return 0
     model_folder(options.cache)
     for task in plans.PLANS[options.plan].tasks:
         load_task(task, options.cache)
-    options.results.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, start_worker, (options.threads,)) as executor:
         for stage in options.stage:

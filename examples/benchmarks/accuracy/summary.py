@@ -1,20 +1,20 @@
-"""Means, paired differences and t intervals, free of files and of formatting."""
+"""Means, paired differences, t intervals and Holm's correction; free of files and of formatting."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from scipy import stats  # type: ignore[import-untyped]
-
-from records import Pairs
 
 LEVEL = 0.95
 ROUNDING = 1e-9
 """Differences of decimal accuracies are off by less than this in binary, and no true difference is as small."""
+
+Scores = Mapping[tuple[str, int], float]
+"""One figure for each (task, seed)."""
 
 
 @dataclass(frozen=True)
@@ -25,70 +25,15 @@ class Estimate:
         mean: the mean.
         sd: the sample standard deviation (n - 1), None for a single value.
         n: how many values.
-        interval: the t interval of the mean, None for a single value or for values without spread.
+        interval: the 95 % t interval of the mean, None for a single value or for values without spread.
+        p: two-sided p-value of the mean against 0, None without an interval.
     """
 
     mean: float
     sd: float | None
     n: int
     interval: tuple[float, float] | None
-
-    @property
-    def reading(self) -> Literal["above", "below", "not resolved", "one seed"]:
-        """What the interval says about the sign of the mean."""
-        if self.n < 2:
-            return "one seed"
-        if self.includes(0.0):
-            return "not resolved"
-        return "above" if self.mean > 0 else "below"
-
-    def includes(self, value: float) -> bool:
-        """Say whether the interval leaves a value possible.
-
-        Args:
-            value: the value.
-
-        Returns:
-            Whether it is in the interval; True without one, which excludes nothing.
-        """
-        if self.interval is None:
-            return True
-        return self.interval[0] - ROUNDING <= value <= self.interval[1] + ROUNDING
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Paired differences between two methods, the first minus the second.
-
-    Args:
-        per_task: task -> the differences of that task over its seeds.
-        overall: over the seed-wise means over tasks, None where no seed has every shared task.
-        tasks: the tasks that both methods have.
-        seeds: the seeds that have all of these tasks; ``overall`` is over these.
-        pairs: how many (task, seed) both methods have.
-    """
-
-    per_task: dict[str, Estimate]
-    overall: Estimate | None
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    pairs: int
-
-    @property
-    def used(self) -> int:
-        """How many pairs are in ``overall``."""
-        return len(self.tasks) * len(self.seeds)
-
-    def count(self, reading: str) -> int:
-        """Count tasks.
-
-        Args:
-            reading: as of ``Estimate.reading``.
-
-        Returns:
-            How many tasks read so.
-        """
-        return sum(estimate.reading == reading for estimate in self.per_task.values())
+    p: float | None
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -105,93 +50,57 @@ def estimate(values: Iterable[float]) -> Estimate | None:
         return None
     mean = statistics.fmean(listed)
     if len(listed) < 2:
-        return Estimate(mean, None, 1, None)
+        return Estimate(mean, None, 1, None, None)
     sd = statistics.stdev(listed)
     if sd <= ROUNDING:
         # Seeds that agree to the last digit say that the score is coarse, not that the mean is exact.
-        return Estimate(mean, 0.0, len(listed), None)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(listed) - 1)) * sd / math.sqrt(len(listed))
-    return Estimate(mean, sd, len(listed), (mean - half, mean + half))
+        return Estimate(mean, 0.0, len(listed), None, None)
+    error = sd / math.sqrt(len(listed))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(listed) - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, len(listed) - 1))
+    return Estimate(mean, sd, len(listed), (mean - half, mean + half), p)
 
 
-def tasks_of(pairs: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """List tasks.
-
-    Args:
-        pairs: (task, seed), any number of each.
-
-    Returns:
-        Each task once, by alphabet.
-    """
-    return tuple(sorted({task for task, _ in pairs}))
-
-
-def complete_seeds(pairs: Pairs, tasks: Sequence[str]) -> tuple[int, ...]:
-    """List the seeds that have every task.
+def holm(values: Sequence[float]) -> list[float]:
+    """Correct the p-values of one family by Holm's step-down method.
 
     Args:
-        pairs: the figures.
-        tasks: the tasks.
+        values: the p-values.
 
     Returns:
-        The seeds, rising; none without tasks.
+        The corrected ones, in the same order.
     """
-    seeds = sorted({seed for _, seed in pairs})
-    return tuple(seed for seed in seeds if tasks and all((task, seed) in pairs for task in tasks))
+    corrected = [0.0] * len(values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
 
 
-def seed_means(pairs: Pairs, tasks: Sequence[str]) -> dict[int, float]:
+def over_tasks(scores: Scores, tasks: Sequence[str]) -> dict[int, float]:
     """Average over tasks, seed by seed.
 
     Args:
-        pairs: the figures.
+        scores: the figures.
         tasks: the tasks to average over.
 
     Returns:
         seed -> mean over tasks, for the seeds that have every task.
     """
-    return {seed: statistics.fmean(pairs[task, seed] for task in tasks) for seed in complete_seeds(pairs, tasks)}
+    seeds = sorted({seed for _, seed in scores})
+    complete = [seed for seed in seeds if tasks and all((task, seed) in scores for task in tasks)]
+    return {seed: statistics.fmean(scores[task, seed] for task in tasks) for seed in complete}
 
 
-def of_task(pairs: Pairs, task: str) -> list[float]:
-    """Take the figures of a task.
-
-    Args:
-        pairs: the figures.
-        task: the task.
-
-    Returns:
-        Its figures, by seed.
-    """
-    return [value for (name, _), value in sorted(pairs.items()) if name == task]
-
-
-def mean_over_tasks(pairs: Pairs) -> float | None:
-    """Average the means of the tasks.
-
-    Args:
-        pairs: the figures.
-
-    Returns:
-        The mean in which every task counts the same, whatever its number of seeds; None without figures.
-    """
-    if not pairs:
-        return None
-    return statistics.fmean(statistics.fmean(of_task(pairs, task)) for task in tasks_of(pairs))
-
-
-def compare(first: Pairs, second: Pairs) -> Comparison:
-    """Compare two methods on what both have.
+def paired(first: Scores, second: Scores) -> dict[tuple[str, int], float]:
+    """Subtract what both have.
 
     Args:
         first: the figures of one method.
         second: the figures of the other.
 
     Returns:
-        The differences, first minus second.
+        first - second for each (task, seed) of both.
     """
-    differences = {pair: first[pair] - second[pair] for pair in sorted(first.keys() & second.keys())}
-    tasks = tasks_of(differences)
-    means = seed_means(differences, tasks)
-    per_task = {task: found for task in tasks if (found := estimate(of_task(differences, task))) is not None}
-    return Comparison(per_task, estimate(means.values()), tasks, tuple(means), len(differences))
+    return {pair: first[pair] - second[pair] for pair in sorted(first.keys() & second.keys())}

@@ -412,6 +412,11 @@ def count(text: str) -> int:
     return int(value)
 
 
+def counts(text: str) -> list[int]:
+    """Read several, separated by commas."""
+    return [count(part) for part in text.split(",")]
+
+
 def device_of(name: str | None) -> torch.device:
     """Return the device of that name, by default the fastest kind here.
 

@@ -1,0 +1,165 @@
+"""The commands on saved models: ``verify``, ``report``, ``prune``, ``pack`` and ``unpack``."""
+
+# ruff: noqa: ARG001 - ``json`` is read from the command line as a whole, see app.py
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from shlex import quote
+from typing import Annotated, Any
+
+import typer
+
+from ..io.files import refuse_existing
+from ..io.verify import verify as count
+from ..selection import SkippedWeight
+from ..sparsity import SparsityReport, SparsityViolation
+from .console import Result, note
+from .errors import InputError
+from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
+
+__all__ = ["as_dict", "pack", "prune", "report", "unpack", "verify"]
+
+_PICTURES = (".svg", ".png", ".pdf")
+_BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
+
+
+def verify(path: Source, pattern: PatternText = None, select: Select = None, json: Json = False) -> Result:
+    """Check that all groups keep to the pattern.
+
+    Every group of every covered weight is counted, with one weight in memory at a time. The exit status is 1 if one
+    violates its pattern.
+    """
+    parsed, rules = rules_of(pattern, select)
+    report = count(path, parsed if rules is None else rules)
+    return Result({"command": "verify", "path": str(path), **as_dict(report)}, str(report), 0 if report.ok else 1)
+
+
+def as_dict(report: SparsityReport) -> dict[str, Any]:
+    """Return a count as JSON has it."""
+    return {
+        "ok": report.ok,
+        "sparsity": report.sparsity,
+        "violations": len(report.violations),
+        "weights": [
+            _fields(weight, "name", "shape", "pattern", "dim", "groups", "bad_groups", "zeros") for weight in report
+        ],
+        "skipped": _reasons(report.skipped),
+    }
+
+
+def _fields(weight: Any, *names: str) -> dict[str, Any]:
+    given = {name: getattr(weight, name) for name in names}
+    return {name: value if isinstance(value, (int, tuple)) else str(value) for name, value in given.items()}
+
+
+def _reasons(skipped: Iterable[SkippedWeight]) -> list[dict[str, str]]:
+    return [{"name": weight.name, "reason": weight.reason} for weight in skipped]
+
+
+def report(
+    path: Source,
+    pattern: PatternText = None,
+    select: Select = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the map of the weights: .svg, .png or .pdf.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    json: Json = False,
+) -> Result:
+    """Show what is sparse and what could be faster.
+
+    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
+    and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
+    """
+    from ..report import sparsity_report
+
+    parsed, rules = rules_of(pattern, select)
+    if plot is not None:
+        _check_picture(plot, overwrite=overwrite)
+    found = sparsity_report(path, parsed if rules is None else rules)
+    if plot is not None:
+        from ..report.plots import plot_sparsity, save_figure
+
+        save_figure(plot_sparsity(found), plot)
+        note(f"picture {plot}")
+    payload = {"command": "report", "path": str(path), "plot": None if plot is None else str(plot), **found.to_dict()}
+    return Result(payload, str(found), 0 if found.ok else 1)
+
+
+def _check_picture(file: Path, *, overwrite: bool) -> None:
+    """Find out before all weights are counted that the picture cannot be drawn."""
+    import matplotlib as _  # noqa: F401
+
+    if file.suffix.lower() not in _PICTURES:
+        kinds = f"{', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}"
+        raise InputError(f"--plot {file} ends in {file.suffix or 'nothing'}; a picture ends in {kinds}")
+    if file.is_dir():
+        raise InputError(f"--plot {file} is a folder; name a file")
+    refuse_existing(file, overwrite)
+
+
+def prune(
+    path: Source,
+    output: Output,
+    pattern: PatternText = None,
+    select: Select = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> Result:
+    """Prune once, without fine-tuning: the baseline.
+
+    Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
+    """
+    from ..io.prune import prune as project_files
+
+    parsed, rules = rules_of(pattern, select)
+    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
+    payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
+    return Result(payload, f"{report}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
+
+
+def pack(
+    path: Source,
+    output: Output,
+    pattern: PatternText = None,
+    select: Select = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> Result:
+    """Store a sparse model without its zeros.
+
+    Nothing is lost: `unpack` gives every bit back. The exit status is 1, and nothing is written, if a weight violates
+    its pattern.
+    """
+    from ..io.packed import pack as pack_files
+
+    parsed, rules = rules_of(pattern, select)
+    payload: dict[str, Any] = {"command": "pack", "path": str(path), "output": str(output), "ok": True}
+    try:
+        report = pack_files(path, output, parsed, select=rules, overwrite=overwrite)
+    except SparsityViolation as violation:
+        text = f"VIOLATED: {violation}\nnothing is written; `verify` with the same rules counts every weight"
+        return Result({**payload, "ok": False, "violation": str(violation)}, text, 1)
+    sizes = ("bytes_before", "bytes_after")
+    payload |= {name: getattr(report, name) for name in (*sizes, "ratio")}
+    payload["weights"] = [
+        {
+            **_fields(weight, "name", "shape", "pattern", "dim", *sizes),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        }
+        for weight in report
+    ]
+    payload["skipped"] = _reasons(report.skipped)
+    text = f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
+    return Result(payload, text)
+
+
+def unpack(path: Source, output: Output, overwrite: Overwrite = False, json: Json = False) -> Result:
+    """Give a packed model back, bit for bit."""
+    from ..io.packed import unpack as unpack_files
+
+    unpack_files(path, output, overwrite=overwrite)
+    payload = {"command": "unpack", "ok": True, "path": str(path), "output": str(output)}
+    return Result(payload, f"saved to {output}")

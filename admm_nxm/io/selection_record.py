@@ -1,0 +1,300 @@
+r"""The selection of a run, recorded with what is saved, so that a file is counted by what was pruned.
+
+The record, version 1, is JSON::
+
+    {"format": "admm-nxm-selection", "version": 1,
+     "weights": {NAME: {"pattern": "2:4", "shape": [64, 32], "dim": 1}},
+     "aliases": {OTHER_NAME: NAME},
+     "left_dense": {NAME: {"shape": [64, 30], "reason": "its width 30 along dim 1 is no multiple of 4",
+                           "wanted": true}}}
+
+``pattern`` is keep:group and ``dim`` counts from the front, as in :mod:`admm_nxm.io.packing`. ``aliases`` are further
+names of tied weights, ``left_dense`` are the other parameters, ``wanted`` those that the rules asked for and that could
+not be pruned; all three may be missing. The names are those of the model. In a folder the record is the file
+``admm_nxm.json``, in a single safetensors file the entry ``admm_nxm_selection`` of the ``__metadata__``, in an ONNX
+file a part of the entry ``admm_nxm``. A packed file without a record says itself which weights are packed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from ..selection import SelectedWeight, Selection, SkippedWeight, named_tensors, select_weights
+from .files import Checkpoint, atomic_file
+from .tensor_files import brief, is_shape, unique_keys
+
+__all__ = [
+    "RECORD_FILE",
+    "RECORD_KEY",
+    "read_selection",
+    "record_selection",
+    "selection_from_json",
+    "selection_metadata",
+    "selection_to_json",
+]
+
+RECORD_FILE = "admm_nxm.json"
+"""Name of the record in a folder."""
+
+RECORD_KEY = "admm_nxm_selection"
+"""Key of the record in the metadata of a safetensors file."""
+
+FORMAT = "admm-nxm-selection"
+VERSION = 1
+
+Shapes = Mapping[str, "tuple[int, ...]"]
+
+
+def record_selection(folder: str | os.PathLike[str], selection: Selection) -> Path:
+    """Record in a folder which of the weights saved there were pruned, and how.
+
+    ``verify``, ``sparsity_report`` and ``pack`` read it. Call it after ``model.save_pretrained(folder)``.
+
+    Args:
+        folder: where the weights were saved.
+        selection: such as ``optimizer.selection``.
+
+    Returns:
+        The file; an earlier one is replaced.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder; save the model first, with save_pretrained")
+    path = folder / RECORD_FILE
+    with atomic_file(path, overwrite=True) as temporary:
+        temporary.write_text(selection_to_json(selection, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def selection_metadata(selection: Selection) -> dict[str, str]:
+    """Return the metadata that records a selection in a single file.
+
+    Args:
+        selection: such as ``optimizer.selection``.
+
+    Returns:
+        What to pass to ``safetensors.torch.save_file(..., metadata=...)``: the record, and ``"format": "pt"``, which
+        transformers wants to see in a file with metadata.
+    """
+    return {"format": "pt", RECORD_KEY: selection_to_json(selection)}
+
+
+def read_selection(checkpoint: Checkpoint) -> Selection | None:
+    """Return the selection that is recorded with a checkpoint.
+
+    Args:
+        checkpoint: an open one. Of a file in a folder with a record, the part that the file holds is returned.
+
+    Returns:
+        The selection, by the names that the files have; None if nothing is recorded.
+
+    Raises:
+        ValueError: the record is damaged, or names a weight that the checkpoint does not have.
+    """
+    tensors = {info.name: torch.empty(info.shape, device="meta") for info in checkpoint.tensors.values()}
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(tensors).items()}
+    found = [
+        _read(f"the metadata {RECORD_KEY!r} of {file}", (header.metadata or {})[RECORD_KEY])
+        for file, header in checkpoint.headers.items()
+        if RECORD_KEY in (header.metadata or {})
+    ]
+    if found:
+        weights = {weight.name: weight for selection in found for weight in selection.weights}
+        skipped = {entry.name: entry for selection in found for entry in selection.skipped}
+        recorded = Selection(tuple(weights.values()), tuple(skipped.values()))
+        return _in_names_of(shapes, recorded, f"the metadata of {checkpoint.files[0]}")
+    whole = checkpoint.path.is_dir() or checkpoint.path == checkpoint.index
+    path = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / RECORD_FILE
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        recorded = _read(str(path), text)
+        if whole:
+            return _in_names_of(shapes, recorded, str(path))
+        here = tuple(
+            weight
+            for weight in recorded
+            if any(shapes.get(name) == weight.shape for name in (weight.name, *weight.aliases))
+        )
+        if here:
+            return Selection(here, tuple(entry for entry in recorded.skipped if entry.name in shapes))
+    return _of_packed(checkpoint, tensors)
+
+
+def selection_to_json(selection: Selection, *, indent: int | None = None) -> str:
+    """Return the text of a record.
+
+    Args:
+        selection: what to record.
+        indent: as for ``json.dumps``.
+    """
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "weights": {
+            weight.name: {"pattern": str(weight.pattern), "shape": list(weight.shape), "dim": weight.dim}
+            for weight in selection
+        },
+        "aliases": {alias: weight.name for weight in selection for alias in weight.aliases},
+        "left_dense": {
+            entry.name: {
+                "shape": list(entry.shape),
+                "reason": entry.reason,
+                **({"wanted": True} if entry.wanted else {}),
+            }
+            for entry in selection.skipped
+        },
+    }
+    compact = None if indent is not None else (",", ":")
+    return json.dumps(
+        {key: value for key, value in fields.items() if value or key == "weights"},
+        ensure_ascii=False,
+        indent=indent,
+        separators=compact,
+    )
+
+
+def selection_from_json(text: str) -> Selection:
+    """Read the text of a record.
+
+    Raises:
+        ValueError: it is damaged, or of a version that is not known here.
+    """
+    try:
+        fields = json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {brief(error)}") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"it does not say format {FORMAT!r}")
+    if type(fields.get("version")) is not int or fields["version"] != VERSION:
+        raise ValueError(
+            f"it is of version {fields.get('version')!r}, and this admm_nxm reads version {VERSION}; use the release "
+            "that wrote it"
+        )
+    weights, aliases, dense = (_object(fields, key) for key in ("weights", "aliases", "left_dense"))
+    names: dict[str, list[str]] = {name: [] for name in weights}
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in names or alias in names:
+            raise ValueError(f"it calls {alias!r} another name of {name!r}")
+        names[name].append(alias)
+    selected = []
+    for name, entry in weights.items():
+        shape = _shape_of(name, entry)
+        dim, spelling = entry.get("dim"), entry.get("pattern")
+        if type(dim) is not int or not 0 <= dim < len(shape):
+            raise ValueError(f"the dim of {name!r} is {dim!r}, and its shape {list(shape)}")
+        if not isinstance(spelling, str):
+            raise ValueError(f"the pattern of {name!r} is {spelling!r}")
+        selected.append(SelectedWeight(name, shape, Pattern.parse(spelling), dim, tuple(names[name])))
+    skipped = []
+    for name, entry in dense.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
+            raise ValueError(f"it gives no reason why {name!r} is dense")
+        wanted = entry.get("wanted", False)
+        if type(wanted) is not bool:
+            raise ValueError(f"it says wanted={wanted!r} of {name!r}")
+        skipped.append(SkippedWeight(name, _shape_of(name, entry), entry["reason"], wanted))
+    return Selection(tuple(selected), tuple(skipped))
+
+
+def _read(place: str, text: str) -> Selection:
+    try:
+        return selection_from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is no readable record of a selection: {brief(error)}; delete or mend it") from None
+
+
+def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selection | None:
+    """Return what a packed checkpoint says by itself; why the rest is dense is told by the default rules."""
+    aliases: dict[str, list[str]] = {}
+    for packed in checkpoint.packed.values():
+        for alias, name in packed.aliases.items():
+            aliases.setdefault(name, []).append(alias)
+    layouts = {name: layout for packed in checkpoint.packed.values() for name, layout in packed.weights.items()}
+    if not layouts:
+        return None
+    clean = {id(t): name for name, t in named_tensors(tensors).items()}
+    selected = tuple(
+        SelectedWeight(clean[id(tensors[name])], layout.shape, layout.pattern, layout.dim, tuple(aliases.get(name, ())))
+        for name, layout in layouts.items()
+    )
+    names = {weight.name for weight in selected}
+    try:
+        usual, _ = select_weights(tensors, selected[0].pattern, ineligible="skip", trainable=False)
+    except ValueError:  # none of its names is one of the usual ones
+        return Selection(selected, ())
+    others = [SkippedWeight(w.name, w.shape, "stored as it was") for w in usual if w.name not in names]
+    return Selection(selected, (*(entry for entry in usual.skipped if entry.name not in names), *others))
+
+
+def _object(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = fields.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"its {key} are no object")
+    return value
+
+
+def _shape_of(name: str, entry: object) -> tuple[int, ...]:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not (isinstance(shape, list) and all(type(size) is int for size in shape) and is_shape(tuple(shape))):
+        raise ValueError(f"the shape of {name!r} is {shape!r}")
+    return tuple(shape)
+
+
+def _in_names_of(shapes: Shapes, selection: Selection, place: str) -> Selection:
+    """Return a selection by the names that the files give its weights.
+
+    Saving may rename a part of a model (transformers does for some families): one beginning of the names stands for
+    another then. It is taken for that if all weights of the part are found so, each with its shape, in one way only.
+    """
+    weights: list[SelectedWeight] = []
+    renamed: dict[str, str] = {}
+    for weight in selection:
+        name = next((name for name in (weight.name, *weight.aliases) if name in shapes), None)
+        if name is None:
+            old = next((old for old in renamed if weight.name.startswith(old)), None)
+            if old is None:
+                missing = [w for w in selection if shapes.keys().isdisjoint((w.name, *w.aliases))]
+                found = _new_beginning(weight, missing, shapes)
+                if found is None:
+                    raise ValueError(
+                        f"{place} records that {weight.name!r} was pruned, and the checkpoint has no such weight: it "
+                        "was renamed or removed since. Give a pattern or rules, which are used in place of the record"
+                    )
+                old = found[0]
+                renamed[old] = found[1]
+            name = renamed[old] + weight.name.removeprefix(old)
+            weight = SelectedWeight(name, weight.shape, weight.pattern, weight.dim)
+        weights.append(weight)
+    return Selection(tuple(weights), selection.skipped)
+
+
+def _new_beginning(weight: SelectedWeight, missing: list[SelectedWeight], shapes: Shapes) -> tuple[str, str] | None:
+    """Return the beginning of names that was replaced, and by what; None if that cannot be told."""
+    parts = weight.name.split(".")
+    for cut in range(len(parts) - 1):
+        old, rest = "".join(f"{part}." for part in parts[:cut]), ".".join(parts[cut:])
+        moved = [w for w in missing if w.name.startswith(old)]
+        fits = [
+            new
+            for new in (n.removesuffix(rest) for n in shapes if n == rest or n.endswith(f".{rest}"))
+            if all(shapes.get(new + w.name.removeprefix(old)) == w.shape for w in moved)
+        ]
+        if fits:
+            return (old, fits[0]) if len(fits) == 1 else None
+    return None
