@@ -92,9 +92,6 @@ class ExactStep:
             if progress.calibrated >= self.timeline.calibration_steps:
                 self._solve(run, run.weights.of_window(progress.windows_solved))
                 self._close_window(run)
-        elif progress.step >= self.timeline.prune_at:
-            self._prune_by_magnitude(run, list(run.weights))
-            self._close_window(run)
         self._gather_if_due(run)
 
     def finish(self, run: Run) -> str | None:
@@ -187,8 +184,6 @@ class ExactStep:
         progress = run.progress
         if progress.frozen or run.statistics is not None or progress.step < self.timeline.start:
             return
-        if not any(weight.modules for weight in run.weights):
-            return  # they are pruned by magnitude, which needs no calibration
         run.statistics = self._gatherer(run, progress.windows_solved)
         if run.statistics is not None:
             run.statistics.attach()
