@@ -60,6 +60,8 @@ class ExactStep:
         if self.windows == 0 and not progress.frozen:
             self._prune_by_magnitude(run, list(run.weights))
             progress.frozen_at = progress.step
+        if progress.step < self.timeline.start:
+            progress.calibrated = 0  # the run was made longer: its calibration comes later
         if progress.calibrated and statistics is None:
             warnings.warn(
                 f"the checkpoint was made inside a calibration, after {progress.calibrated} of its steps, and does not "
@@ -133,7 +135,7 @@ class ExactStep:
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
         weights where this run begins with them."""
-        if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
+        if counters["admm_frozen_at"] >= 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
         if under_way and counters["admm_windows"] != self.windows:
@@ -141,7 +143,7 @@ class ExactStep:
                 f"the checkpoint was made inside a calibration with {counters['admm_windows']} windows, and here are "
                 f"{self.windows}; build ADMMNxM with the statistics_memory of the checkpoint's run"
             )
-        if self.windows == 0:
+        if self.windows == 0 and counters["admm_step"] > 0:
             raise ValueError(
                 f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
                 "begins with pruned weights; give the prune_at of the checkpoint's run"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .exact import ExactStep, check_finite
-from .inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
+from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
@@ -355,9 +355,12 @@ class ADMMNxM(Optimizer):
                 pattern when they were projected.
 
         Raises:
+            RuntimeError: within :meth:`projected`, or after :meth:`unwrap`.
             ValueError: a prunable weight has a NaN or an infinity, or is no longer held; nothing is changed then.
         """
         run = self._run
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         run.weights.rebind(self.inner)
         check_finite(run, list(run.weights))
         if run.progress.frozen:
@@ -538,7 +541,7 @@ class ADMMNxM(Optimizer):
             for weight in run.weights:
                 backup[weight.name] = weight.w.clone()
                 weight.w.copy_(self._w_step.target(run, weight))
-        run.refusal = "the model holds its projected weights; leave the projected() block before step()"
+        run.refusal = "the model holds its projected weights; leave the projected() block first"
         try:
             yield
         finally:
@@ -595,7 +598,7 @@ class ADMMNxM(Optimizer):
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
         self._w_step.check_resume(run, loaded.counters, loaded.statistics)
-        self.inner.load_state_dict(loaded.inner)
+        load_or_restore(self.inner, loaded.inner)
         run.forget()
         run.progress.load(loaded.counters)
         for weight in run.weights:
