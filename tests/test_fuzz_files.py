@@ -50,7 +50,7 @@ def of_weight(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
 
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "another version": (lambda d: d.update(version=2), "are of version 2"),
+    "another version": (lambda d: d.update(version=2), "is of version 2"),
     "another format": (lambda d: d.update(format="x"), "does not say format"),
     "a weight too many": (lambda d: d["weights"].update(new=d["weights"][A]), r"'new\.packed_values' .* is missing"),
     "a weight that is there": (lambda d: d["weights"].update(embed=d["weights"][A]), "holds 'embed' twice"),
@@ -58,12 +58,12 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "an alias that is taken": (lambda d: d.update(aliases={"embed": A}), "to call 'embed'"),
     "a larger shape": (of_weight(A, shape=[80, 16]), r"should have dtype torch\.float32 and shape \(320, 2\), and has"),
     "a huge shape": (of_weight(A, shape=[2**40, 16]), r"should have .* shape \(4398046511104, 2\)"),
-    "a shape of no tensor": (of_weight(A, shape=[2**62, 16]), "none that a tensor can have"),
+    "a shape of no tensor": (of_weight(A, shape=[2**62, 16]), "no tensor can have it"),
     "another pattern": (of_weight(A, pattern="1:4"), r"should have dtype torch\.float32 and shape \(32, 1\)"),
     "a longer group": (of_weight(A, pattern="2:8"), r"should have .* shape \(16, 2\)"),
     "a huge group": (of_weight(A, pattern="2:1048576", shape=[32, 1048576]), "group=1048576 is too long to pack"),
     "a group as long as allowed": (of_weight(A, pattern="2:4096", shape=[32, 4096]), r"packed_places' should have"),
-    "another dimension": (of_weight(A, dim=2), "dim=2 is out of range"),
+    "another dimension": (of_weight(A, dim=2), f"the dim of '{A}' is 2"),
     "another dtype": (of_weight(A, dtype="F16"), r"should have dtype torch\.float16 .*, and has F32"),
     "another code of places": (of_weight(B, places="bitmask"), r"packed_places' should have"),
     "no signs": (of_weight(B, signs=True), r"packed_signs' should have .* is missing"),
