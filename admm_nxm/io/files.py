@@ -11,9 +11,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import safetensors
 import torch
@@ -47,25 +46,19 @@ Place = Union[str, "os.PathLike[str]"]
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor before it is read.
-
-    Args:
-        name: its name.
-        shape: its shape; of a packed weight, that of the weight.
-        dtype: its dtype; torch.uint8 stands for those that this torch does not have.
-        file: the file that holds it.
-        layout: how it is packed; None if it is not.
-        alias_of: the name under which the file has it, if this is a further one.
-    """
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
 
     name: str
     shape: tuple[int, ...]
+    """Of a packed weight, that of the weight."""
     dtype: torch.dtype
+    """torch.uint8 stands for those that this torch does not have."""
     file: Path
     layout: Layout | None = None
+    """How it is packed; None if it is not."""
     alias_of: str | None = None
+    """The name under which the file has it, if this is a further one."""
 
 
 class Checkpoint:
@@ -193,7 +186,7 @@ class Checkpoint:
             for alias, name in packed.aliases.items():
                 if alias in found or name not in found:
                     raise ValueError(f"it has no tensor {name!r} to call {alias!r}")
-                yield replace(found[name], name=alias, alias_of=name)
+                yield found[name]._replace(name=alias, alias_of=name)
 
 
 def _match(packed: Packed, header: Header) -> dict[str, str]:
@@ -355,8 +348,7 @@ def atomic_folder(
     if target.suffix == SUFFIX:
         raise ValueError(f"{target} is to be a folder, and has the name of a file; leave {SUFFIX} out")
     _refuse_to_replace(target, [source] if isinstance(source, (str, os.PathLike)) else source or ())
-    refuse_existing(target, overwrite)
-    _refuse_file(target)
+    _refuse_existing_folder(target, overwrite)
     temporary, old = _beside(target), _beside(target)
     temporary.mkdir()
     try:
@@ -369,8 +361,7 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        refuse_existing(target, overwrite)
-        _refuse_file(target)
+        _refuse_existing_folder(target, overwrite)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(temporary, target)
@@ -417,7 +408,7 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
 
 @contextmanager
 def written_anew(
-    checkpoint: Checkpoint, output: Place, *, overwrite: bool, rename: Callable[[str], str] = str
+    checkpoint: Checkpoint, output: Place, *, overwrite: bool, ending: tuple[str, str] = (SUFFIX, SUFFIX)
 ) -> Iterator[tuple[Path, dict[Path, Path]]]:
     """Write a checkpoint anew, whole or not at all: a folder from a folder, with all its files, or a file from a file.
 
@@ -425,15 +416,16 @@ def written_anew(
         checkpoint: what is read.
         output: the folder or file to be written.
         overwrite: whether it may be replaced.
-        rename: name of a file with weights, or of their index -> its new name.
+        ending: in the names of a folder's files with weights, and of their index: the ending that they have, and the
+            new one.
 
     Yields:
         The new folder or file under its temporary name, and file of the checkpoint -> the file to be written for it.
         The others are in the folder already; the index follows from what the new files hold.
 
     Raises:
-        FileExistsError, FileNotFoundError, OSError, ValueError: as for :func:`atomic_folder`; two files would have one
-            name, or two tensors; or the checkpoint is an index alone.
+        ValueError: the checkpoint is an index alone, or two files or tensors would have one name; and as for
+            :func:`atomic_folder`.
     """
     path, index = checkpoint.path, checkpoint.index
     if path == index:
@@ -446,8 +438,9 @@ def written_anew(
         return
     with atomic_folder(output, overwrite=overwrite, source=path) as folder:
         others = checkpoint.others()
-        places = {file: rename(str(file.relative_to(path))) for file in checkpoint.files}
-        taken = Counter([*map(str, others), *places.values(), *([] if index is None else [rename(index.name)])])
+        own = [*checkpoint.files, *([] if index is None else [index])]
+        places = {file: ending[1].join(str(file.relative_to(path)).rsplit(ending[0], 1)) for file in own}
+        taken = Counter([*map(str, others), *places.values()])
         twice = sorted(place for place, count in taken.items() if count > 1)
         if twice:
             raise ValueError(f"{path} holds both {twice[0]} and a file that would be called so; move one away")
@@ -456,19 +449,22 @@ def written_anew(
             shutil.copy(path / file, folder / file)
         for place in places.values():
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        yield folder, {file: folder / place for file, place in places.items()}
+        yield folder, {file: folder / places[file] for file in checkpoint.files}
         if index is not None:
             weight_map: dict[str, str] = {}
-            for place in places.values():
-                for tensor in read_header(folder / place).tensors:
-                    if weight_map.setdefault(tensor.name, place) != place:
-                        raise ValueError(f"two tensors would be called {tensor.name!r}, one in {place}; rename one")
+            for file in checkpoint.files:
+                for tensor in read_header(folder / places[file]).tensors:
+                    if weight_map.setdefault(tensor.name, places[file]) != places[file]:
+                        raise ValueError(
+                            f"two tensors would be called {tensor.name!r}, one in {places[file]}; rename one"
+                        )
             fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
             text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-            (folder / rename(index.name)).write_text(text, encoding="utf-8")
+            (folder / places[index]).write_text(text, encoding="utf-8")
 
 
-def _refuse_file(target: Path) -> None:
+def _refuse_existing_folder(target: Path, overwrite: bool) -> None:
+    refuse_existing(target, overwrite)
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
         raise NotADirectoryError(f"{target} is no folder (a file or a link); name another one")
 

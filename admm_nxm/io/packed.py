@@ -168,7 +168,8 @@ def pack(
                     )
         else:
             _refuse_ordinary_name(Path(output))
-        with written_anew(checkpoint, output, overwrite=overwrite, rename=_packed_name) as (_, targets):
+        ending = (SUFFIX, PACKED_SUFFIX)
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
             layouts = _layouts(weights, checkpoint.get)
             for file, target in targets.items():
                 stored = checkpoint.headers[file].tensors
@@ -197,7 +198,8 @@ def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
     """
     with open_checkpoint(source, purpose="unpack") as checkpoint:
         _needs_packed(checkpoint)
-        with written_anew(checkpoint, output, overwrite=overwrite, rename=_dense_name) as (_, targets):
+        ending = (PACKED_SUFFIX, SUFFIX)
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
             for file, target in targets.items():
                 if file in checkpoint.packed:
                     _write_dense(checkpoint, file, target)
@@ -327,7 +329,20 @@ def _pack_tensors(
     tensors = {name: t for name, t in named.items() if name not in aliases}
     one_object_each = {name: named[aliases.get(name, name)] for name in named}
     selection, params = cover(source if isinstance(source, nn.Module) else one_object_each, rules)
-    weights = {aliases.get(name, name): weight for name, weight in _places(selection, params, named)}
+    names = {id(t): name for name, t in named.items()}
+    by_name = params
+    if not names.keys() >= {id(t) for t in params.values()}:  # a state dict hook has made others
+        by_name = named_tensors(named)
+    weights: dict[str, SelectedWeight] = {}
+    for weight in selection:
+        found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]
+        if not found or any(tuple(t.shape) != weight.shape for t in found):
+            raise ValueError(
+                f"weight {weight.name!r} of shape {weight.shape} is not in the module's state dict under this name and "
+                "with this shape, as a state dict hook changes it; pack the state dict that is to be stored, with "
+                "select rules for its names"
+            )
+        weights.update({aliases.get(names[id(t)], names[id(t)]): weight for t in found})
 
     stored = [
         Stored(name, CODE_OF[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for name, t in tensors.items()
@@ -342,28 +357,6 @@ def _pack_tensors(
         record = selection_metadata(selection)
         _write(file, stored, lambda one: bytes_of(get(one.name)), record, layouts, aliases, get)
     return _report(layouts, selection, sum(one.nbytes for one in stored))
-
-
-def _places(
-    selection: Selection, params: Mapping[str, Tensor], named: Mapping[str, Tensor]
-) -> Iterator[tuple[str, SelectedWeight]]:
-    """Yield where each weight stands in a state dict: as the same object, or by its name if a hook made another one."""
-    names = {id(t): name for name, t in named.items()}
-    by_name: dict[str, Tensor] | None = None
-    for weight in selection:
-        if id(params[weight.name]) in names:
-            yield names[id(params[weight.name])], weight
-            continue
-        by_name = named_tensors(named) if by_name is None else by_name
-        found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]
-        if not found or any(tuple(t.shape) != weight.shape for t in found):
-            raise ValueError(
-                f"weight {weight.name!r} of shape {weight.shape} is not in the module's state dict under this name and "
-                "with this shape, as a state dict hook changes it; pack the state dict that is to be stored, with "
-                "select rules for its names"
-            )
-        for t in found:
-            yield names[id(t)], weight
 
 
 def _check_storable(name: str, t: object) -> None:
@@ -462,14 +455,6 @@ def _write_dense(checkpoint: Checkpoint, source: Path, file: Path) -> None:
     )
     metadata = {key: value for key, value in header.metadata.items() if key != KEY}
     write_file(file, dense.values(), metadata, contents)
-
-
-def _packed_name(name: str) -> str:
-    return PACKED_SUFFIX.join(name.rsplit(SUFFIX, 1))
-
-
-def _dense_name(name: str) -> str:
-    return SUFFIX.join(name.rsplit(PACKED_SUFFIX, 1))
 
 
 def _refuse_ordinary_name(output: Path) -> None:

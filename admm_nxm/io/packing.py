@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
-from .tensor_files import CODE_OF, DTYPES, is_shape, read_record, read_weight, refusing
+from .tensor_files import CODE_OF, DTYPES, read_record, read_weight, refusing
 
 __all__ = [
     "KEY",
@@ -109,8 +109,6 @@ class Layout:
             raise ValueError(f"a weight of dtype {self.dtype} cannot be packed; leave it out by a select rule")
         if not 0 <= self.dim < len(self.shape):
             raise ValueError(f"dim={self.dim} is out of range for shape {self.shape}")
-        if not is_shape(self.shape):
-            raise ValueError(f"shape {self.shape} is none that a tensor can have")
         if self.shape[self.dim] % self.pattern.group:
             raise ValueError(
                 f"width {self.shape[self.dim]} (dim {self.dim} of shape {self.shape}) is no multiple of "
@@ -167,11 +165,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, name: str, entry: Any) -> Layout:
-        """Read an entry of the metadata.
-
-        Args:
-            name: name of the weight, for errors.
-            entry: as :meth:`to_json` returns it.
+        """Read an entry of the metadata, that of the weight of this name.
 
         Raises:
             ValueError: it is no such entry.
@@ -212,9 +206,6 @@ class Packed:
     @classmethod
     def from_json(cls, text: str) -> Packed:
         """Read the entry.
-
-        Args:
-            text: as :meth:`to_json` returns it.
 
         Raises:
             ValueError: it is damaged, or of a version that is not known here.
@@ -385,8 +376,7 @@ def _bytes(bits: int) -> int:
 def _rows(t: Tensor, layout: Layout) -> Tensor:
     """Return the bits of a weight as integers, (groups, group)."""
     moved = t.detach().resolve_neg().movedim(layout.dim, -1)  # a negated view has other bits in memory
-    rows = moved.reshape(layout.groups, layout.pattern.group)
-    return rows.view(INTEGER_OF_SIZE[layout.dtype.itemsize])
+    return moved.reshape(layout.groups, layout.pattern.group).view(INTEGER_OF_SIZE[layout.dtype.itemsize])
 
 
 def _pieces(
@@ -413,14 +403,8 @@ def _nonzero(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fill_up(nonzero: Tensor, counts: Tensor, pattern: Pattern) -> Tensor:
     """Return which entries are kept: those that are not zero, and the first zeros up to ``keep``."""
-    short = counts < pattern.keep
-    if not bool(short.any()):
-        return nonzero
-    some = nonzero[short]
-    rank = (~some).cumsum(-1)
-    kept = nonzero.clone()
-    kept[short] = some | (rank <= (pattern.keep - counts[short]).unsqueeze(-1))
-    return kept
+    missing = (pattern.keep - counts).unsqueeze(-1)
+    return nonzero | ((~nonzero).cumsum(-1) <= missing) if bool((missing > 0).any()) else nonzero
 
 
 _POWERS = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device="cpu")
