@@ -102,6 +102,7 @@ CHECKED = {
 
 LISTED = {
     "README.md": 1,  # two groups of weights, dense and 2:4
+    "index.md": 1,  # the same
 }
 """Page -> how many of its blocks are neither code, nor data, nor output of a command, so that a new one is noticed."""
 
