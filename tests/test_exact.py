@@ -15,21 +15,8 @@ from torch import Tensor, nn
 from admm_nxm import ADMMNxM, ConvergenceWarning, factorise, project, solve
 from admm_nxm import exact as module
 from admm_nxm.statistics import Statistics
-from tests.cores import (
-    BYTES_A_WEIGHT,
-    WEIGHTS,
-    Net,
-    adamw,
-    assert_same_weights,
-    batches,
-    exact,
-    is_feasible,
-    loss_of,
-    make_net,
-    same_bits,
-    train,
-    weights_of,
-)
+from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible
+from tests.helpers import Net, assert_same_weights, batches, loss_of, make_net, same_bits, train, weights_of
 
 UP = WEIGHTS[0]
 Moments = dict[str, tuple[Tensor, Tensor]]
