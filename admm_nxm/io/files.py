@@ -109,13 +109,7 @@ class Checkpoint:
                 )
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Args:
-            name: its name.
-
-        Returns:
-            The tensor on the CPU; a packed weight unpacked, with the bits that it had.
+        """Read one tensor to the CPU; a packed weight is unpacked, with the bits that it had.
 
         Raises:
             KeyError: there is none of that name.
@@ -133,13 +127,10 @@ class Checkpoint:
             return unpack_tensor(PackedTensor(info.layout, {part: read(name + part) for part in info.layout.parts}))
 
     def others(self) -> list[Path]:
-        """Return the files of the checkpoint's folder that hold none of its weights, such as the config.
+        """Return the paths in the checkpoint's folder of the files that hold no weights, such as the config.
 
         The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
         left behind is passed over.
-
-        Returns:
-            The paths relative to the folder, in order.
 
         Raises:
             ValueError: the folder has a link to a folder, or what is no file.
@@ -182,7 +173,7 @@ class Checkpoint:
                     part = stored.pop(name + ending, None)
                     if part is None or (DTYPES.get(part.code), part.shape) != (dtype, shape):
                         raise ValueError(
-                            f"the packed weight {name!r} is damaged: {name + ending!r} should have dtype {dtype}, shape "
+                            f"the packed weight {name!r} is damaged: {name + ending!r} should have {dtype} and shape "
                             f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
                         )
                 found[name] = TensorInfo(name, layout.shape, layout.dtype, file, layout)
@@ -446,9 +437,12 @@ def written_anew(
                         raise ValueError(
                             f"two tensors would be called {tensor.name!r}, one in {places[file]}; rename one"
                         )
-            fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
-            text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-            (folder / places[index]).write_text(text, encoding="utf-8")
+            if weight_map == checkpoint.index_fields["weight_map"]:
+                shutil.copy(index, folder / places[index])
+            else:
+                fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
+                text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+                (folder / places[index]).write_text(text, encoding="utf-8")
 
 
 def _refuse_existing_folder(target: Path, overwrite: bool) -> None:
