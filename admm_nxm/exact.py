@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from .residuals import Residuals, measure
 from .run import Moving, Run
 from .schedules import Timeline
 from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
-from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, solve
+from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, model_error, solve
 from .statistics import Moments, Statistics
 from .weights import MASK, Weight
 
@@ -327,6 +328,9 @@ def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _
         return solve(whole, spec.pattern, None, None, dim=spec.dim)
     inputs: Factor | None = shared.of("inputs", moments.inputs)
     outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
+    raw = moments.inputs, moments.outputs
     if weight.moment_along_group == "outputs":
-        inputs, outputs = outputs, inputs
-    return solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
+        inputs, outputs, raw = outputs, inputs, raw[::-1]
+    solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
+    # The solver has the damped moments alone.
+    return replace(solved, error=model_error(whole, solved.weight, *raw, dim=spec.dim))

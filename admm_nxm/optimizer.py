@@ -172,14 +172,10 @@ class ADMMNxM(Optimizer):
         Args:
             optimizer: the inner optimizer.
             model: the module, or its ``named_parameters()``.
-            pattern: as in :class:`ADMMNxM`.
-            total_steps: as in :class:`ADMMNxM`.
+            pattern: this one, and what is not listed here, as in :class:`ADMMNxM`.
             rho: penalty, in units of the loss per squared weight; it wants tuning, by factors of 10.
             update_every: steps between two z/u updates; by default a fifteenth of the run.
             prune_at: the step after which w + u is projected and the mask freezes.
-            select: as in :class:`ADMMNxM`.
-            dims: as in :class:`ADMMNxM`.
-            ineligible: as in :class:`ADMMNxM`.
 
         Returns:
             The optimizer.
@@ -497,16 +493,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def dual(self, name: str) -> Tensor:
-        """Return the scaled dual u of one prunable weight; zeros in the exact form, where u lives in the solve only.
+        """Return the scaled dual u of one prunable weight as :meth:`auxiliary` returns z.
 
-        Args:
-            name: the weight's name in the model.
-
-        Returns:
-            A new tensor shaped and sharded like the weight.
-
-        Raises:
-            KeyError: no prunable weight has that name.
+        It is zero in the exact form, where u lives in the solve only.
         """
         weight = self._find(name)
         return wrap_like(self._w_step.dual(self._run, weight), weight.param)

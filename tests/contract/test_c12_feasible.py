@@ -243,3 +243,19 @@ def test_c12_plain_trainer_saves_feasible_checkpoints_from_the_solve_on(tmp_path
     for step in range(STEPS):
         tensors: dict[str, Tensor] = torch.load(tmp_path / f"{step + 1}.pt", weights_only=True)
         assert verify(tensors, "1:4").ok == (step + 1 >= 17)
+
+
+def test_c12_weights_that_cannot_be_observed_are_pruned_by_magnitude() -> None:
+    """A run of convolutions alone gathers nothing, and prunes when it is to."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Tanh(), nn.Conv1d(8, 4, 1))
+    optimizer = admm(net, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), select={r".*weight": "1:4"})
+    assert "pruned by magnitude" in str(optimizer.selection)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        net(torch.randn(2, 8, 5)).square().mean().backward()
+        optimizer.step()
+        assert optimizer.frozen == (step + 1 >= 17)
+        assert verify(net, {r".*weight": "1:4"}).ok == (step + 1 >= 17)
+    assert optimizer.finalize().ok
+    assert optimizer.figures().model_error is None
