@@ -273,7 +273,8 @@ def check_finite(run: Run, weights: Sequence[Weight]) -> None:
     if names:
         raise ValueError(
             f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
-            f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip the gradients"
+            f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
+            "the gradients"
         )
 
 
