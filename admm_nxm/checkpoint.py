@@ -100,7 +100,7 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
         position = order[id(weight.param)]
         entry = own[weight.name] = parts.own.pop(position, {})
         stepped = counters["admm_step"] > 0 and position in parts.stepped
-        _check_entry(weight.spec, entry, stepped=stepped, pruned=counters["admm_frozen_at"] >= 0, paper=paper)
+        _check_entry(weight.spec, entry, stepped=stepped, pruned=_is_pruned(run, weight, counters), paper=paper)
     if parts.own:
         raise ValueError(
             f"the checkpoint has ADMM state for {len(parts.own)} parameters that are not selected here (positions "
@@ -112,13 +112,11 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
             "ADMM state means something else; build ADMMNxM as it was built then"
         )
     statistics, errors = parts.extra.get("statistics"), parts.extra.get("model_errors", {})
-    return Loaded(
-        parts.inner,
-        {**counters, "admm_selection": number},
-        own,
-        statistics,
-        {str(k): float(e) for k, e in errors.items()},
-    )
+    if statistics is not None:
+        _check_statistics(statistics)
+    if not isinstance(errors, Mapping) or not all(isinstance(error, (int, float)) for error in errors.values()):
+        raise ValueError("the checkpoint's model errors are no mapping to numbers: the checkpoint is damaged")
+    return Loaded(parts.inner, {**counters, "admm_selection": number}, own, statistics, dict(errors))
 
 
 def selection_number(run: Run, *, paper: bool) -> int:
@@ -226,6 +224,27 @@ def _check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: It
             )
 
 
+def _is_pruned(run: Run, weight: Weight, counters: Mapping[str, int | float]) -> bool:
+    """Whether the mask of a weight was in force, as far as that can be told here."""
+    solved = counters["admm_windows_solved"] if counters["admm_windows"] == run.progress.windows else 0
+    return counters["admm_frozen_at"] >= 0 or (solved > 0 and weight.window < solved)
+
+
+def _check_statistics(statistics: object) -> None:
+    """Refuse statistics that are damaged; whether they fit, the w-step looks at."""
+    entries = statistics.items() if isinstance(statistics, Mapping) else [("the weights", None)]
+    for name, moments in entries:
+        problem = None
+        if not isinstance(moments, Mapping) or not all(isinstance(t, Tensor) for t in moments.values()):
+            problem = "are no mapping to tensors: the checkpoint is damaged"
+        elif any(t.is_meta or t.layout != torch.strided or t.is_complex() for t in moments.values()):
+            problem = "have no data: the checkpoint is damaged"
+        elif not all(bool(t.isfinite().all()) for t in moments.values()):
+            problem = "have NaN or infinite entries: the checkpoint is damaged; resume from an earlier one"
+        if problem is not None:
+            raise ValueError(f"the checkpoint's statistics of {name!r} {problem}")
+
+
 def _check_entry(
     weight: SelectedWeight, entry: Mapping[str, Tensor], *, stepped: bool, pruned: bool, paper: bool
 ) -> None:
@@ -243,7 +262,7 @@ def _check_entry(
     if pruned and MASK in entry and not bool(is_mask_of(local(entry[MASK]) != 0, weight.pattern, weight.dim)):
         raise ValueError(
             f"the checkpoint's mask of weight {weight.name!r} does not have pattern {weight.pattern} along dimension "
-            f"{weight.dim}; build ADMMNxM with the pattern that the checkpoint was made with"
+            f"{weight.dim}; build ADMMNxM with the pattern and the statistics_memory that the checkpoint was made with"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from .residuals import Residuals, measure
 from .run import Moving, Run
 from .schedules import Timeline
 from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
-from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, solve
+from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, model_error, solve
 from .statistics import Moments, Statistics
 from .weights import MASK, Weight
 
@@ -60,6 +61,8 @@ class ExactStep:
         if self.windows == 0 and not progress.frozen:
             self._prune_by_magnitude(run, list(run.weights))
             progress.frozen_at = progress.step
+        if progress.step < self.timeline.start:
+            progress.calibrated = 0  # the run was made longer: its calibration comes later
         if progress.calibrated and statistics is None:
             warnings.warn(
                 f"the checkpoint was made inside a calibration, after {progress.calibrated} of its steps, and does not "
@@ -133,7 +136,7 @@ class ExactStep:
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
         weights where this run begins with them."""
-        if counters["admm_frozen_at"] >= 0 or counters["admm_step"] == 0:
+        if counters["admm_frozen_at"] >= 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
         if under_way and counters["admm_windows"] != self.windows:
@@ -141,7 +144,7 @@ class ExactStep:
                 f"the checkpoint was made inside a calibration with {counters['admm_windows']} windows, and here are "
                 f"{self.windows}; build ADMMNxM with the statistics_memory of the checkpoint's run"
             )
-        if self.windows == 0:
+        if self.windows == 0 and counters["admm_step"] > 0:
             raise ValueError(
                 f"the checkpoint is from step {counters['admm_step']} of a run that had not pruned yet, and prune_at=0 "
                 "begins with pruned weights; give the prune_at of the checkpoint's run"
@@ -194,7 +197,10 @@ class ExactStep:
 
     def _check_hooks_fire(self, run: Run) -> None:
         assert run.statistics is not None
-        if not run.statistics.moments:
+        moments = run.statistics.moments
+        # Several processes have added up by now, which makes a zero of what nobody has seen.
+        several = rank_and_world()[1] > 1 and run.progress.calibrated == 1
+        if not moments or (several and not any(int(one.tokens) for one in moments.values())):
             raise ValueError(
                 f"calibration step {run.progress.calibrated} has gathered nothing: no selected module saw a training "
                 "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, "
@@ -322,6 +328,9 @@ def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _
         return solve(whole, spec.pattern, None, None, dim=spec.dim)
     inputs: Factor | None = shared.of("inputs", moments.inputs)
     outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
+    raw = moments.inputs, moments.outputs
     if weight.moment_along_group == "outputs":
-        inputs, outputs = outputs, inputs
-    return solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
+        inputs, outputs, raw = outputs, inputs, raw[::-1]
+    solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
+    # The solver has the damped moments alone.
+    return replace(solved, error=model_error(whole, solved.weight, *raw, dim=spec.dim))

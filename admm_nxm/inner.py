@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["check_inner", "has_no_effect", "is_capturing", "raw_step", "share_step_hooks"]
+__all__ = ["check_inner", "has_no_effect", "is_capturing", "load_or_restore", "raw_step", "share_step_hooks"]
 
 
 def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
@@ -105,6 +105,23 @@ def raw_step(inner: Optimizer, *, first: bool = False) -> None:
             f"{type(inner).__name__} failed in its first step ({error}), which ADMMNxM calls without a closure, "
             "because it has evaluated that already. If it cannot step without one, give it ADMMNxM(AdamW(...), model, "
             "...) as its base optimizer, or use an optimizer whose step() works without a closure"
+        ) from error
+
+
+def load_or_restore(inner: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load a state dict into the inner optimizer; what fails half-way leaves it as it was.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    before: dict[str, Any] = {key: vars(inner)[key] for key in ("state", "param_groups") if key in vars(inner)}
+    try:
+        inner.load_state_dict(state_dict)
+    except Exception as error:
+        vars(inner).update(before)  # loading makes new ones
+        raise ValueError(
+            f"the inner {type(inner).__name__} cannot load its part of the checkpoint ({error!r}), and nothing was "
+            "loaded: the checkpoint is damaged, or of another optimizer or other parameter groups"
         ) from error
 
 

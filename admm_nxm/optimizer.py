@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .exact import ExactStep, check_finite
-from .inner import check_inner, has_no_effect, is_capturing, raw_step, share_step_hooks
+from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
@@ -172,14 +172,10 @@ class ADMMNxM(Optimizer):
         Args:
             optimizer: the inner optimizer.
             model: the module, or its ``named_parameters()``.
-            pattern: as in :class:`ADMMNxM`.
-            total_steps: as in :class:`ADMMNxM`.
+            pattern: this one, and what is not listed here, as in :class:`ADMMNxM`.
             rho: penalty, in units of the loss per squared weight; it wants tuning, by factors of 10.
             update_every: steps between two z/u updates; by default a fifteenth of the run.
             prune_at: the step after which w + u is projected and the mask freezes.
-            select: as in :class:`ADMMNxM`.
-            dims: as in :class:`ADMMNxM`.
-            ineligible: as in :class:`ADMMNxM`.
 
         Returns:
             The optimizer.
@@ -357,9 +353,12 @@ class ADMMNxM(Optimizer):
                 pattern when they were projected.
 
         Raises:
+            RuntimeError: within :meth:`projected`, or after :meth:`unwrap`.
             ValueError: a prunable weight has a NaN or an infinity, or is no longer held; nothing is changed then.
         """
         run = self._run
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         run.weights.rebind(self.inner)
         check_finite(run, list(run.weights))
         if run.progress.frozen:
@@ -496,16 +495,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def dual(self, name: str) -> Tensor:
-        """Return the scaled dual u of one prunable weight; zeros in the exact form, where u lives in the solve only.
+        """Return the scaled dual u of one prunable weight as :meth:`auxiliary` returns z.
 
-        Args:
-            name: the weight's name in the model.
-
-        Returns:
-            A new tensor shaped and sharded like the weight.
-
-        Raises:
-            KeyError: no prunable weight has that name.
+        It is zero in the exact form, where u lives in the solve only.
         """
         weight = self._find(name)
         return wrap_like(self._w_step.dual(self._run, weight), weight.param)
@@ -540,7 +532,7 @@ class ADMMNxM(Optimizer):
             for weight in run.weights:
                 backup[weight.name] = weight.w.clone()
                 weight.w.copy_(self._w_step.target(run, weight))
-        run.refusal = "the model holds its projected weights; leave the projected() block before step()"
+        run.refusal = "the model holds its projected weights; leave the projected() block first"
         try:
             yield
         finally:
@@ -597,7 +589,7 @@ class ADMMNxM(Optimizer):
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
         self._w_step.check_resume(run, loaded.counters, loaded.statistics)
-        self.inner.load_state_dict(loaded.inner)
+        load_or_restore(self.inner, loaded.inner)
         run.forget()
         run.progress.load(loaded.counters)
         for weight in run.weights:

@@ -6,7 +6,6 @@ parameter. Nobody else reads or writes them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -112,14 +111,19 @@ def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int | float]:
     for key, value in found.items():
         # Loaders may have made a tensor of a number.
         number = value.item() if isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta else value
-        fits = isinstance(number, (int, float)) and (isinstance(COUNTERS[key], float) or float(number).is_integer())
-        if not fits or math.isnan(number) or number < min(0, COUNTERS[key]) or number == math.inf:
+        fits = isinstance(number, (int, float)) and min(0, COUNTERS[key]) <= number < 2**63
+        if not fits or (isinstance(COUNTERS[key], int) and number != int(number)):
             raise ValueError(f"the checkpoint's {key} is {value!r}, which it cannot be: the checkpoint is damaged")
         found[key] = type(COUNTERS[key])(number)
     if found["admm_frozen_at"] > found["admm_step"]:
         raise ValueError(
             f"the checkpoint is at ADMM step {found['admm_step']} and its mask was frozen at step "
             f"{found['admm_frozen_at']}: the checkpoint is damaged"
+        )
+    if found["admm_windows_solved"] >= max(found["admm_windows"], 1) and found["admm_frozen_at"] < 0:
+        raise ValueError(
+            f"the checkpoint has solved {found['admm_windows_solved']} of {found['admm_windows']} windows, and its "
+            "masks are not frozen: the checkpoint is damaged"
         )
     return found
 

@@ -37,7 +37,7 @@ class Run:
         movement: paper's form: name -> the figures of the last z-step.
         freeze_sums: paper's form: the figures of the freeze, until somebody reads them.
         announced: whether a warning about the freeze was given.
-        refusal: why ``step()`` is refused at the moment; None if it is not.
+        refusal: why ``step()`` and ``finalize()`` are refused at the moment; None if it is not.
     """
 
     inner: Optimizer

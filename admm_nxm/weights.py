@@ -141,8 +141,6 @@ class Weights:
         self._links: list[_Link] = []
         if model is not None:
             self._locate()
-            for weight in self.each:
-                weight.modules, weight.moment_along_group = _observers(self._owners[weight.name], weight.spec.dim)
 
     def __iter__(self) -> Iterator[Weight]:
         return iter(self.each)
@@ -163,7 +161,6 @@ class Weights:
         found: dict[str, tuple[Tensor, nn.Module, list[_Link]]] = {}
         for name, param, owner, way in _places(self.model, "", []):
             found.setdefault(name, (param, owner, way))
-        self._owners: dict[str, list[nn.Module]] = {}
         links: dict[tuple[int, str], _Link] = {}
         for weight in self.each:
             names = (weight.name, *weight.spec.aliases)
@@ -179,7 +176,9 @@ class Weights:
                     "or build ADMMNxM again with the model as it is now"
                 )
             weight.param = found[weight.name][0]
-            self._owners[weight.name] = [found[name][1] for name in names]
+            observers, along = _observers([found[name][1] for name in names], weight.spec.dim)
+            if observers:  # what could be observed and no longer can is noticed at the solve
+                weight.modules, weight.moment_along_group = observers, along
             for name in names:
                 links.update({(id(d), key): (d, key, value) for d, key, value in found[name][2]})
         self._links = list(links.values())

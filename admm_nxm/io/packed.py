@@ -7,14 +7,14 @@ a loader that does not know them finds no weights and says so, where it would ot
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,10 @@ from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_
 from ..sharding import is_sharded
 from ..sparsity import SparsityViolation, cover
 from ..table import format_table
-from .files import (
-    PACKED_SUFFIX,
-    SUFFIX,
-    Checkpoint,
-    atomic_file,
-    atomic_folder,
-    copy_files,
-    open_checkpoint,
-    read_index,
-    refuse_source,
-    stand_ins,
-)
+from .files import PACKED_SUFFIX, SUFFIX, Checkpoint, atomic_file, open_checkpoint, stand_ins, written_anew
 from .packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
 from .selection_record import read_selection, selection_metadata
-from .tensor_files import CODE_OF, StreamWriter, bytes_of, plan
+from .tensor_files import CODE_OF, Stored, bytes_in, bytes_of, write_file
 
 __all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
 
@@ -120,16 +109,6 @@ class PackReport:
         return "\n".join(lines)
 
 
-class _Item(NamedTuple):
-    """A tensor of the source, and how its bytes are written unread."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    nbytes: int
-    write: Callable[[StreamWriter], None]
-
-
 # What a loader would take in a packed folder in place of the packed weights.
 _TAKEN_INSTEAD = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -174,7 +153,6 @@ def pack(
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"cannot pack a {type(source).__name__}; a module, a state dict or a path is needed")
     with open_checkpoint(source, purpose="pack") as checkpoint:
-        _refuse_index(checkpoint)
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed already; unpack it first")
         tensors = stand_ins(checkpoint)
@@ -182,22 +160,24 @@ def pack(
         names = {id(t): name for name, t in tensors.items()}
         weights = {names[id(params[weight.name])]: weight for weight in selection}
         if checkpoint.path.is_dir():
-            others = checkpoint.others()
             for name in _TAKEN_INSTEAD:
-                if Path(name) in others:
+                if Path(name) in checkpoint.others():
                     raise ValueError(
                         f"{checkpoint.path / name} would be taken for the weights of the packed folder, and they are "
                         f"in {checkpoint.files[0].name}; move it away first"
                     )
-            with atomic_folder(output, overwrite=overwrite, source=source) as folder:
-                layouts = _layouts(weights, checkpoint.get)
-                _write_folder(checkpoint, others, folder, _packed_name, layouts)
         else:
-            refuse_source(output, source)
             _refuse_ordinary_name(Path(output))
-            with atomic_file(output, overwrite=overwrite) as file:
-                layouts = _layouts(weights, checkpoint.get)
-                _write_packed(checkpoint, checkpoint.files[0], file, layouts)
+        ending = (SUFFIX, PACKED_SUFFIX)
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
+            layouts = _layouts(weights, checkpoint.get)
+            for file, target in targets.items():
+                stored = checkpoint.headers[file].tensors
+                if any(tensor.name in layouts for tensor in stored):
+                    metadata = checkpoint.headers[file].metadata
+                    _write(target, stored, partial(bytes_in, file), metadata, layouts, {}, checkpoint.get)
+                else:
+                    shutil.copyfile(file, target)
         before = sum(stored.nbytes for header in checkpoint.headers.values() for stored in header.tensors)
     return _report(layouts, selection, before)
 
@@ -217,15 +197,14 @@ def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
             then.
     """
     with open_checkpoint(source, purpose="unpack") as checkpoint:
-        _refuse_index(checkpoint)
         _needs_packed(checkpoint)
-        if checkpoint.path.is_dir():
-            with atomic_folder(output, overwrite=overwrite, source=source) as folder:
-                _write_folder(checkpoint, checkpoint.others(), folder, _dense_name, None)
-        else:
-            refuse_source(output, source)
-            with atomic_file(output, overwrite=overwrite) as file:
-                _write_dense(checkpoint, checkpoint.files[0], file)
+        ending = (PACKED_SUFFIX, SUFFIX)
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
+            for file, target in targets.items():
+                if file in checkpoint.packed:
+                    _write_dense(checkpoint, file, target)
+                else:
+                    shutil.copyfile(file, target)
 
 
 def load_packed(path: Place) -> dict[str, Tensor]:
@@ -267,7 +246,7 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
         ImportError: transformers is not installed.
     """
     try:
-        from transformers import GenerationConfig
+        from transformers import AutoConfig, GenerationConfig, PretrainedConfig
     except ImportError as error:
         raise ImportError('transformers is needed for this; run: pip install "admm-nxm[hf]"') from error
     folder = Path(path)
@@ -276,8 +255,18 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
     for name in _ELSEWHERE & options.keys():
         raise TypeError(f"{name}={options[name]!r} says where the weights are, and they are those of {folder}; drop it")
     state_dict = load_packed(folder)
-    model_class, config, options = _resolve(folder, model_class, options)
-    loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **options)
+    config = folder if options.get("config") is None else options["config"]
+    if hasattr(model_class, "from_config"):
+        # An Auto class loads from a name only; which class it would choose shows on an empty model.
+        trust = {"trust_remote_code": options.get("trust_remote_code")}
+        known = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config, **trust)
+        with torch.device("meta"):
+            model_class = type(model_class.from_config(copy.deepcopy(known), **trust))
+        if known is config and not isinstance(config, model_class.config_class):
+            config = config.get_text_config()  # they take a part of a model so
+    if options.get("dtype") is None and options.get("torch_dtype") is None:
+        options["dtype"] = "auto"
+    loaded = model_class.from_pretrained(None, state_dict=state_dict, **{**options, "config": config})
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for module in model.modules():
         named: Any
@@ -291,42 +280,6 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
 
 
 _ELSEWHERE = {"state_dict", "subfolder", "variant", "gguf_file"}
-
-
-def _resolve(folder: Path, model_class: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the class of the model, its config, and the options that are not for the config.
-
-    As the Auto classes and the model classes do it before they look for weights.
-    """
-    from transformers import AutoConfig, PretrainedConfig
-
-    options = dict(options)
-    # These are for the model, also where the config takes an entry of the name.
-    kept: dict[str, Any] = {
-        name: options[name] for name in ("trust_remote_code", "quantization_config") if name in options
-    }
-    dtype = options.pop("torch_dtype", None) if options.get("dtype") is None else options["dtype"]
-    options.pop("torch_dtype", None)
-    options.pop("dtype", None)
-    options.pop("quantization_config", None)
-    trust = {"trust_remote_code": options.pop("trust_remote_code", None)}
-    automatic = hasattr(model_class, "from_config")
-    config = options.pop("config", None)
-    if isinstance(config, PretrainedConfig):
-        config = copy.deepcopy(config)
-    else:
-        place = folder if config is None else config
-        loader, extra = (AutoConfig, trust) if automatic else (model_class.config_class, {})
-        config, options = loader.from_pretrained(place, return_unused_kwargs=True, **extra, **options)
-    config.name_or_path = str(folder)  # where code of the model's own lies
-    if automatic:
-        # The Auto classes load from a name only; which class they would choose shows on an empty model.
-        with torch.device("meta"):
-            empty = model_class.from_config(copy.deepcopy(config), **trust)
-        if not isinstance(config, type(empty.config)):
-            config = config.get_text_config()  # they take a part of a model so
-        model_class = type(empty)
-    return model_class, config, {**options, **kept, "dtype": "auto" if dtype is None else dtype}
 
 
 def _pack_tensors(
@@ -350,31 +303,12 @@ def _pack_tensors(
     tensors = {name: t for name, t in named.items() if name not in aliases}
     one_object_each = {name: named[aliases.get(name, name)] for name in named}
     selection, params = cover(source if isinstance(source, nn.Module) else one_object_each, rules)
-    weights = {aliases.get(name, name): weight for name, weight in _places(selection, params, named)}
-
-    def item(name: str, t: Tensor) -> _Item:
-        size = t.numel() * t.element_size()
-        return _Item(name, CODE_OF[t.dtype], tuple(t.shape), size, lambda writer: writer.put(name, bytes_of(plain(t))))
-
-    items = [item(name, t) for name, t in tensors.items()]
-    _refuse_ordinary_name(output)
-    with atomic_file(output, overwrite=overwrite) as file:
-        layouts = _layouts(weights, lambda name: plain(tensors[name]))
-        _write(file, items, selection_metadata(selection), layouts, aliases, lambda name: plain(tensors[name]))
-    return _report(layouts, selection, sum(i.nbytes for i in items))
-
-
-def _places(
-    selection: Selection, params: Mapping[str, Tensor], named: Mapping[str, Tensor]
-) -> Iterator[tuple[str, SelectedWeight]]:
-    """Yield where each weight stands in a state dict: as the same object, or by its name if a hook made another one."""
     names = {id(t): name for name, t in named.items()}
-    by_name: dict[str, Tensor] | None = None
+    by_name = params
+    if not names.keys() >= {id(t) for t in params.values()}:  # a state dict hook has made others
+        by_name = named_tensors(named)
+    weights: dict[str, SelectedWeight] = {}
     for weight in selection:
-        if id(params[weight.name]) in names:
-            yield names[id(params[weight.name])], weight
-            continue
-        by_name = named_tensors(named) if by_name is None else by_name
         found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]
         if not found or any(tuple(t.shape) != weight.shape for t in found):
             raise ValueError(
@@ -382,8 +316,21 @@ def _places(
                 "with this shape, as a state dict hook changes it; pack the state dict that is to be stored, with "
                 "select rules for its names"
             )
-        for t in found:
-            yield names[id(t)], weight
+        weights.update({aliases.get(names[id(t)], names[id(t)]): weight for t in found})
+
+    stored = [
+        Stored(name, CODE_OF[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for name, t in tensors.items()
+    ]
+
+    def get(name: str) -> Tensor:
+        return plain(tensors[name])
+
+    _refuse_ordinary_name(output)
+    with atomic_file(output, overwrite=overwrite) as file:
+        layouts = _layouts(weights, get)
+        record = selection_metadata(selection)
+        _write(file, stored, lambda one: bytes_of(get(one.name)), record, layouts, aliases, get)
+    return _report(layouts, selection, sum(one.nbytes for one in stored))
 
 
 def _check_storable(name: str, t: object) -> None:
@@ -434,135 +381,54 @@ def _report(layouts: Mapping[str, Layout], selection: Selection, before: int) ->
 
 def _write(
     file: Path,
-    items: Iterable[_Item],
-    metadata: Mapping[str, str] | None,
+    stored: Iterable[Stored],
+    read: Callable[[Stored], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str],
     layouts: Mapping[str, Layout],
     aliases: Mapping[str, str],
     get: Callable[[str], Tensor],
 ) -> None:
-    """Write a file with packed weights."""
-    items = list(items)
-    parts = []
-    for item in items:
-        if item.name in layouts:
-            for ending, (dtype, shape) in layouts[item.name].parts.items():
-                size = torch.empty(shape, dtype=dtype, device="meta").nbytes
-                parts.append((item.name + ending, CODE_OF[dtype], shape, size))
-        else:
-            parts.append((item.name, item.code, item.shape, item.nbytes))
-    packed = Packed({item.name: layouts[item.name] for item in items if item.name in layouts}, aliases)
-    with StreamWriter(file, plan(parts), {**(metadata or {}), KEY: packed.to_json()}) as writer:
-        for item in items:
-            layout = layouts.get(item.name)
-            if layout is None:
-                item.write(writer)
+    """Write a file in which the tensors that have a layout are packed; the bytes of the others are ``read``."""
+    here = {tensor.name: layouts[tensor.name] for tensor in stored if tensor.name in layouts}
+    tensors = [tensor for tensor in stored if tensor.name not in here]
+    for name, layout in here.items():
+        for ending, (dtype, shape) in layout.parts.items():
+            tensors.append(Stored(name + ending, CODE_OF[dtype], shape, math.prod(shape) * dtype.itemsize))
+
+    def contents() -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
+        for tensor in stored:
+            if tensor.name not in here:
+                yield tensor.name, read(tensor)
                 continue
-            one = pack_tensor(get(item.name), layout.pattern, layout.dim, name=item.name)
-            if one.layout != layout:
-                raise ValueError(f"{item.name!r} changed while it was packed; pack the model when nothing writes to it")
-            for ending, part in one.parts.items():
-                writer.put(item.name + ending, bytes_of(part))
+            layout = here[tensor.name]
+            packed = pack_tensor(get(tensor.name), layout.pattern, layout.dim, name=tensor.name)
+            if packed.layout != layout:
+                raise ValueError(
+                    f"{tensor.name!r} changed while it was packed; pack the model when nothing writes to it"
+                )
+            for ending, part in packed.parts.items():
+                yield tensor.name + ending, bytes_of(part)
 
-
-def _write_packed(checkpoint: Checkpoint, source: Path, file: Path, layouts: Mapping[str, Layout]) -> None:
-    """Write the packed form of one file of a checkpoint."""
-    header = checkpoint.headers[source]
-    if not any(stored.name in layouts for stored in header.tensors):
-        shutil.copyfile(source, file)
-        return
-    items = [
-        _Item(
-            stored.name,
-            stored.code,
-            stored.shape,
-            stored.nbytes,
-            lambda writer, stored=stored: writer.copy(stored.name, source, header.data + stored.start),  # type: ignore[misc]
-        )
-        for stored in header.tensors
-    ]
-    _write(file, items, header.metadata, layouts, {}, checkpoint.get)
+    write_file(file, tensors, {**metadata, KEY: Packed(here, aliases).to_json()}, contents())
 
 
 def _write_dense(checkpoint: Checkpoint, source: Path, file: Path) -> None:
     """Write one file of a packed checkpoint as it was before."""
-    if source not in checkpoint.packed:
-        shutil.copyfile(source, file)
-        return
     header = checkpoint.headers[source]
     stored = {tensor.name: tensor for tensor in header.tensors}
     infos = [info for info in checkpoint.tensors.values() if info.file == source]
-    tensors = []
-    for info in infos:
-        if info.layout is not None:
-            tensors.append((info.name, CODE_OF[info.dtype], info.shape, info.layout.dense_nbytes))
-        else:
-            like = stored[info.alias_of or info.name]
-            tensors.append((info.name, like.code, like.shape, like.nbytes))
-    with StreamWriter(file, plan(tensors), checkpoint.metadata(source) or None) as writer:
-        for info in infos:
-            if info.layout is not None:
-                writer.put(info.name, bytes_of(checkpoint.get(info.name)))
-            else:
-                writer.copy(info.name, source, header.data + stored[info.alias_of or info.name].start)
-
-
-def _write_folder(
-    checkpoint: Checkpoint,
-    others: Iterable[Path],
-    folder: Path,
-    rename: Callable[[str], str],
-    layouts: Mapping[str, Layout] | None,
-) -> None:
-    """Write a checkpoint's folder anew: packed by the layouts, or as it was before if there are none."""
-    targets = {file: Path(rename(str(file.relative_to(checkpoint.path)))) for file in checkpoint.files}
-    index = checkpoint.index
-    taken = Counter([*others, *targets.values(), *([] if index is None else [Path(rename(index.name))])])
-    twice = sorted(str(place) for place, count in taken.items() if count > 1)
-    if twice:
-        raise ValueError(f"{checkpoint.path} holds both {twice[0]} and a file that would be called so; move one away")
-    copy_files(others, checkpoint.path, folder)
-    for file, target in targets.items():
-        (folder / target).parent.mkdir(parents=True, exist_ok=True)
-        if layouts is None:
-            _write_dense(checkpoint, file, folder / target)
-        else:
-            _write_packed(checkpoint, file, folder / target, layouts)
-    if index is not None:
-        fields = read_index(index)
-        names_after = _names_after(checkpoint, layouts)
-        weight_map: dict[str, str] = {}
-        for tensor, file_name in fields["weight_map"].items():
-            for name in names_after.get((index.parent / file_name, tensor), (tensor,)):
-                if weight_map.setdefault(name, rename(file_name)) != rename(file_name):
-                    raise ValueError(f"two tensors would be called {name!r}, in {file_name} and another; rename one")
-        fields["weight_map"] = weight_map
-        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        (folder / rename(index.name)).write_text(text, encoding="utf-8")
-
-
-def _names_after(
-    checkpoint: Checkpoint, layouts: Mapping[str, Layout] | None
-) -> dict[tuple[Path, str], tuple[str, ...]]:
-    """Return file and name of a tensor -> the names that the new index has for it, where they are others."""
-    if layouts is not None:
-        return {
-            (checkpoint.tensors[name].file, name): tuple(name + ending for ending in layout.parts)
-            for name, layout in layouts.items()
-        }
-    return {
-        (file, name + ending): (name,)
-        for file, packed in checkpoint.packed.items()
-        for name, layout in packed.weights.items()
-        for ending in layout.parts
+    dense = {
+        info.name: Stored(info.name, CODE_OF[info.dtype], info.shape, info.layout.dense_nbytes)
+        if info.layout is not None
+        else stored[info.alias_of or info.name]._replace(name=info.name)
+        for info in infos
     }
-
-
-def _packed_name(name: str) -> str:
-    return PACKED_SUFFIX.join(name.rsplit(SUFFIX, 1))
-
-
-def _dense_name(name: str) -> str:
-    return SUFFIX.join(name.rsplit(PACKED_SUFFIX, 1))
+    contents = (
+        (info.name, bytes_in(source, dense[info.name]) if info.layout is None else bytes_of(checkpoint.get(info.name)))
+        for info in infos
+    )
+    metadata = {key: value for key, value in header.metadata.items() if key != KEY}
+    write_file(file, dense.values(), metadata, contents)
 
 
 def _refuse_ordinary_name(output: Path) -> None:
@@ -572,11 +438,6 @@ def _refuse_ordinary_name(output: Path) -> None:
             f"{output} stands in a model folder, where a loader would look for ordinary weights in it and start from "
             f"random ones; name it {output.stem}{PACKED_SUFFIX}, or write it to another folder"
         )
-
-
-def _refuse_index(checkpoint: Checkpoint) -> None:
-    if checkpoint.path == checkpoint.index:
-        raise ValueError(f"{checkpoint.path} is an index; name its folder, {checkpoint.path.parent}")
 
 
 def _needs_packed(checkpoint: Checkpoint) -> None:

@@ -43,15 +43,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
-from .tensor_files import CODE_OF, DTYPES, is_shape, unique_keys
+from .tensor_files import CODE_OF, DTYPES, read_record, read_weight, refusing
 
 __all__ = [
     "KEY",
     "LONGEST_GROUP",
+    "NO_ZERO",
     "Layout",
     "Packed",
     "PackedTensor",
@@ -72,8 +73,10 @@ VALUES, PLACES, SIGNS = ".packed_values", ".packed_places", ".packed_signs"
 LONGEST_GROUP = 4096
 """Longest group that is packed: it bounds what a small file can become when it is unpacked."""
 
+NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}
+"""Dtypes that cannot say zero."""
+
 _SIGNED_ZERO = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-_NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}
 
 _ENTRIES_AT_ONCE = 1 << 20
 
@@ -106,8 +109,6 @@ class Layout:
             raise ValueError(f"a weight of dtype {self.dtype} cannot be packed; leave it out by a select rule")
         if not 0 <= self.dim < len(self.shape):
             raise ValueError(f"dim={self.dim} is out of range for shape {self.shape}")
-        if not is_shape(self.shape):
-            raise ValueError(f"shape {self.shape} is none that a tensor can have")
         if self.shape[self.dim] % self.pattern.group:
             raise ValueError(
                 f"width {self.shape[self.dim]} (dim {self.dim} of shape {self.shape}) is no multiple of "
@@ -163,28 +164,20 @@ class Layout:
         }
 
     @classmethod
-    def from_json(cls, entry: object) -> Layout:
-        """Read an entry of the metadata.
+    def from_json(cls, name: str, entry: Any) -> Layout:
+        """Read an entry of the metadata, that of the weight of this name.
 
         Raises:
             ValueError: it is no such entry.
         """
-        if not isinstance(entry, dict):
-            raise ValueError(f"{entry!r} is not a description of a packed weight")
-        found: dict[str, Any] = {key: entry.get(key) for key in ("pattern", "shape", "dim", "dtype", "places", "signs")}
-        shape = found["shape"]
-        if not isinstance(found["pattern"], str):
-            raise ValueError(f"its pattern is {found['pattern']!r}")
-        if not (isinstance(shape, list) and all(type(size) is int for size in shape)):
-            raise ValueError(f"its shape is {shape!r}")
-        if type(found["dim"]) is not int:
-            raise ValueError(f"its dim is {found['dim']!r}")
-        if not isinstance(found["dtype"], str) or found["dtype"] not in DTYPES:
-            raise ValueError(f"its dtype is {found['dtype']!r}, which this torch does not have")
-        if type(found["signs"]) is not bool:
-            raise ValueError(f"its signs is {found['signs']!r}")
-        pattern, dtype = Pattern.parse(found["pattern"]), DTYPES[found["dtype"]]
-        return cls(tuple(shape), pattern, found["dim"], dtype, found["places"], found["signs"])
+        with refusing(f"the packed weight {name!r} is damaged"):
+            shape, pattern, dim = read_weight(name, entry)
+            dtype, places, signs = (entry.get(key) for key in ("dtype", "places", "signs"))
+            if not isinstance(dtype, str) or dtype not in DTYPES:
+                raise ValueError(f"its dtype is {dtype!r}, which this torch does not have")
+            if type(signs) is not bool:
+                raise ValueError(f"its signs is {signs!r}")
+            return cls(shape, pattern, dim, DTYPES[dtype], places, signs)
 
 
 @dataclass(frozen=True)
@@ -217,32 +210,11 @@ class Packed:
         Raises:
             ValueError: it is damaged, or of a version that is not known here.
         """
-        try:
-            fields = json.loads(text, object_pairs_hook=unique_keys)
-        except RecursionError:
-            raise ValueError(f"its metadata entry {KEY!r} is nested too deep") from None
-        except ValueError as error:
-            raise ValueError(f"its metadata entry {KEY!r} is no JSON: {error}") from None
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise ValueError(f"its metadata entry {KEY!r} does not say format {FORMAT!r}")
-        if type(fields.get("version")) is not int or fields["version"] != VERSION:
-            raise ValueError(
-                f"its packed weights are of version {fields.get('version')!r}, and this admm_nxm reads version "
-                f"{VERSION}; unpack it with the release of admm_nxm that packed it"
-            )
-        weights, aliases = fields.get("weights"), fields.get("aliases", {})
-        if not isinstance(weights, dict):
-            raise ValueError(f"its metadata entry {KEY!r} names no weights")
-        if not (isinstance(aliases, dict) and all(isinstance(name, str) for name in aliases.values())):
-            raise ValueError(f"the aliases in its metadata entry {KEY!r} are no names")
-        return cls({name: _read_layout(name, entry) for name, entry in weights.items()}, aliases)
-
-
-def _read_layout(name: str, entry: object) -> Layout:
-    try:
-        return Layout.from_json(entry)
-    except ValueError as error:
-        raise ValueError(f"the packed weight {name!r} is damaged: {error}") from None
+        with refusing(f"its metadata entry {KEY!r} cannot be read"):
+            weights, aliases = read_record(text, FORMAT, VERSION, ("weights", "aliases"))
+            if not all(isinstance(name, str) for name in aliases.values()):
+                raise ValueError("its aliases are no names")
+        return cls({name: Layout.from_json(name, entry) for name, entry in weights.items()}, aliases)
 
 
 @dataclass(frozen=True)
@@ -293,7 +265,7 @@ def examine(t: Tensor, pattern: Pattern | str, dim: int = -1) -> tuple[int, bool
     """
     layout = packed_layout(tuple(t.shape), Pattern.parse(pattern), dim, t.dtype, signs=False)
     bad, signs = 0, False
-    for rows in _pieces(_rows(t, layout), layout):
+    for rows, _ in _pieces(layout, _rows(t, layout)):
         nonzero = _nonzero(rows, layout.dtype)
         counts = nonzero.sum(-1)
         bad += int((counts > layout.pattern.keep).sum())
@@ -334,23 +306,17 @@ def pack_tensor(t: Tensor, pattern: Pattern | str, dim: int = -1, *, name: str =
         )
     layout = packed_layout(tuple(t.shape), pattern, dim, t.dtype, signs)
     parts = {ending: torch.empty(shape, dtype=dtype) for ending, (dtype, shape) in layout.parts.items()}
-    values = parts[VALUES].view(_bits_dtype(layout.dtype))
-    bits = {PLACES: _BitWriter(parts[PLACES])}
-    if signs:
-        bits[SIGNS] = _BitWriter(parts[SIGNS])
-    at = 0
-    for rows in _pieces(_rows(t, layout), layout):
+    for rows, piece in _pieces(layout, _rows(t, layout), parts):
         nonzero = _nonzero(rows, layout.dtype)
         kept = _fill_up(nonzero, nonzero.sum(-1), pattern)
-        values[at : at + len(rows)] = rows.masked_select(kept).view(len(rows), pattern.keep)
-        at += len(rows)
+        piece[VALUES].view(rows.dtype).copy_(rows.masked_select(kept).view(len(rows), pattern.keep))
         if layout.places == "bitmask":
-            bits[PLACES].put(kept)
+            piece[PLACES].copy_(_to_bytes(kept))
         else:
             index = kept.nonzero()[:, 1:]
-            bits[PLACES].put(index.bitwise_right_shift(torch.arange(_width(pattern))) & 1 == 1)
+            piece[PLACES].copy_(_to_bytes(index.bitwise_right_shift(torch.arange(_width(pattern))) & 1 == 1))
         if signs:
-            bits[SIGNS].put(rows.masked_select(~kept) != 0)
+            piece[SIGNS].copy_(_to_bytes(rows.masked_select(~kept) != 0))
     return PackedTensor(layout, parts)
 
 
@@ -371,22 +337,15 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
     found = {ending: (part.dtype, tuple(part.shape)) for ending, part in packed.parts.items()}
     if found != layout.parts:
         raise ValueError(f"its parts are {found}, and by its pattern and shape they should be {layout.parts}")
-    integer = _bits_dtype(layout.dtype)
-    values = packed.parts[VALUES].contiguous().view(integer)
-    places = _BitReader(packed.parts[PLACES])
-    signs = _BitReader(packed.parts[SIGNS]) if layout.signs else None
     moved = (*layout.shape[: layout.dim], *layout.shape[layout.dim + 1 :], layout.shape[layout.dim])
-    flat = torch.zeros(moved, dtype=integer)
-    at = 0
-    for rows in _pieces(flat.view(layout.groups, pattern.group), layout):
-        kept = _kept(places.get(len(rows) * layout.place_bits), len(rows), layout)
-        rows.masked_scatter_(kept, values[at : at + len(rows)])
-        at += len(rows)
-        if signs is not None:
-            negative = signs.get(len(rows) * (pattern.group - pattern.keep))
-            rows.masked_scatter_(~kept, negative.to(integer) * torch.iinfo(integer).min)
-    for bits in (places, *([] if signs is None else [signs])):
-        bits.close()
+    flat = torch.zeros(moved, dtype=INTEGER_OF_SIZE[layout.dtype.itemsize])
+    parts = {ending: part.contiguous() for ending, part in packed.parts.items()}
+    for rows, piece in _pieces(layout, flat.view(layout.groups, pattern.group), parts):
+        kept = _kept(_to_bits(piece[PLACES], len(rows) * layout.place_bits), len(rows), layout)
+        rows.masked_scatter_(kept, piece[VALUES].view(flat.dtype))
+        if layout.signs:
+            negative = _to_bits(piece[SIGNS], len(rows) * (pattern.group - pattern.keep))
+            rows.masked_scatter_(~kept, negative.to(flat.dtype) * torch.iinfo(flat.dtype).min)
     return flat.movedim(-1, layout.dim).contiguous().view(layout.dtype)
 
 
@@ -414,26 +373,27 @@ def _bytes(bits: int) -> int:
     return -(-bits // 8)
 
 
-def _bits_dtype(dtype: torch.dtype) -> torch.dtype:
-    return INTEGER_OF_SIZE[dtype.itemsize]
-
-
 def _rows(t: Tensor, layout: Layout) -> Tensor:
     """Return the bits of a weight as integers, (groups, group)."""
     moved = t.detach().resolve_neg().movedim(layout.dim, -1)  # a negated view has other bits in memory
-    return moved.reshape(layout.groups, layout.pattern.group).view(_bits_dtype(layout.dtype))
+    return moved.reshape(layout.groups, layout.pattern.group).view(INTEGER_OF_SIZE[layout.dtype.itemsize])
 
 
-def _pieces(rows: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Cut rows into pieces of a limited size, whose bits end with a byte."""
+def _pieces(
+    layout: Layout, rows: Tensor, parts: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Cut rows into pieces of a limited size, whose bits end with a byte, each with what stands for it in the parts."""
+    bits = {PLACES: layout.place_bits, SIGNS: layout.pattern.group - layout.pattern.keep}
     length = max(_ENTRIES_AT_ONCE // layout.pattern.group // 8, 1) * 8
     for at in range(0, len(rows), length):
-        yield rows[at : at + length]
+        cuts = {ending: slice(at * each // 8, (at + length) * each // 8) for ending, each in bits.items()}
+        cuts[VALUES] = slice(at, at + length)
+        yield rows[cuts[VALUES]], {ending: part[cuts[ending]] for ending, part in (parts or {}).items()}
 
 
 def _nonzero(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which entries, given by their bits, are not zero."""
-    if dtype in _NO_ZERO:
+    if dtype in NO_ZERO:
         return torch.ones_like(rows, dtype=torch.bool)
     if dtype in _SIGNED_ZERO:
         # By bits, because a processor may be set to take subnormal numbers for zeros.
@@ -443,53 +403,21 @@ def _nonzero(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _fill_up(nonzero: Tensor, counts: Tensor, pattern: Pattern) -> Tensor:
     """Return which entries are kept: those that are not zero, and the first zeros up to ``keep``."""
-    short = counts < pattern.keep
-    if not bool(short.any()):
-        return nonzero
-    some = nonzero[short]
-    rank = (~some).cumsum(-1)
-    kept = nonzero.clone()
-    kept[short] = some | (rank <= (pattern.keep - counts[short]).unsqueeze(-1))
-    return kept
+    missing = (pattern.keep - counts).unsqueeze(-1)
+    return nonzero | ((~nonzero).cumsum(-1) <= missing) if bool((missing > 0).any()) else nonzero
 
 
-def _powers(like: Tensor) -> Tensor:
-    """Return the values of the eight bits of a byte, the lowest first."""
-    return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=like.device)
+_POWERS = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device="cpu")
+"""The values of the eight bits of a byte, the lowest first."""
 
 
-class _BitWriter:
-    """Fills a uint8 tensor with bits; all but the last piece end with a byte."""
-
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-        self._at = 0
-
-    def put(self, bits: Tensor) -> None:
-        flat = bits.reshape(-1)
-        spare = -len(flat) % 8
-        if spare:
-            flat = torch.cat([flat, flat.new_zeros(spare)])
-        packed = (flat.view(-1, 8) * _powers(flat)).sum(-1, dtype=torch.uint8)
-        self._target[self._at : self._at + len(packed)] = packed
-        self._at += len(packed)
+def _to_bytes(bits: Tensor) -> Tensor:
+    flat = nn.functional.pad(bits.reshape(-1), (0, -bits.numel() % 8))
+    return (flat.view(-1, 8) * _POWERS).sum(-1, dtype=torch.uint8)
 
 
-class _BitReader:
-    """Reads bits from a uint8 tensor; all but the last piece end with a byte."""
-
-    def __init__(self, source: Tensor) -> None:
-        self._source = source
-        self._at = 0
-        self._spare_set = False
-
-    def get(self, count: int) -> Tensor:
-        source = self._source[self._at : self._at + _bytes(count)]
-        bits = (source.unsqueeze(-1) & _powers(source)).ne(0).reshape(-1)
-        self._at += _bytes(count)
-        self._spare_set |= bool(bits[count:].any())
-        return bits[:count]
-
-    def close(self) -> None:
-        if self._spare_set:
-            raise ValueError("bits are set beyond its last group")
+def _to_bits(source: Tensor, count: int) -> Tensor:
+    bits = (source.unsqueeze(-1) & _POWERS).ne(0).reshape(-1)
+    if bool(bits[count:].any()):
+        raise ValueError("bits are set beyond its last group")
+    return bits[:count]

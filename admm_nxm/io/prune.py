@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
 from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
 from ..sparsity import SparsityReport, cover
-from .files import Checkpoint, atomic_file, atomic_folder, copy_files, open_checkpoint, refuse_source, stand_ins
+from .files import Checkpoint, open_checkpoint, stand_ins, written_anew
+from .packing import NO_ZERO
 from .selection_record import RECORD_KEY, record_selection, selection_metadata
-from .tensor_files import StreamWriter, bytes_of
+from .tensor_files import Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
 __all__ = ["prune"]
@@ -59,25 +60,21 @@ def prune(
     >>> prune(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
     True
     """
-    with open_checkpoint(source, purpose="prune") as checkpoint, ExitStack() as stack:
+    with open_checkpoint(source, purpose="prune") as checkpoint:
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed; unpack it first")
         chosen, selection = _choose(checkpoint, pattern, select)
-        record = selection_metadata(selection)
-        if checkpoint.path.is_dir():
-            root = stack.enter_context(atomic_folder(output, overwrite=overwrite, source=source))
-            index = [] if checkpoint.index is None else [checkpoint.index.relative_to(checkpoint.path)]
-            copy_files([*checkpoint.others(), *index], checkpoint.path, root)
-            record_selection(root, selection)
+        with written_anew(checkpoint, output, overwrite=overwrite) as (place, targets):
             record = {}
-            targets = {file: root / file.relative_to(checkpoint.path) for file in checkpoint.files}
-        elif checkpoint.index is not None:
-            raise ValueError(f"{source} is an index alone; give the folder {checkpoint.path.parent}")
-        else:
-            refuse_source(output, source)
-            targets = {checkpoint.files[0]: stack.enter_context(atomic_file(output, overwrite=overwrite))}
-        for file, target in targets.items():
-            _write(checkpoint, file, target, chosen, record)
+            if place.is_dir():
+                record_selection(place, selection)
+            else:
+                record = selection_metadata(selection)
+            for file, target in targets.items():
+                header = checkpoint.headers[file]
+                kept = {key: value for key, value in header.metadata.items() if key != RECORD_KEY}
+                sparse = partial(_sparse, checkpoint, file, chosen)
+                write_file(target, header.tensors, {**record, **kept}, map(sparse, header.tensors))
     return verify(output, pattern if select is None else select)
 
 
@@ -106,44 +103,29 @@ def _choose(
     return chosen, selection
 
 
-def _write(
-    checkpoint: Checkpoint, file: Path, target: Path, chosen: dict[str, SelectedWeight], record: dict[str, str]
-) -> None:
-    """Write a file anew with the chosen weights projected; the bytes of all others stay unread."""
-    header = checkpoint.headers[file]
-    kept = {key: value for key, value in (header.metadata or {}).items() if key != RECORD_KEY}
-    metadata = {**record, **kept} if record or header.metadata is not None else None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with StreamWriter(target, header.tensors, metadata) as writer:
-        for stored in header.tensors:
-            weight = chosen.get(stored.name)
-            if weight is None:
-                writer.copy(stored.name, file, header.data + stored.start)
-                continue
-            tensor = checkpoint.get(stored.name)
-            if not bool((tensor.to(torch.float32) if tensor.element_size() == 1 else tensor).isfinite().all()):
-                raise ValueError(
-                    f"{file}: weight {stored.name!r} has NaN or infinite entries, which cannot be ranked; "
-                    "leave it dense by a select rule, or save a sound model"
-                )
-            try:
-                sparse = _project(tensor, weight)
-            except (TypeError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{file}: weight {stored.name!r} of shape {stored.shape} cannot be pruned to {weight.pattern}: "
-                    f"{error}"
-                ) from error
-            writer.put(stored.name, bytes_of(sparse))
-
-
-def _project(t: Tensor, weight: SelectedWeight) -> Tensor:
-    """Return the bits of a projected weight, as integers: not every torch can choose among 8-bit floats."""
-    if t.dtype in _NO_ZERO:
-        raise ValueError(f"{t.dtype} has no zero; leave it dense by a select rule")
-    if tuple(t.shape) != weight.shape:
-        raise ValueError(f"the selection gives it the shape {weight.shape}")
-    # All bits 0 are +0.0 in each of the others.
-    return t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(~keep_mask(t, weight.pattern, weight.dim), 0)
-
-
-_NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}
+def _sparse(
+    checkpoint: Checkpoint, file: Path, chosen: dict[str, SelectedWeight], stored: Stored
+) -> tuple[str, Iterator[bytes | memoryview]]:
+    """Return name and bytes of a tensor: projected if it is chosen, else as they are and unread."""
+    weight = chosen.get(stored.name)
+    if weight is None:
+        return stored.name, bytes_in(file, stored)
+    t = checkpoint.get(stored.name)
+    try:
+        if tuple(t.shape) != weight.shape:
+            raise ValueError(f"the selection gives it the shape {weight.shape}")
+        if t.dtype in NO_ZERO:
+            raise ValueError(f"{t.dtype} has no zero; leave it dense by a select rule")
+        if not bool((t.to(torch.float32) if t.element_size() == 1 else t).isfinite().all()):
+            raise ValueError(
+                "it has NaN or infinite entries, which cannot be ranked; leave it dense by a select rule, or save a "
+                "sound model"
+            )
+        dropped = ~keep_mask(t, weight.pattern, weight.dim)
+    except (TypeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{file}: weight {stored.name!r} of shape {stored.shape} cannot be pruned to {weight.pattern}: {error}"
+        ) from error
+    # As integers, because not every torch can choose among 8-bit floats; all bits 0 are +0.0 in each of them.
+    sparse = t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(dropped, 0)
+    return stored.name, bytes_of(sparse)

@@ -23,13 +23,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..pattern import Pattern
 from ..selection import SelectedWeight, Selection, SkippedWeight, named_tensors, select_weights
-from .files import Checkpoint, atomic_file
-from .tensor_files import brief, is_shape, unique_keys
+from .files import Checkpoint, atomic_file, stand_ins
+from .tensor_files import read_record, read_shape, read_weight, refusing
 
 __all__ = [
     "RECORD_FILE",
@@ -49,8 +47,6 @@ RECORD_KEY = "admm_nxm_selection"
 
 FORMAT = "admm-nxm-selection"
 VERSION = 1
-
-Shapes = Mapping[str, "tuple[int, ...]"]
 
 
 def record_selection(folder: str | os.PathLike[str], selection: Selection) -> Path:
@@ -102,12 +98,12 @@ def read_selection(checkpoint: Checkpoint) -> Selection | None:
     Raises:
         ValueError: the record is damaged, or names a weight that the checkpoint does not have.
     """
-    tensors = {info.name: torch.empty(info.shape, device="meta") for info in checkpoint.tensors.values()}
+    tensors = stand_ins(checkpoint)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(tensors).items()}
     found = [
-        _read(f"the metadata {RECORD_KEY!r} of {file}", (header.metadata or {})[RECORD_KEY])
+        _read(f"the metadata {RECORD_KEY!r} of {file}", header.metadata[RECORD_KEY])
         for file, header in checkpoint.headers.items()
-        if RECORD_KEY in (header.metadata or {})
+        if RECORD_KEY in header.metadata
     ]
     if found:
         weights = {weight.name: weight for selection in found for weight in selection.weights}
@@ -117,18 +113,10 @@ def read_selection(checkpoint: Checkpoint) -> Selection | None:
     whole = checkpoint.path.is_dir() or checkpoint.path == checkpoint.index
     path = (checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent) / RECORD_FILE
     if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        recorded = _read(str(path), text)
+        recorded = _read(str(path), path)
         if whole:
             return _in_names_of(shapes, recorded, str(path))
-        here = tuple(
-            weight
-            for weight in recorded
-            if any(shapes.get(name) == weight.shape for name in (weight.name, *weight.aliases))
-        )
+        here = tuple(w for w in recorded if any(shapes.get(name) == w.shape for name in (w.name, *w.aliases)))
         if here:
             return Selection(here, tuple(entry for entry in recorded.skipped if entry.name in shapes))
     return _of_packed(checkpoint, tensors)
@@ -141,30 +129,20 @@ def selection_to_json(selection: Selection, *, indent: int | None = None) -> str
         selection: what to record.
         indent: as for ``json.dumps``.
     """
-    fields: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights": {
-            weight.name: {"pattern": str(weight.pattern), "shape": list(weight.shape), "dim": weight.dim}
-            for weight in selection
-        },
-        "aliases": {alias: weight.name for weight in selection for alias in weight.aliases},
-        "left_dense": {
-            entry.name: {
-                "shape": list(entry.shape),
-                "reason": entry.reason,
-                **({"wanted": True} if entry.wanted else {}),
-            }
-            for entry in selection.skipped
-        },
-    }
-    compact = None if indent is not None else (",", ":")
-    return json.dumps(
-        {key: value for key, value in fields.items() if value or key == "weights"},
-        ensure_ascii=False,
-        indent=indent,
-        separators=compact,
-    )
+    fields: dict[str, Any] = {"format": FORMAT, "version": VERSION, "weights": {}}
+    for weight in selection:
+        fields["weights"][weight.name] = {
+            "pattern": str(weight.pattern),
+            "shape": list(weight.shape),
+            "dim": weight.dim,
+        }
+        if weight.aliases:
+            fields.setdefault("aliases", {}).update(dict.fromkeys(weight.aliases, weight.name))
+    for entry in selection.skipped:
+        wanted = {"wanted": True} if entry.wanted else {}
+        dense = {"shape": list(entry.shape), "reason": entry.reason, **wanted}
+        fields.setdefault("left_dense", {})[entry.name] = dense
+    return json.dumps(fields, ensure_ascii=False, indent=indent, separators=(",", ":") if indent is None else None)
 
 
 def selection_from_json(text: str) -> Selection:
@@ -173,20 +151,7 @@ def selection_from_json(text: str) -> Selection:
     Raises:
         ValueError: it is damaged, or of a version that is not known here.
     """
-    try:
-        fields = json.loads(text, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"it is no JSON: {brief(error)}") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ValueError(f"it does not say format {FORMAT!r}")
-    if type(fields.get("version")) is not int or fields["version"] != VERSION:
-        raise ValueError(
-            f"it is of version {fields.get('version')!r}, and this admm_nxm reads version {VERSION}; use the release "
-            "that wrote it"
-        )
-    weights, aliases, dense = (_object(fields, key) for key in ("weights", "aliases", "left_dense"))
+    weights, aliases, dense = read_record(text, FORMAT, VERSION, ("weights", "aliases", "left_dense"))
     names: dict[str, list[str]] = {name: [] for name in weights}
     for alias, name in aliases.items():
         if not isinstance(name, str) or name not in names or alias in names:
@@ -194,13 +159,8 @@ def selection_from_json(text: str) -> Selection:
         names[name].append(alias)
     selected = []
     for name, entry in weights.items():
-        shape = _shape_of(name, entry)
-        dim, spelling = entry.get("dim"), entry.get("pattern")
-        if type(dim) is not int or not 0 <= dim < len(shape):
-            raise ValueError(f"the dim of {name!r} is {dim!r}, and its shape {list(shape)}")
-        if not isinstance(spelling, str):
-            raise ValueError(f"the pattern of {name!r} is {spelling!r}")
-        selected.append(SelectedWeight(name, shape, Pattern.parse(spelling), dim, tuple(names[name])))
+        shape, pattern, dim = read_weight(name, entry)
+        selected.append(SelectedWeight(name, shape, pattern, dim, tuple(names[name])))
     skipped = []
     for name, entry in dense.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
@@ -208,15 +168,13 @@ def selection_from_json(text: str) -> Selection:
         wanted = entry.get("wanted", False)
         if type(wanted) is not bool:
             raise ValueError(f"it says wanted={wanted!r} of {name!r}")
-        skipped.append(SkippedWeight(name, _shape_of(name, entry), entry["reason"], wanted))
+        skipped.append(SkippedWeight(name, read_shape(name, entry), entry["reason"], wanted))
     return Selection(tuple(selected), tuple(skipped))
 
 
-def _read(place: str, text: str) -> Selection:
-    try:
-        return selection_from_json(text)
-    except ValueError as error:
-        raise ValueError(f"{place} is no readable record of a selection: {brief(error)}; delete or mend it") from None
+def _read(place: str, text: str | Path) -> Selection:
+    with refusing(f"{place} is no readable record of a selection, and is to be mended or deleted"):
+        return selection_from_json(text if isinstance(text, str) else text.read_text(encoding="utf-8"))
 
 
 def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selection | None:
@@ -228,7 +186,7 @@ def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selecti
     layouts = {name: layout for packed in checkpoint.packed.values() for name, layout in packed.weights.items()}
     if not layouts:
         return None
-    clean = {id(t): name for name, t in named_tensors(tensors).items()}
+    clean = {id(t): name for name, t in reversed(named_tensors(tensors).items())}
     selected = tuple(
         SelectedWeight(clean[id(tensors[name])], layout.shape, layout.pattern, layout.dim, tuple(aliases.get(name, ())))
         for name, layout in layouts.items()
@@ -242,21 +200,7 @@ def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selecti
     return Selection(selected, (*(entry for entry in usual.skipped if entry.name not in names), *others))
 
 
-def _object(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = fields.get(key, {})
-    if not isinstance(value, dict):
-        raise ValueError(f"its {key} are no object")
-    return value
-
-
-def _shape_of(name: str, entry: object) -> tuple[int, ...]:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    if not (isinstance(shape, list) and all(type(size) is int for size in shape) and is_shape(tuple(shape))):
-        raise ValueError(f"the shape of {name!r} is {shape!r}")
-    return tuple(shape)
-
-
-def _in_names_of(shapes: Shapes, selection: Selection, place: str) -> Selection:
+def _in_names_of(shapes: Mapping[str, tuple[int, ...]], selection: Selection, place: str) -> Selection:
     """Return a selection by the names that the files give its weights.
 
     Saving may rename a part of a model (transformers does for some families): one beginning of the names stands for
@@ -284,7 +228,9 @@ def _in_names_of(shapes: Shapes, selection: Selection, place: str) -> Selection:
     return Selection(tuple(weights), selection.skipped)
 
 
-def _new_beginning(weight: SelectedWeight, missing: list[SelectedWeight], shapes: Shapes) -> tuple[str, str] | None:
+def _new_beginning(
+    weight: SelectedWeight, missing: list[SelectedWeight], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, str] | None:
     """Return the beginning of names that was replaced, and by what; None if that cannot be told."""
     parts = weight.name.split(".")
     for cut in range(len(parts) - 1):

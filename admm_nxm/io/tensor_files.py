@@ -1,4 +1,4 @@
-"""The safetensors format at the level of bytes: where each tensor lies in a file, and writing one tensor at a time.
+"""The safetensors format at the level of bytes, and what else is read from files that anybody may have damaged.
 
 Reading tensors is left to the safetensors library. What it lacks is here: the place of each tensor's bytes, so that
 they can be copied unread, and a writer that never holds more than one tensor.
@@ -10,27 +10,32 @@ import ctypes
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 from torch import Tensor
+
+from ..memory import plain
+from ..pattern import Pattern
 
 __all__ = [
     "CODE_OF",
     "DTYPES",
     "Header",
     "Stored",
-    "StreamWriter",
-    "brief",
+    "bytes_in",
     "bytes_of",
     "is_shape",
-    "plan",
     "read_header",
-    "unique_keys",
+    "read_json",
+    "read_record",
+    "read_shape",
+    "read_weight",
+    "refusing",
+    "write_file",
 ]
 
 # In the order in which the library lays tensors out in a file, so that files come out as it would have written them.
@@ -74,96 +79,67 @@ _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file.
+# ---------------------------------------------------------------- safetensors
 
-    Args:
-        name: its name.
-        code: its dtype, as safetensors spells it.
-        shape: its shape.
-        start: where its bytes begin, counted from the end of the header.
-        end: where they end.
-    """
+
+class Stored(NamedTuple):
+    """A tensor in a file: name, dtype as safetensors spells it, shape, size, and where in the file its bytes begin."""
 
     name: str
     code: str
     shape: tuple[int, ...]
-    start: int = 0
-    end: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in the file."""
-        return self.end - self.start
+    nbytes: int
+    at: int = 0
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself.
-
-    Args:
-        tensors: the tensors in the order of their bytes.
-        metadata: the entries of ``__metadata__``, or None where there is none.
-        data: where the header ends and the tensors begin.
-    """
+class Header(NamedTuple):
+    """The tensors of a file in the order of their bytes, and the entries of its ``__metadata__``, if it has any."""
 
     tensors: tuple[Stored, ...]
-    metadata: Mapping[str, str] | None
-    data: int
+    metadata: Mapping[str, str]
 
 
 def read_header(file: Path) -> Header:
     """Read and check the header of a safetensors file.
 
-    Args:
-        file: the file.
-
     Raises:
         ValueError: the file is missing, damaged, or no safetensors file; the message names it and the cause.
     """
-    try:
-        return _read_header(file)
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {brief(error)}") from error
-
-
-def _read_header(file: Path) -> Header:
-    if file.is_dir():
-        raise ValueError("it is a folder; name the file, or the folder that the model was saved in")
-    if file.exists() and not file.is_file():
-        raise ValueError("it is a device or a pipe, and no file")
-    with file.open("rb") as stream:
-        size = file.stat().st_size
-        start = stream.read(8)
-        if not start:
-            raise ValueError("it is empty; copy or save it again")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8 or length > _LONGEST_HEADER:
-            if start.startswith(_PICKLED):  # some headers are so long that their length begins alike
+    with refusing(f"{file} is not a readable safetensors file"):
+        if file.is_dir():
+            raise ValueError("it is a folder; name the file, or the folder that the model was saved in")
+        if file.exists() and not file.is_file():
+            raise ValueError("it is a device or a pipe, and no file")
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            start = stream.read(8)
+            if not start:
+                raise ValueError("it is empty; copy or save it again")
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8 or length > _LONGEST_HEADER:
+                if start.startswith(_PICKLED):  # some headers are so long that their length begins alike
+                    raise ValueError(
+                        "it is a pickled checkpoint, and those can run code when they are read; save the model with "
+                        "save_pretrained(..., safe_serialization=True)"
+                    )
                 raise ValueError(
-                    "it is a pickled checkpoint, and those can run code when they are read; save the model with "
-                    "save_pretrained(..., safe_serialization=True)"
+                    f"its header would be {length:,} bytes long, and the file has {size:,}; it was cut short, or it is "
+                    "no safetensors file: copy or save it again"
                 )
-            raise ValueError(
-                f"its header would be {length:,} bytes long, and the file has {size:,}; it was cut short, or it is no "
-                "safetensors file: copy or save it again"
-            )
-        # The library checks everything else: the JSON, shapes against sizes, gaps and overlaps, the end of the file.
-        with safetensors.safe_open(str(file), framework="pt") as handle:
-            names = set(handle.keys())
-        fields = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
-    metadata = fields.pop("__metadata__", None)
-    if set(fields) != names:
-        raise ValueError("it changed while it was read")
-    tensors = (
-        Stored(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in fields.items()
-    )
-    header = Header(tuple(sorted(tensors, key=lambda t: (t.start, t.end))), metadata, 8 + length)
-    for tensor in header.tensors:
-        if not is_shape(tensor.shape):
-            raise ValueError(f"it gives {tensor.name!r} a shape that no tensor can have: {str(tensor.shape)[:80]}")
-    return header
+            # The library checks everything else: the JSON, shapes against sizes, gaps and overlaps, the end of file.
+            with safetensors.safe_open(str(file), framework="pt") as handle:
+                names = set(handle.keys())
+            fields = read_json(stream.read(length).decode("utf-8"))
+        metadata = fields.pop("__metadata__", {})
+        if set(fields) != names:
+            raise ValueError("it changed while it was read")
+        tensors = []
+        for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            tensors.append(Stored(name, entry["dtype"], tuple(entry["shape"]), last - first, 8 + length + first))
+            if not is_shape(tensors[-1].shape):
+                raise ValueError(f"it gives {name!r} a shape that no tensor can have: {str(entry['shape'])[:80]}")
+        return Header(tuple(tensors), metadata)
 
 
 def is_shape(shape: tuple[int, ...]) -> bool:
@@ -171,18 +147,98 @@ def is_shape(shape: tuple[int, ...]) -> bool:
     return len(shape) <= _MOST_DIMENSIONS and min(shape, default=0) >= 0 and math.prod(s or 1 for s in shape) < 1 << 59
 
 
-def brief(error: Exception) -> str:
-    """Return an error's text without the middle of a long one: a damaged file can hold any text in any place."""
-    text = str(error)
-    return text if len(text) <= 600 else f"{text[:400]} … {text[-150:]}"
+def bytes_in(file: Path, tensor: Stored) -> Iterator[bytes]:
+    """Return the bytes of a tensor of a file, in pieces."""
+    with file.open("rb") as stream:
+        stream.seek(tensor.at)
+        for done in range(0, tensor.nbytes, _CHUNK):
+            yield stream.read(min(_CHUNK, tensor.nbytes - done))
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of the pairs of a JSON object; for ``object_pairs_hook``.
+def bytes_of(t: Tensor) -> Iterator[memoryview]:
+    """Return the bytes of a tensor in memory order, of any dtype, shape, strides and device."""
+    # Views that are conjugate or negated do so when they are read; their memory has other bits.
+    flat = plain(t).cpu().resolve_conj().resolve_neg().contiguous()
+    if flat.numel():
+        # numpy, which knows neither bfloat16 nor 8-bit floats, is not needed for this.
+        yield memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+        del flat  # its memory had to live until here
+
+
+def write_file(
+    path: Path,
+    tensors: Iterable[Stored],
+    metadata: Mapping[str, str],
+    contents: Iterable[tuple[str, Iterable[bytes | memoryview]]],
+) -> None:
+    """Write a safetensors file one tensor at a time, laid out as the library does it: by dtype and name.
+
+    Args:
+        path: the file; made anew.
+        tensors: what the file is to hold; where they were does not matter.
+        metadata: entries of ``__metadata__``, which is left out if there are none.
+        contents: name and bytes of each tensor, in any order.
 
     Raises:
-        ValueError: a key stands there twice.
+        ValueError: two tensors have one name, the header is longer than the library reads, or a tensor has more or
+            fewer bytes than it should.
     """
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, code, shape, nbytes, _ in sorted(tensors, key=lambda t: (-_RANK.get(t.code, -1), t.name)):
+        if name in fields or name == "__metadata__":
+            raise ValueError(f"two tensors are called {name!r}; rename one")
+        fields[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    header = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    if len(header) > _LONGEST_HEADER:
+        raise ValueError(
+            f"{path.name} would have a header of {len(header):,} bytes, and safetensors reads {_LONGEST_HEADER:,} "
+            "at most; save the model in more shards"
+        )
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name, chunks in contents:
+            first, last = fields[name]["data_offsets"]
+            stream.seek(8 + len(header) + first)
+            written = sum(stream.write(chunk) for chunk in chunks)
+            if written != last - first:
+                raise ValueError(f"{name!r} gave {written} bytes where {last - first} were planned")
+
+
+# ---------------------------------------------------------------- text of unknown origin
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn every failure to read something into a ValueError that begins with these words and goes on with the cause.
+
+    The middle of a long cause is left out: a damaged file can hold any text in any place.
+    """
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+        text = str(error)
+        text = text if len(text) <= 600 else f"{text[:400]} … {text[-150:]}"
+        raise ValueError(f"{what}: {text}") from error
+
+
+def read_json(text: str) -> Any:
+    """Read JSON that says everything once.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or has a key twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -191,107 +247,41 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def plan(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[Stored, ...]:
-    """Lay tensors out in a file as the library does: by dtype, the widest first, then by name.
-
-    Args:
-        tensors: name, code of the dtype, shape and size in bytes of each.
+def read_record(text: str, name: str, version: int, parts: Iterable[str]) -> list[dict[str, Any]]:
+    """Read a record of this package and return these parts of it, each an object.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: it is damaged, of another format, or of a version that is not known here.
     """
-    names = set()
-    laid_out = []
-    at = 0
-    for name, code, shape, nbytes in sorted(tensors, key=lambda t: (-_RANK.get(t[1], -1), t[0])):
-        if name in names or name == "__metadata__":
-            raise ValueError(f"two tensors are called {name!r}; rename one")
-        names.add(name)
-        laid_out.append(Stored(name, code, shape, at, at + nbytes))
-        at += nbytes
-    return tuple(laid_out)
+    fields = read_json(text)
+    if not isinstance(fields, dict) or fields.get("format") != name:
+        raise ValueError(f"it does not say format {name!r}")
+    if type(fields.get("version")) is not int or fields["version"] != version:
+        raise ValueError(
+            f"it is of version {fields.get('version')!r}, and this admm_nxm reads version {version}; use the release "
+            "of admm_nxm that wrote it"
+        )
+    if "weights" not in fields:
+        raise ValueError("it names no weights")
+    for part in parts:
+        if not isinstance(fields.setdefault(part, {}), dict):
+            raise ValueError(f"its {part} are no object")
+    return [fields[part] for part in parts]
 
 
-def bytes_of(t: Tensor) -> Iterator[memoryview]:
-    """Return the bytes of a tensor in memory order.
-
-    Args:
-        t: any dtype, shape, layout in memory and device; strided. Conjugate and negated views are resolved.
-    """
-    # Views that are conjugate or negated do so when they are read; their memory has other bits.
-    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if flat.numel():
-        # numpy, which knows neither bfloat16 nor 8-bit floats, is not needed for this.
-        buffer = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
-        view = memoryview(buffer)
-        for at in range(0, len(view), _CHUNK):
-            yield view[at : at + _CHUNK]
-        del flat  # its memory had to live until here
+def read_shape(name: str, entry: object) -> tuple[int, ...]:
+    """Read the shape that a record gives a weight."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not (isinstance(shape, list) and all(type(size) is int for size in shape) and is_shape(tuple(shape))):
+        raise ValueError(f"the shape of {name!r} is {shape!r}, and no tensor can have it")
+    return tuple(shape)
 
 
-class StreamWriter:
-    """Writes a safetensors file one tensor at a time, in any order; a context manager.
-
-    Args:
-        path: the file; made anew.
-        tensors: from :func:`plan`.
-        metadata: entries of ``__metadata__``; None leaves it out.
-
-    Raises:
-        ValueError: the header is longer than the library reads.
-    """
-
-    def __init__(self, path: Path, tensors: Iterable[Stored], metadata: Mapping[str, str] | None) -> None:
-        self._missing = {t.name: t for t in tensors}
-        fields: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-        for t in self._missing.values():
-            fields[t.name] = {"dtype": t.code, "shape": list(t.shape), "data_offsets": [t.start, t.end]}
-        header = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-        header += b" " * (-len(header) % 8)
-        if len(header) > _LONGEST_HEADER:
-            raise ValueError(
-                f"{path.name} would have a header of {len(header):,} bytes, and safetensors reads {_LONGEST_HEADER:,} "
-                "at most; save the model in more shards"
-            )
-        self._data = 8 + len(header)
-        self._stream = path.open("wb")
-        self._stream.write(len(header).to_bytes(8, "little") + header)
-
-    def put(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a tensor.
-
-        Args:
-            name: its name; each is written once.
-            chunks: its bytes.
-
-        Raises:
-            ValueError: the bytes are more or fewer than planned.
-        """
-        stored = self._missing.pop(name)
-        self._stream.seek(self._data + stored.start)
-        written = sum(self._stream.write(chunk) for chunk in chunks)
-        if written != stored.nbytes:
-            raise ValueError(f"{name!r} gave {written} bytes where {stored.nbytes} were planned")
-
-    def copy(self, name: str, source: Path, at: int) -> None:
-        """Write a tensor with bytes of another file, unread.
-
-        Args:
-            name: its name.
-            source: the other file.
-            at: where its bytes begin there.
-        """
-        left = self._missing[name].nbytes
-        with source.open("rb") as stream:
-            stream.seek(at)
-            self.put(name, (stream.read(min(_CHUNK, left - done)) for done in range(0, left, _CHUNK)))
-
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        if kind is None and self._missing:
-            raise ValueError(f"{len(self._missing)} planned tensors were not written, such as {min(self._missing)!r}")
+def read_weight(name: str, entry: Any) -> tuple[tuple[int, ...], Pattern, int]:
+    """Read shape, pattern and grouped dimension that a record gives a weight."""
+    shape, dim, spelling = read_shape(name, entry), entry.get("dim"), entry.get("pattern")
+    if type(dim) is not int or not 0 <= dim < len(shape):
+        raise ValueError(f"the dim of {name!r} is {dim!r}, and its shape {list(shape)}")
+    if not isinstance(spelling, str):
+        raise ValueError(f"the pattern of {name!r} is {spelling!r}")
+    return shape, Pattern.parse(spelling), dim
