@@ -292,8 +292,10 @@ class ADMMNxM(Optimizer):
             if not run.progress.frozen:
                 self._refuse_to_be_captured()
             pruned = run.pruned()
-            # Before the first step, weights may have been loaded since a trial step stored masks.
+            # Before the first step, weights may have been loaded since they were pruned, and masks stored by a trial.
             masks = [weight.mask_in_value() if first else weight.mask(self.inner) for weight in pruned]
+            if first:
+                keep_to_masks([weight.w for weight in pruned], masks)
             # Gradients as well, so that no momentum builds up where nothing may move.
             keep_to_masks([weight.gradient for weight in pruned], masks)
             moving = self._w_step.before(run)
