@@ -387,8 +387,8 @@ class ADMMNxM(Optimizer):
 
     def _begin(self, statistics: Mapping[str, Any] | None = None) -> None:
         run = self._run
-        run.progress.selection = checkpoint.selection_number(run, paper=self.w_step == "optimizer")
         self._w_step.begin(run, statistics)
+        run.progress.selection = checkpoint.selection_number(run, paper=self.w_step == "optimizer")
         run.progress.announce()
 
     # ------------------------------------------------------------------ looking at a run

@@ -29,19 +29,24 @@ def noisy(net: nn.Module, optimizer: ADMMNxM, unused: str = "") -> None:
         optimizer.step()
 
 
-def run(unused: str = "", lr: float = 1e-3, **options: Any) -> ADMMNxM:
+def run(unused: str = "", inner_class: Any = torch.optim.AdamW, lr: float = 1e-3, **options: Any) -> ADMMNxM:
     net = make_net()
-    inner = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
+    inner = inner_class(net.parameters(), lr=lr)
     optimizer = ADMMNxM.paper(inner, net, **{"pattern": "1:4", "total_steps": STEPS, **options})
     noisy(net, optimizer, unused)
     return optimizer
 
 
-STRONG: dict[str, Any] = {"rho": 30.0, "update_every": Every(1, dual_start=None), "lr": 1e-2, "prune_at": 50}
+STRONG: dict[str, Any] = {
+    "inner_class": torch.optim.SGD,
+    "lr": 0.02,
+    "rho": 30.0,
+    "update_every": Every(4, dual_start=None),
+}
 FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "weak penalty": (
         {"rho": 1e-3, "update_every": Every(4, dual_start=None)},
-        r"the penalty in the gradient \(rho = 0\.001\) has not brought the pruned weights to zero in 42 steps of AdamW;",
+        r"the penalty in the gradient \(rho = 0\.001\) has not brought the pruned weights to zero in 42 steps of Adam",
     ),
     "mask flips": (
         {"rho": Ramp(1e-2, 0.3, start=3, stop=42), "update_every": Every(1)},
@@ -54,7 +59,7 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {
     "no penalty": ({"rho": 0.0}, r"no penalty was in force \(rho = 0\), so this is one-shot magnitude pruning"),
     "one left behind": (
         {**STRONG, "unused": UNUSED},
-        rf"this weight had no gradient for long, or its learning rate is far from the others'\. Remedy: train it",
+        r"this weight had no gradient for long, or its learning rate is far from the others'\. Remedy: train it",
     ),
 }
 
@@ -70,9 +75,6 @@ def test_failure_of_the_papers_form_is_announced_with_its_cause(options: dict[st
 
 
 def test_numbers_of_the_warning_are_those_of_the_projection() -> None:
-    net = make_net()
-    optimizer = ADMMNxM.paper(torch.optim.AdamW(net.parameters(), lr=1e-3), net, total_steps=STEPS, prune_at=STEPS)
-    noisy(net, optimizer)
     net = make_net()
     optimizer = ADMMNxM.paper(torch.optim.AdamW(net.parameters(), lr=1e-3), net, total_steps=2 * STEPS)
     noisy(net, optimizer)
@@ -98,7 +100,7 @@ def silent(finish: Callable[[], Any]) -> None:
 
 
 def test_a_strong_penalty_without_the_dual_is_silent() -> None:
-    """The remedies of the first two failures, followed."""
+    """What the first two warnings advise: a larger rho and steps that reach, and no dual."""
     silent(run(**STRONG).finalize)
 
 
@@ -112,7 +114,8 @@ def test_the_exact_form_is_silent_on_the_same_task() -> None:
 def test_a_mask_that_moves_up_to_the_freeze_is_announced_although_nothing_is_left_to_project() -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.0)
-    optimizer = ADMMNxM.paper(inner, net, pattern="1:4", total_steps=20, rho=1.0, update_every=Every(1, dual_start=None))
+    every = Every(1, dual_start=None)
+    optimizer = ADMMNxM.paper(inner, net, pattern="1:4", total_steps=20, rho=1.0, update_every=every)
     for step in range(20):
         with torch.no_grad():  # feasible at every step, with the kept place going round
             for weight in optimizer.selection:
@@ -126,7 +129,7 @@ def test_a_mask_that_moves_up_to_the_freeze_is_announced_although_nothing_is_lef
         optimizer.step()
     with pytest.warns(
         ConvergenceWarning,
-        match=r"^the mask had not settled: the last z-step before the freeze replaced 100% of the kept places \(more than "
-        r"10%\).*Likely cause: the learning rate is high up to the freeze\. Remedy: let the learning rate decay before ",
+        match=r"^the mask had not settled: the last z-step before the freeze replaced 100% of the kept places \(more "
+        r"than 10%\).*Likely cause: the learning rate is high up to the freeze\. Remedy: let the learning rate decay b",
     ):
         optimizer.state_dict()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, Penalty, keep_mask, project, verify
-from tests.cores import WEIGHTS, adamw, exact, is_feasible, paper
+from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible, paper
 from tests.helpers import assert_same_weights, batches, loss_of, make_net, same_bits, train, weights_of
 
 UP = WEIGHTS[0]
@@ -58,11 +58,13 @@ def test_any_run_ends_feasible_in_silence(total_steps: int, windows: int, share:
     options: dict[str, Any] = {"total_steps": total_steps, "pattern": pattern}
     if share is not None:
         options["prune_at"] = round(share * total_steps)
-    try:
-        optimizer = exact(net, **options, statistics_memory=1280 * 4 // windows)
-    except ValueError as error:
-        assert "larger statistics_memory" in str(error)
+    options["statistics_memory"] = BYTES_A_WEIGHT * 4 // windows
+    prune_at = options.get("prune_at", max(1, total_steps * 85 // 100))
+    if windows > prune_at > 0:
+        with pytest.raises(ValueError, match="larger statistics_memory"):
+            exact(net, **options)
         return
+    optimizer = exact(net, **options)
     train(net, optimizer, total_steps)
     assert optimizer.frozen
     assert optimizer.finalize().ok
@@ -73,7 +75,7 @@ def test_any_run_ends_feasible_in_silence(total_steps: int, windows: int, share:
 def test_a_trial_of_a_few_steps_works_and_says_that_it_is_short(total_steps: int) -> None:
     net = make_net()
     steps = max(1, total_steps // 5)
-    with pytest.warns(UserWarning, match=f"the run is short: A and G are gathered in {steps} steps for each of 1") as said:
+    with pytest.warns(UserWarning, match=f"the run is short: A and G are gathered in {steps} steps for") as said:
         optimizer = ADMMNxM(adamw(net), net, total_steps=total_steps)
     assert said[0].filename == __file__
     train(net, optimizer, total_steps)
@@ -220,9 +222,9 @@ def test_finalize_in_the_dense_phase_prunes_by_magnitude_and_warns_at_the_line_o
     dense = weights_of(net)
     said = (
         rf"^finalize\(\) came after {stop} optimizer steps, and the weights were to be pruned after step 34: 4 weights "
-        r"were pruned by magnitude, without statistics, and no step has trained what was kept\. Accuracy measured before "
-        r"does not hold\. Remedy: train to the end, or give the true number of optimizer steps as total_steps, or an "
-        r"earlier prune_at$"
+        r"were pruned by magnitude, without statistics, and no step has trained what was kept\. Accuracy measured "
+        r"before does not hold\. Remedy: train to the end, or give the true number of optimizer steps as total_steps, "
+        r"or an earlier prune_at$"
     )
     with pytest.warns(ConvergenceWarning, match=said) as caught:
         assert optimizer.finalize().ok
@@ -251,7 +253,7 @@ def test_finalize_refuses_weights_that_are_not_finite_and_changes_nothing(build:
     with torch.no_grad():
         net.get_parameter(WEIGHTS[3])[0, 3] = bad
     before, figures = weights_of(net), optimizer.figures()
-    said = rf"^1 weights have NaN or infinite entries after step {stop}: blocks\.1\.down\.weight; nothing was changed\. Load"
+    said = rf"^1 of 4 weights have NaN or infinite entries after step {stop}: {WEIGHTS[3]}; nothing was changed\. Load"
     with pytest.raises(ValueError, match=said):
         optimizer.finalize()
     assert_same_weights(net, before)
@@ -376,7 +378,7 @@ def test_unwrap_leaves_the_weights_and_nothing_of_admm(build: Build, stop: int) 
     assert not any(key.startswith("admm") for state in inner.state.values() for key in state)
     assert not any(module._forward_hooks for module in net.modules())
     for refused in (optimizer.step, optimizer.finalize):
-        with pytest.raises(RuntimeError, match=r"ADMM was taken off with unwrap\(\); step the inner optimizer, or build"):
+        with pytest.raises(RuntimeError, match=r"ADMM was taken off with unwrap\(\); step the inner optimizer, or"):
             refused()
     again = exact(net)
     assert (again.phase, again.figures().step) == ("dense", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from tests.cores import WEIGHTS, adamw, paper
 from tests.helpers import assert_same_weights, batches, loss_of, make_net, same_bits, train
 
 UP = WEIGHTS[0]
-unsettled = pytest.mark.filterwarnings("ignore::admm_nxm.ConvergenceWarning")
 
 # ---------------------------------------------------------------- against the reference
 
@@ -27,13 +27,13 @@ unsettled = pytest.mark.filterwarnings("ignore::admm_nxm.ConvergenceWarning")
 class OneWeight(nn.Module):
     """A single weight in a repeated block; its loss is a quadratic around a target."""
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, seed: int = 7) -> None:
+    def __init__(self, weight: torch.Tensor, target: torch.Tensor) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, rows, bias=False, dtype=dtype))])
-        self.target = torch.randn(rows, width, generator=generator).to(dtype)
+        rows, width = weight.shape
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, rows, bias=False, dtype=weight.dtype))])
+        self.target = target
         with torch.no_grad():
-            self.weight.copy_(torch.randn(rows, width, generator=generator))
+            self.weight.copy_(weight)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -43,119 +43,149 @@ class OneWeight(nn.Module):
         return (self.weight.detach() - self.target).div(2)
 
 
-class ByHand(torch.optim.SGD):
-    """Gradient descent in the reference's order of rounding: the product in full, the difference rounded once."""
-
-    def step(self, closure: Any = None) -> None:
-        with torch.no_grad():
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.copy_((p.double() - group["lr"] * p.grad.double()).to(p.dtype))
-
-
 NAME = "blocks.0.0.weight"
+LR = 0.25
 
 
-def assert_run_equals_reference(
-    dtype: torch.dtype, pattern: Pattern, rho: Any, every: Any, prune_at: int, steps: int, seed: int = 7
-) -> ADMMNxM:
-    """Step by step: w, z, u, rho and the mask, all bits."""
-    module = OneWeight(2, 2 * pattern.group, dtype, seed)
-    optimizer = ADMMNxM.paper(
-        ByHand(module.parameters(), lr=0.25), module, pattern=pattern, rho=rho, update_every=every, prune_at=prune_at
-    )
-    plan: Plan = optimizer._w_step.plan  # type: ignore[attr-defined]
-    reference = ReferenceADMM(module.weight, pattern, plan, lr=0.25)
+class Both:
+    """An optimizer and the reference, which take the same steps and are compared."""
 
-    def values(flat: list[float]) -> torch.Tensor:
-        return torch.tensor(flat, dtype=torch.float64).to(dtype).view_as(module.weight)
+    def __init__(self, module: OneWeight, pattern: Pattern, rho: Any, every: Any, prune_at: int) -> None:
+        self.module = module
+        inner = torch.optim.SGD(module.parameters(), lr=LR, foreach=False)
+        self.optimizer = ADMMNxM.paper(inner, module, pattern=pattern, rho=rho, update_every=every, prune_at=prune_at)
+        plan: Plan = self.optimizer._w_step.plan  # type: ignore[attr-defined]
+        self.reference = ReferenceADMM(module.weight, pattern, plan, LR)
 
-    for _ in range(steps):
-        gradient = module.gradient()
-        module.weight.grad = gradient.clone()
-        reference.step([float(value) for value in gradient.flatten().tolist()])
-        optimizer.step()
-        assert torch.equal(module.weight.detach(), values(reference.w))
-        assert (optimizer.frozen, optimizer.rho) == (reference.mask is not None, reference.rho)
+    def step(self) -> None:
+        gradient = self.module.gradient()
+        self.module.weight.grad = gradient.clone()
+        self.reference.step([float(value) for value in gradient.flatten().tolist()])
+        self.optimizer.step()
+
+    def values(self, flat: list[float]) -> torch.Tensor:
+        return torch.tensor(flat, dtype=torch.float64).to(self.module.weight.dtype).view_as(self.module.weight)
+
+    def compare(self, rtol: float = 0.0) -> None:
+        """W, z, u, rho and the mask; without a tolerance all bits, but for the sign of a zero."""
+        found, reference = self.optimizer, self.reference
+        close = {"rtol": rtol, "atol": rtol}
+        torch.testing.assert_close(self.module.weight.detach(), self.values(reference.w), **close)
+        assert (found.frozen, found.rho) == (reference.mask is not None, reference.rho)
         if reference.mask is None:
-            assert torch.equal(optimizer.auxiliary(NAME), values(reference.z))
-            assert torch.equal(optimizer.dual(NAME), values(reference.u))
+            torch.testing.assert_close(found.auxiliary(NAME), self.values(reference.z), **close)
+            torch.testing.assert_close(found.dual(NAME), self.values(reference.u), **close)
         else:
-            assert optimizer.masks()[NAME].flatten().tolist() == reference.mask
-    if reference.mask is None:
-        reference.freeze()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        optimizer.finalize().raise_if_violated()
-    assert torch.equal(module.weight.detach(), values(reference.w))
-    return optimizer
+            assert found.masks()[NAME].flatten().tolist() == reference.mask
+
+    def finish(self, rtol: float = 0.0) -> None:
+        if self.reference.mask is None:
+            self.reference.freeze()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.optimizer.finalize().raise_if_violated()
+        self.compare(rtol)
+
+
+PATTERNS = st.sampled_from(["1:1", "1:2", "2:4", "1:4", "3:4", "4:4", "5:8"]).map(Pattern.parse)
+UPDATES = st.builds(Every, st.integers(1, 5), st.integers(0, 6), st.none() | st.integers(0, 12))
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """A rho that rises at given steps, by powers of two."""
+
+    values: tuple[float, ...]
+    width: int
+
+    def __call__(self, step: int) -> float:
+        return self.values[min(step // self.width, len(self.values) - 1)]
+
+
+STAIRS = st.builds(
+    Stairs,
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=4).map(sorted).map(tuple),
+    st.integers(1, 6),
+)
+
+
+@given(pattern=PATTERNS, rho=STAIRS, every=UPDATES, prune_at=st.integers(1, 16), data=st.data())
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_any_run_in_numbers_that_need_no_rounding_equals_the_reference_bit_for_bit(
+    pattern: Pattern, rho: Stairs, every: Every, prune_at: int, data: st.DataObject
+) -> None:
+    """Sixteenths, and factors that are powers of two: 14 steps fit into the 53 bits of a double."""
+    count = 2 * pattern.group
+    sixteenths = st.lists(st.integers(-40, 40), min_size=2 * count, max_size=2 * count)
+    numbers = torch.tensor(data.draw(sixteenths), dtype=torch.float64) / 16
+    both = Both(OneWeight(numbers[:count].view(2, -1), numbers[count:].view(2, -1)), pattern, rho, every, prune_at)
+    for _ in range(14):
+        both.step()
+        both.compare()
+    both.finish()
+
+
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    pattern=PATTERNS,
+    low=st.floats(1e-3, 1),
+    rise=st.floats(1, 20),
+    every=UPDATES,
+    prune_at=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_z_u_and_the_mask_of_given_weights_equal_the_reference_bit_for_bit(
+    dtype: torch.dtype, pattern: Pattern, low: float, rise: float, every: Every, prune_at: int, seed: int
+) -> None:
+    """Only the w-step may round in another way: torch multiplies and adds at once where the processor can."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 2 * pattern.group)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    both = Both(OneWeight(weight, weight), pattern, Ramp(low, low * rise, start=2, stop=9), every, prune_at)
+    both.optimizer.param_groups[0]["lr"] = 0.0
+    for step in range(1, min(prune_at, 12) + 1):
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        with torch.no_grad():
+            both.module.weight.copy_(weight)
+        both.module.weight.grad = torch.ones_like(weight)
+        if step == 1:  # v starts from the weights of the first step
+            both.reference = ReferenceADMM(weight, pattern, both.reference.plan, LR)
+        both.reference.w = [float(value) for value in weight.flatten().tolist()]
+        both.reference.steps = step
+        both.reference.update(both.reference.plan.updates(step))
+        if step == prune_at:
+            both.reference.freeze()
+        both.optimizer.step()
+        both.compare()
+    both.finish()
 
 
 PLANS: dict[str, tuple[Any, Any, int]] = {
     "textbook": (0.3, Every(3), 30),
     "rising rho": (Ramp(0.01, 2.0, start=2, stop=30), Every(2, start=2), 30),
     "no dual": (0.1, Every(2, dual_start=None), 25),
-    "dual joins late": (0.5, Every(2, dual_start=11), 30),
+    "dual joins late": (0.7, Every(2, dual_start=11), 30),
     "rho comes late": (lambda step: 0.0 if step < 9 else 0.2 + step / 100, Every(3), 30),
     "rho falls before the dual": (lambda step: 0.5 if step < 9 else 0.2, Every(3, dual_start=12), 30),
     "every step": (Ramp(0.5, 0.6, start=0, stop=9), 1, 30),
     "never in force": (0.0, 4, 30),
-    "one-shot": (0.3, 4, 0),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["float64", "float32"])
 @pytest.mark.parametrize(("rho", "every", "prune_at"), PLANS.values(), ids=PLANS.keys())
-def test_whole_run_equals_reference(rho: Any, every: Any, prune_at: int, dtype: torch.dtype) -> None:
-    if prune_at == 0:
-        module = OneWeight(3, 16, dtype)
-        w = module.weight.detach().clone()
-        optimizer = ADMMNxM.paper(ByHand(module.parameters()), module, pattern="3:8", rho=rho, prune_at=0)
-        assert same_bits(module.weight.detach(), project(w, "3:8"))
-        assert optimizer.finalize().ok
-        return
-    assert_run_equals_reference(dtype, Pattern(3, 8), rho, every, prune_at, 34)
-
-
-def test_oracle_sees_the_dual_at_work() -> None:
-    assert_run_equals_reference(torch.float64, Pattern(3, 8), 0.3, Every(3), 99, 20)
-    module = OneWeight(2, 16, torch.float64)
-    optimizer = ADMMNxM.paper(
-        ByHand(module.parameters(), lr=0.25), module, pattern="3:8", rho=0.3, update_every=3, prune_at=99
-    )
-    for _ in range(9):
-        module.weight.grad = module.gradient()
-        optimizer.step()
-    assert optimizer.dual(NAME).any()
-
-
-SCHEDULES = st.one_of(
-    st.floats(0, 2).map(Constant),
-    st.builds(
-        lambda low, rise, start, length: Ramp(low, low * rise, start=start, stop=start + length),
-        st.floats(1e-3, 1),
-        st.floats(1, 20),
-        st.integers(0, 6),
-        st.integers(0, 9),
-    ),
-)
-UPDATES = st.builds(Every, st.integers(1, 5), st.integers(0, 6), st.none() | st.integers(0, 12))
-
-
-@given(
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-    pattern=st.sampled_from(["1:1", "1:2", "2:4", "1:4", "3:4", "4:4", "5:8"]).map(Pattern.parse),
-    rho=SCHEDULES,
-    every=UPDATES,
-    prune_at=st.integers(1, 16),
-    seed=st.integers(0, 99),
-)
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
-def test_any_run_equals_reference(
-    dtype: torch.dtype, pattern: Pattern, rho: Any, every: Any, prune_at: int, seed: int
-) -> None:
-    assert_run_equals_reference(dtype, pattern, rho, every, prune_at, 14, seed)
+def test_whole_run_is_the_reference(rho: Any, every: Any, prune_at: int, dtype: torch.dtype, rtol: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight, target = (torch.randn(3, 16, generator=generator).to(dtype) for _ in range(2))
+    both = Both(OneWeight(weight, target), Pattern(3, 8), rho, every, prune_at)
+    dual_seen = False
+    for _ in range(34):
+        both.step()
+        both.compare(rtol)
+        dual_seen = dual_seen or any(both.reference.u)
+    both.finish(rtol)
+    assert dual_seen == (every != Every(2, dual_start=None))
 
 
 # ---------------------------------------------------------------- the plan
@@ -219,7 +249,9 @@ def test_no_penalty_is_the_inner_optimizer_up_to_the_freeze() -> None:
 def test_a_maximising_optimizer_is_pulled_toward_the_pattern_too() -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.1, maximize=True)
-    optimizer = ADMMNxM.paper(inner, net, rho=1.0, update_every=Every(5, dual_start=None), total_steps=200, prune_at=200)
+    optimizer = ADMMNxM.paper(
+        inner, net, rho=1.0, update_every=Every(5, dual_start=None), total_steps=200, prune_at=200
+    )
     before = optimizer.residuals().primal
     for x in batches(100):
         optimizer.zero_grad()
@@ -331,7 +363,6 @@ def test_rho_may_not_fall_while_the_dual_is_in_use_also_where_the_schedule_hides
         train(net, optimizer, 28)
 
 
-@unsettled
 def test_warning_of_a_frozen_run_comes_once_with_the_checkpoint_or_with_finalize() -> None:
     net = make_net()
     optimizer = paper(net, rho=1e-4)
