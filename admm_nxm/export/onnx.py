@@ -151,8 +151,10 @@ def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
         named.setdefault(clean_name(weight.name), []).append(weight)
     if pattern is None and graph.recorded is not None and graph.recorded.weights:
         pattern = graph.recorded
-    find = _of_selection if isinstance(pattern, Selection) else _of_rules
-    wanted, skipped = find(path, named, pattern)  # type: ignore[operator]
+    if isinstance(pattern, Selection):
+        wanted, skipped = _of_selection(path, named, pattern)
+    else:
+        wanted, skipped = _of_rules(path, named, pattern)
     counted: list[WeightReport] = []
     for name, constants, of_weight in wanted:
         for weight in constants:
@@ -467,7 +469,9 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
 def _configs_of(model: nn.Module) -> list[Any]:
     """Return the configs of all modules, and those that are a part of these, each once."""
     found: dict[int, Any] = {}
-    pending = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")]
+    pending: list[Any] = [
+        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")
+    ]
     while pending:
         config = pending.pop()
         if config is not None and id(config) not in found:
