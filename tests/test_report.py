@@ -106,11 +106,12 @@ def test_module_state_dict_and_folder_agree_on_real_architectures(architecture: 
     assert by_file.parameters == by_module.parameters
 
 
-def test_routers_and_fused_experts_are_named_as_not_counted_per_token() -> None:
+def test_fused_experts_are_named_as_not_counted_per_token() -> None:
     report = sparsity_report(tiny("mixtral"))
     uncounted = {w.name.split(".", 3)[-1] for w in report.dense if w.flops is None}
-    assert uncounted == {"mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-    assert any("6 tensors of no linear layer are not counted" in note for note in report.notes)
+    assert uncounted == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert all(w.flops == 2 * w.numel for w in report.dense if w.name.endswith("mlp.gate.weight"))
+    assert any("4 tensors that are no matrices are not counted" in note for note in report.notes)
     counted = sparsity_report(tiny("mixtral"), example={"input_ids": torch.arange(10).view(2, 5)})
     assert all(w.flops for w in counted.dense if w.name.endswith("mlp.gate.weight"))
 
@@ -250,7 +251,7 @@ def test_attention_of_torch_is_counted_and_convolutions_are_named_as_not() -> No
     conv = next(w for w in report.dense if w.name == "conv.weight")
     assert conv.flops is None
     assert conv.to_dict()["flops"] is None
-    assert any("1 tensors of no linear layer are not counted (conv.weight)" in note for note in report.notes)
+    assert any("1 tensors that are no matrices are not counted (conv.weight)" in note for note in report.notes)
     covered = sparsity_report(Model(), {r"conv\.weight": "2:4"})
     assert covered.weights[0].flops is None
     assert set(covered.weights[0].tensor_cores.values()) == {"3 dimensions: only matrices are taken"}

@@ -128,8 +128,8 @@ class OnCpuCusparselt(OnCpuCutlass):
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUTLASS", OnCpuCutlass)
     monkeypatch.setattr(torch.sparse, "SparseSemiStructuredTensorCUSPARSELT", OnCpuCusparselt)
-    monkeypatch.setattr(semi_structured._Machine, "require", lambda self, devices: None)
-    monkeypatch.setattr(semi_structured._Machine, "problem_with", lambda self, weight: None)
+    monkeypatch.setattr(semi_structured, "_require_gpu", lambda devices: None)
+    monkeypatch.setattr(semi_structured, "_misplaced", lambda weight: None)
     # Each test sees torch's warning of the prototype as if it were the first to convert.
     for kind in (OnCpuCutlass, OnCpuCusparselt):
         monkeypatch.setattr(kind, "_PROTOTYPE_WARNING_SHOWN", False)
@@ -239,8 +239,8 @@ def test_a_backend_that_does_not_work_here_is_found_out_by_trying(monkeypatch: p
 @cpu
 def test_a_backend_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    whole = semi_structured._Machine._try
-    monkeypatch.setattr(semi_structured._Machine, "_try", lambda self, *key: tried.append(key) or whole(self, *key))
+    whole = semi_structured._problem_here
+    monkeypatch.setattr(semi_structured, "_problem_here", lambda *key: tried.append(key) or whole(*key))
     to_semi_structured(pruned(Net()))
     assert tried == [("cusparselt", BF16, torch.device("cpu"))]
 
@@ -250,13 +250,13 @@ def test_a_failure_while_compressing_leaves_the_model_as_it_was(monkeypatch: pyt
     model = pruned(Net())
     ids = parameters(model)
     seen: list[Tensor] = []
-    whole = semi_structured._Machine.compress
+    whole = semi_structured._compress
 
-    def fail_at_the_third(self: Any, matrix: Tensor, backend: Any) -> Tensor:
+    def fail_at_the_third(matrix: Tensor, backend: Any) -> Tensor:
         seen.append(matrix)
-        return broken(Tensor, matrix) if len(seen) == 4 else whole(self, matrix, backend)  # type: ignore[func-returns-value, return-value]
+        return broken(Tensor, matrix) if len(seen) == 4 else whole(matrix, backend)  # type: ignore[func-returns-value, return-value]
 
-    monkeypatch.setattr(semi_structured._Machine, "compress", fail_at_the_third)
+    monkeypatch.setattr(semi_structured, "_compress", fail_at_the_third)
     with pytest.raises(
         RuntimeError, match=r"weight 'blocks\.1\.up\.weight' could not be compressed by cusparselt: arch"
     ):

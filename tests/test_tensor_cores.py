@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from admm_nxm import Pattern, project
-from admm_nxm.report import tensor_cores
 from admm_nxm.report.tensor_cores import (
     BACKENDS,
     Backend,
@@ -33,31 +32,8 @@ def test_the_table_is_that_of_the_installed_torch(backend: Backend) -> None:
     installed = {
         dtype: (rule.sparse_min_rows, rule.sparse_min_cols) for dtype, rule in kind._DTYPE_SHAPE_CONSTRAINTS.items()
     }
-    assert shape_multiples(backend) == installed
     # Older torches know fewer dtypes; what they know is in the table.
-    assert {dtype: tensor_cores._MULTIPLES[backend][dtype] for dtype in installed} == installed
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_table_stands_in_where_torch_does_not_say(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}")
-    assert shape_multiples(backend) == tensor_cores._MULTIPLES[backend]
-
-
-@pytest.mark.parametrize("constraints", [None, {}, {torch.bfloat16: "32x64"}, 7])
-def test_the_table_stands_in_where_torch_says_it_differently(
-    constraints: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensorCUTLASS, "_DTYPE_SHAPE_CONSTRAINTS", constraints)
-    assert shape_multiples("cutlass") == tensor_cores._MULTIPLES["cutlass"]
-
-
-def test_what_torch_says_goes_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
-    rule = kind._DTYPE_SHAPE_CONSTRAINTS[torch.bfloat16]._replace(sparse_min_rows=48)
-    monkeypatch.setattr(kind, "_DTYPE_SHAPE_CONSTRAINTS", {torch.bfloat16: rule})
-    assert shape_multiples("cutlass") == {torch.bfloat16: (48, 64)}
-    assert obstacle("cutlass", (64, 64), torch.bfloat16, "2:4") == "64 x 64 is no multiple of 48 x 64: pad the layer"
+    assert {dtype: shape_multiples(backend)[dtype] for dtype in installed} == installed
 
 
 def test_an_unknown_backend_is_refused() -> None:

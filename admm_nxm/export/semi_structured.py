@@ -7,8 +7,9 @@ for, to follow the changes, is the task of this module and not of its callers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -112,33 +113,27 @@ class SemiStructured:
         self.undo()
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.converted)} of {len(self.converted) + len(self.left)} linear weights are semi-structured",
-            format_table(
-                ("weights", "number", "shape", "dtype", "backend"),
-                [
-                    (
-                        joint_name([weight.name for weight in group]),
-                        len(group),
-                        "x".join(map(str, group[0].shape)),
-                        str(group[0].dtype).removeprefix("torch."),
-                        group[0].backend,
-                    )
-                    for group in grouped(self.converted, lambda w: (w.shape, w.dtype, w.backend))
-                ],
-            ),
-        ]
-        if self.left:
-            lines.append(
-                format_table(
-                    ("left dense", "number", "such as"),
-                    [
-                        (group[0].reason, len(group), such_as([weight.name for weight in group]))
-                        for group in grouped(self.left, lambda weight: weight.reason)
-                    ],
-                )
+        swapped = [
+            (
+                joint_name([weight.name for weight in group]),
+                len(group),
+                "x".join(map(str, group[0].shape)),
+                str(group[0].dtype).removeprefix("torch."),
+                group[0].backend,
             )
-        return "\n\n".join(lines)
+            for group in grouped(self.converted, lambda w: (w.shape, w.dtype, w.backend))
+        ]
+        dense = [
+            (group[0].reason, len(group), such_as([weight.name for weight in group]))
+            for group in grouped(self.left, lambda weight: weight.reason)
+        ]
+        parts = [
+            f"{len(self.converted)} of {len(self.converted) + len(self.left)} linear weights are semi-structured",
+            format_table(("weights", "number", "shape", "dtype", "backend"), swapped),
+        ]
+        if dense:
+            parts.append(format_table(("left dense", "number", "such as"), dense))
+        return "\n\n".join(parts)
 
 
 def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> SemiStructured:
@@ -172,54 +167,37 @@ def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> S
                 "for inference; call model.eval() first"
             )
     model = unwrap_model(model)
-    machine = _Machine()
-    machine.require({param.device for param in model.parameters()})
+    _require_gpu({param.device for param in model.parameters()})
     backends = _PREFERRED if backend is None else (backend,)
     fused = _read_by_fused_kernels(model)
+    works = cache(_problem_here)
     left = _without_a_weight(model)
-    places: dict[str, list[_Place]] = {}
-    chosen: dict[str, Backend] = {}
-    candidates: list[SelectedWeight] = []
-    for found in _linear_weights(model):
-        first = next(place for place in found if place.is_linear)
-        problem = _problem(found, fused) or machine.problem_with(first.param)
-        if problem is None:
-            fitting, problem = _fitting(first, backends, machine)
-        if problem is not None:
-            left.append(SkippedWeight(first.name, tuple(first.param.shape), problem))
+    swaps: list[tuple[_Place, nn.Parameter]] = []
+    converted: list[ConvertedWeight] = []
+    # All are compressed before the first is swapped: if one fails, the model is as it was.
+    for places in _linear_weights(model):
+        first = next(place for place in places if place.is_linear)
+        shape = tuple(first.param.shape)
+        chosen, problem = _choose(first, _problem(places, fused), backends, works)
+        if chosen is None:
+            left.append(SkippedWeight(first.name, shape, problem))
             continue
-        places[first.name], chosen[first.name] = found, fitting
-        aliases = tuple(place.name for place in found if place is not first)
-        pattern = hardware_pattern(first.param.dtype)
-        candidates.append(SelectedWeight(first.name, tuple(first.param.shape), pattern, first.dim, aliases))
-    if candidates:
-        params = {name: next(place for place in found if place.is_linear).param for name, found in places.items()}
-        for count in check_weights(Selection(tuple(candidates), ()), params.__getitem__):
-            if not count.ok:
-                problem = f"it does not hold {count.pattern}: {count.bad_groups} of {count.groups} groups exceed it"
-                left.append(SkippedWeight(count.name, count.shape, problem))
-                del places[count.name]
-    if not places:
+        aliases = tuple(place.name for place in places if place is not first)
+        converted.append(ConvertedWeight(first.name, shape, first.param.dtype, chosen, aliases))
+        param = _compressed(first, chosen)
+        swaps += [(place, param) for place in places]
+    if not converted:
         reasons = "; ".join(
             f"{group[0].reason} ({such_as([weight.name for weight in group])})"
             for group in grouped(left, lambda weight: weight.reason)
         )
         raise ValueError(f"no linear weight of the model can be converted: {reasons or 'it has none'}")
-    # All are compressed before the first is swapped: if one fails, the model is as it was.
-    swaps = [
-        (place, param) for name, found in places.items() for place, param in _compressed(found, chosen[name], machine)
-    ]
     dense = [(place, place.param) for place, _ in swaps]
     for place, param in swaps:
         place.module._parameters[place.attribute] = param
-    converted = tuple(
-        ConvertedWeight(weight.name, weight.shape, params[weight.name].dtype, chosen[weight.name], weight.aliases)
-        for weight in candidates
-        if weight.name in places
-    )
     layers = {id(place.module): place.module for place, _ in swaps}
     hooks = [layer.register_forward_pre_hook(_contiguous) for layer in layers.values()]
-    return SemiStructured(converted, tuple(left), dense, hooks)
+    return SemiStructured(tuple(converted), tuple(left), dense, hooks)
 
 
 def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -288,86 +266,88 @@ def _problem(places: list[_Place], fused: set[int]) -> str | None:
         return "it is tied between an nn.Linear and a Conv1D, which hold it transposed: untie it"
     if is_sharded(places[0].param):
         return "it is sharded: gather it first"
-    return None
+    return _misplaced(places[0].param)
 
 
-def _fitting(place: _Place, backends: tuple[Backend, ...], machine: _Machine) -> tuple[Backend, str | None]:
-    """Return the first backend that takes a weight, and why not if there is none."""
-    weight = place.param
-    pattern = hardware_pattern(weight.dtype)
-    problems: dict[Backend, str] = {}
+def _misplaced(weight: Tensor) -> str | None:
+    return None if weight.is_cuda else f"it is on {weight.device}: move the model to a CUDA GPU first"
+
+
+def _choose(
+    place: _Place,
+    problem: str | None,
+    backends: tuple[Backend, ...],
+    works: Callable[[Backend, torch.dtype, torch.device], str | None],
+) -> tuple[Backend | None, str]:
+    """Return the first backend that takes a weight, or None and why none does: the problem, if it has one already."""
+    if problem is not None:
+        return None, problem
+    weight, pattern = place.param, hardware_pattern(place.param.dtype)
+    refused: dict[Backend, str] = {}
     for backend in backends:
         problem = obstacle(backend, weight.shape, weight.dtype, pattern, place.dim)
+        problem = problem or works(backend, weight.dtype, weight.device)
         if problem is None:
-            problem = machine.problem(backend, weight.dtype, weight.device)
-        if problem is None:
-            return backend, None
-        problems[backend] = problem
-    return backends[0], "; ".join(f"{backend}: {problem}" for backend, problem in problems.items())
+            break
+        refused[backend] = problem
+    else:
+        return None, "; ".join(f"{backend}: {problem}" for backend, problem in refused.items())
+    selected = SelectedWeight(place.name, tuple(weight.shape), pattern, place.dim)
+    (count,) = check_weights(Selection((selected,), ()), lambda _: weight)
+    if not count.ok:
+        return None, f"it does not hold {pattern}: {count.bad_groups} of {count.groups} groups exceed it"
+    return backend, ""
 
 
-def _compressed(places: list[_Place], backend: Backend, machine: _Machine) -> Iterator[tuple[_Place, nn.Parameter]]:
-    """Yield each place of a weight with its new parameter, the same one in all of them."""
-    first = places[0]
-    weight = first.param.detach()
-    with torch.no_grad():
-        try:
+def _compressed(place: _Place, backend: Backend) -> nn.Parameter:
+    """Return a weight as the parameter that takes its place."""
+    weight = place.param.detach()
+    try:
+        with torch.no_grad():
             # Compressed along the inputs, as (output, input). A Conv1D multiplies by its weight as it is, which has to
             # be the transpose of that: torch transposes such tensors without touching them.
-            matrix = machine.compress((weight if first.dim == 1 else weight.t()).contiguous(), backend)
-            param = nn.Parameter(matrix if first.dim == 1 else matrix.t(), requires_grad=False)
-        except Exception as error:
-            raise RuntimeError(f"weight {first.name!r} could not be compressed by {backend}: {error}") from error
-    yield from ((place, param) for place in places)
+            matrix = _compress((weight if place.dim == 1 else weight.t()).contiguous(), backend)
+            return nn.Parameter(matrix if place.dim == 1 else matrix.t(), requires_grad=False)
+    except Exception as error:  # torch and its libraries raise what they like
+        raise RuntimeError(f"weight {place.name!r} could not be compressed by {backend}: {error}") from error
 
 
-class _Machine:
-    """What is asked of torch and the GPU."""
+def _compress(matrix: Tensor, backend: Backend) -> Tensor:
+    """Return a contiguous matrix of shape (output, input) as a semi-structured tensor."""
+    # The classes themselves, and not to_sparse_semi_structured: that chooses by a global flag.
+    kind = getattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}")
+    with torch.cuda.device_of(matrix), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
+        tensor: Tensor = kind.from_dense(matrix)
+    return tensor
 
-    def __init__(self) -> None:
-        self._tried: dict[tuple[Backend, torch.dtype, torch.device], str | None] = {}
 
-    def require(self, devices: Iterable[torch.device]) -> None:
-        """Refuse to go on without a GPU that has sparse tensor cores."""
-        where = "sparse tensor cores are in NVIDIA GPUs of compute capability 8.0 (Ampere) and above"
-        if not torch.cuda.is_available():
-            raise RuntimeError(f"no CUDA GPU is available, and {where}; run this on one, with a CUDA build of torch")
-        for device in {device for device in devices if device.type == "cuda"} or {torch.device("cuda")}:
-            capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 0):
-                name = torch.cuda.get_device_name(device)
-                raise RuntimeError(f"{name} has compute capability {capability[0]}.{capability[1]}, and {where}")
+# ---------------------------------------------------------------------- the machine
 
-    def problem_with(self, weight: Tensor) -> str | None:
-        """Return why a weight is in the wrong place."""
-        return None if weight.is_cuda else f"it is on {weight.device}: move the model to a CUDA GPU first"
 
-    def problem(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Return why a backend does not work in a dtype on a device, found by trying it; None if it does.
+def _require_gpu(devices: Iterable[torch.device]) -> None:
+    """Refuse to go on without a GPU that has sparse tensor cores."""
+    where = "sparse tensor cores are in NVIDIA GPUs of compute capability 8.0 (Ampere) and above"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"no CUDA GPU is available, and {where}; run this on one, with a CUDA build of torch")
+    for device in {device for device in devices if device.type == "cuda"} or {torch.device("cuda")}:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise RuntimeError(f"{name} has compute capability {capability[0]}.{capability[1]}, and {where}")
 
-        Which GPUs a backend serves depends on the versions of torch and its libraries: CUTLASS compresses on a
-        Hopper, for instance, and then cannot multiply.
-        """
-        key = (backend, dtype, device)
-        if key not in self._tried:
-            self._tried[key] = self._try(*key)
-        return self._tried[key]
 
-    def _try(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
-        matrix = torch.tensor([1, 0], dtype=dtype, device=device).repeat(64, 64)
-        ones = torch.ones(16, 128, dtype=dtype, device=device)
-        try:
-            with torch.no_grad():
-                product = nn.functional.linear(ones, self.compress(matrix, backend))
-        except Exception as error:  # torch and its libraries raise what they like
-            return f"it does not work on this machine ({str(error).strip().partition(chr(10))[0]})"
-        return None if bool((product == 64).all()) else "its products are wrong on this machine"
+def _problem_here(backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why a backend does not work in a dtype on a device, found by trying it; None if it does.
 
-    def compress(self, matrix: Tensor, backend: Backend) -> Tensor:
-        """Return a contiguous matrix of shape (output, input) as a semi-structured tensor."""
-        # The classes themselves, and not to_sparse_semi_structured: that chooses by a global flag.
-        kind = getattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}")
-        with torch.cuda.device_of(matrix), warnings.catch_warnings():  # type: ignore[no-untyped-call]
-            warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
-            tensor: Tensor = kind.from_dense(matrix)
-        return tensor
+    Which GPUs a backend serves depends on the versions of torch and its libraries: CUTLASS compresses on a Hopper, for
+    instance, and then cannot multiply.
+    """
+    matrix = torch.tensor([1, 0], dtype=dtype, device=device).repeat(64, 64)
+    ones = torch.ones(16, 128, dtype=dtype, device=device)
+    try:
+        with torch.no_grad():
+            product = nn.functional.linear(ones, _compress(matrix, backend))
+    except Exception as error:  # torch and its libraries raise what they like
+        return f"it does not work on this machine ({str(error).strip().partition(chr(10))[0]})"
+    return None if bool((product == 64).all()) else "its products are wrong on this machine"

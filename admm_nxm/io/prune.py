@@ -14,9 +14,8 @@ from ..projection import INTEGER_OF_SIZE, keep_mask
 from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
 from ..sparsity import SparsityReport, cover
 from .files import Checkpoint, open_checkpoint, stand_ins, written_anew
-from .packing import NO_ZERO
 from .selection_record import RECORD_KEY, record_selection, selection_metadata
-from .tensor_files import Stored, bytes_in, bytes_of, write_file
+from .tensor_files import NO_ZERO, Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
 __all__ = ["prune"]

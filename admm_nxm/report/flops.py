@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,15 +18,6 @@ from ..sharding import is_sharded
 __all__ = ["count_forward", "forward_note"]
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
-# Where the factors stand among the arguments: the rest are biases and settings.
-_FACTORS = {
-    torch.ops.aten.mm: slice(0, 2),
-    torch.ops.aten.bmm: slice(0, 2),
-    torch.ops.aten.addmm: slice(1, 3),
-    torch.ops.aten.baddbmm: slice(1, 3),
-    torch.ops.aten.convolution: slice(0, 2),
-    torch.ops.aten._convolution: slice(0, 2),
-}
 
 
 def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int]]:
@@ -47,17 +37,17 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
         TypeError: ``example`` is of another kind.
         ValueError: the forward pass failed, or a weight is sharded.
     """
-    args, kwargs = tree_map_only(Tensor, Tensor.detach, _arguments(example))  # see _without_grad
     for name, param in model.named_parameters():
         if is_sharded(param):
             raise ValueError(
                 f"weight {name!r} is sharded, and its FLOPs cannot be told from those of its copies; give an example "
                 "with an unsharded model, or none to count per token"
             )
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, _arguments(example))  # see _evaluating
     sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
     counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
     by_weight = _ByWeight(counter, model)
-    with _evaluating(model), _without_grad(model), torch.no_grad(), counter, by_weight:
+    with _evaluating(model), torch.no_grad(), counter, by_weight:
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -101,34 +91,24 @@ def _sdpa_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without the fused kernels of torch's own Transformer layers.
+    """Put the model into evaluation mode, without gradients and torch's fused Transformer layers.
 
-    Those do a whole layer in one operation, which no FLOP counter can look into.
+    Those do a whole layer in one operation, which no FLOP counter can look into. On inputs of a module that require
+    gradients, as views of a parameter do even under no_grad, torch's counter sets a hook, which fails for such a view.
     """
     flags = [(module, module.training) for module in model.modules()]
+    params = [param for param in model.parameters() if param.requires_grad and param.is_leaf]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
+        for param in params:
+            param.requires_grad_(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
-
-
-@contextmanager
-def _without_grad(model: nn.Module) -> Iterator[None]:
-    """Switch ``requires_grad`` off: even under no_grad a view has it from its base.
-
-    On inputs of a module that have it torch's counter sets a hook, which fails for such a view.
-    """
-    params = [param for param in model.parameters() if param.requires_grad and param.is_leaf]
-    try:
-        for param in params:
-            param.requires_grad_(False)
-        yield
-    finally:
         for param in params:
             param.requires_grad_(True)
 
@@ -151,13 +131,12 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
         spent = self._counter.get_total_flops() - before
-        packet: Any = getattr(func, "overloadpacket", None)
-        copied = packet in _COPIES
+        copied = getattr(func, "overloadpacket", None) in _COPIES
         if spent or copied:
-            # The weight is the last factor that is a parameter: the one before may be a learned query.
-            factors = args[_FACTORS.get(packet, slice(None))]
-            owners = [self._owner(t) for t in factors if torch.is_tensor(t)]
-            owner = next((found for found in reversed(owners) if found is not None), None)
+            # The factors of a product are its last two matrices: before them may stand what is added, after them a
+            # vector of biases. The weight is the last that is a parameter: the one before may be a learned query.
+            factors = [t for t in args if torch.is_tensor(t) and (copied or t.ndim > 1)][-2:]
+            owner = next((found for t in reversed(factors) if (found := self._owner(t)) is not None), None)
             if owner is not None:
                 self.flops[owner] = self.flops.get(owner, 0) + spent
                 if copied:
@@ -168,12 +147,9 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, t: Tensor, owner: int) -> None:
         start = address(t)
         if start:
-            bisect.insort(self._spans, (start, start + t.numel() * t.element_size(), owner))
+            self._spans.append((start, start + t.numel() * t.element_size(), owner))
 
     def _owner(self, t: Tensor) -> int | None:
-        """Return the parameter in whose memory ``t`` starts."""
-        start = address(t)
-        at = bisect.bisect_right(self._spans, start, key=lambda span: span[0]) - 1
-        if at < 0 or start >= self._spans[at][1]:
-            return None
-        return self._spans[at][2]
+        """Return the parameter in whose memory a tensor starts."""
+        at = address(t)
+        return next((owner for start, stop, owner in self._spans if start <= at < stop), None)

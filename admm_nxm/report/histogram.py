@@ -13,7 +13,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ..io.verify import OpenTarget, open_target
+from ..io.verify import open_target
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
@@ -46,13 +46,29 @@ class Counts:
     total: int = 0
 
 
-@dataclass
-class _Reader:
-    """The tensors of one side by name; ``like`` knows shapes only, where they are read from a file."""
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models; ``like`` knows shapes only, where the tensors are read from a file."""
 
+    name: str
     like: Mapping[str, Tensor]
     get: Callable[[str], Tensor]
-    opened: OpenTarget | None = None
+    recorded: Callable[[], Selection | None] = lambda: None
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield the entries of a weight, some at a time, as float64 on the CPU."""
+        tensor = self.get(name).detach()
+        if is_sharded(tensor):
+            raise ValueError(
+                f"weight {name!r} is sharded over processes; save a full state dict and give its path, or pass full "
+                "tensors"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"weight {name!r} is on the meta device and has no entries; load the weights first")
+        # A view if it can be: parts of a flattened copy would hold a second copy of the largest weight.
+        for part in torch.split(tensor.reshape(-1), _PART):
+            if part.numel():
+                yield part.cpu().to(torch.float64)
 
 
 def count_pairs(
@@ -74,8 +90,8 @@ def count_pairs(
         FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
-        if select is None and new.opened is not None:
-            select = new.opened.recorded()  # what was pruned stands with the model after
+        if select is None:
+            select = new.recorded()  # what was pruned stands with the model after
         names = _choose(old.like, select)
         for name in names:
             shape, there = tuple(old.like[name].shape), new.like.get(name)
@@ -89,98 +105,78 @@ def count_pairs(
         return {key: _count(members, (old, new), bins) for key, members in groups.items()}
 
 
-def _count(names: list[str], sides: tuple[_Reader, _Reader], bins: int) -> Counts:
+def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
     # Two passes: the bins depend on all weights of the picture, and these need not fit into memory.
-    sums = [[0.0, 0, 0.0], [0.0, 0, 0.0]]
-    for name in names:
-        for number, side in enumerate(sides):
-            for part in _parts(side, name):
-                largest = float(part.abs().max())
-                if not math.isfinite(largest):
+    spread = largest = 0.0
+    for side in sides:
+        squares, count = 0.0, 0
+        for name in names:
+            for part in side.parts(name):
+                if not part.isfinite().all():
                     raise ValueError(
-                        f"weight {name!r} has NaN or infinite entries {('before', 'after')[number]}; "
-                        "choose others by select="
+                        f"weight {name!r} has NaN or infinite entries {side.name}; choose others by select="
                     )
-                row = sums[number]
-                row[:] = row[0] + float(part.square().sum()), row[1] + int(part.count_nonzero()), max(row[2], largest)
-    spread = max(4 * math.sqrt(squares / count) if count else 0.0 for squares, count, _ in sums)
-    limit = min(spread, max(row[2] for row in sums)) or 1.0  # nothing but zeros: any range will do
+                squares, count = squares + float(part.square().sum()), count + int(part.count_nonzero())
+                largest = max(largest, float(part.abs().max()))
+        spread = max(spread, 4 * math.sqrt(squares / max(count, 1)))
+    limit = min(spread, largest) or 1.0  # nothing but zeros: any range will do
     edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
     edges[-1] = limit
     found = Counts(tuple(names), edges, (torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64)))
-    for name in names:
-        for number, side in enumerate(sides):
-            for part in _parts(side, name):
+    for number, side in enumerate(sides):
+        for name in names:
+            for part in side.parts(name):
                 values = part[part != 0]
-                inside = values[values.abs() <= limit]
-                # The index of the last edge that is not above the value.
-                index = torch.bucketize(inside, edges.to(inside.device), right=True) - 1
-                counted = torch.bincount(index.clamp_(max=bins - 1), minlength=bins)
-                found.counts[number].add_(counted.cpu())
+                counted = torch.histogram(values, edges).hist.to(torch.int64)
+                found.counts[number].add_(counted)
                 found.zeros[number] += part.numel() - values.numel()
-                found.beyond[number] += values.numel() - inside.numel()
-        found.total += math.prod(sides[0].like[name].shape)
+                found.beyond[number] += values.numel() - int(counted.sum())
+    found.total = sum(math.prod(sides[0].like[name].shape) for name in names)
     return found
 
 
-def _parts(side: _Reader, name: str) -> Iterator[Tensor]:
-    tensor = side.get(name).detach()
-    if is_sharded(tensor):
-        raise ValueError(
-            f"weight {name!r} is sharded over processes; save a full state dict and give its path, or pass full tensors"
-        )
-    if tensor.is_meta:
-        raise ValueError(f"weight {name!r} is on the meta device and has no entries; load the weights first")
-    # A view if it can be: parts of a flattened copy would hold a second copy of the largest weight.
-    flat = tensor.reshape(-1)
-    for part in torch.split(flat, _PART):
-        if part.numel():
-            yield part.to(torch.float64) if part.device.type != "mps" else part.cpu().to(torch.float64)
-
-
 @contextmanager
-def _open(target: Weights, side: str) -> Iterator[_Reader]:
+def _open(target: Weights, name: str) -> Iterator[_Side]:
     if isinstance(target, Tensor):
-        yield _Reader({"weight": target}, {"weight": target}.__getitem__)
+        yield _Side(name, {"weight": target}, {"weight": target}.__getitem__)
         return
     if not isinstance(target, (nn.Module, Mapping, str, PathLike)):
         raise TypeError(
-            f"{side} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
+            f"{name} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
         )
     with open_target(target, "plot") as opened:
         # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
         tensors = named_tensors(opened.named)
-        yield _Reader(tensors, lambda name: opened.read(tensors[name]), opened)
+        yield _Side(name, tensors, lambda weight: opened.read(tensors[weight]), opened.recorded)
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
     floating = [name for name, t in tensors.items() if t.is_floating_point()]
-    if set(tensors) == {"weight"} and select is None:
+    if select is None:
+        if set(tensors) != {"weight"}:
+            selection, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
+            return [weight.name for weight in selection]
         if not floating:
             raise ValueError(
                 f"there is nothing to count: before is {tensors['weight'].dtype}; a tensor of floating dtype is needed"
             )
         return floating
-    if select is None:
-        selection, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
-        return [weight.name for weight in selection]
     if isinstance(select, Selection):
         wanted = [next((n for n in (w.name, *w.aliases) if n in tensors), w.name) for w in select]
     elif isinstance(select, str):
         try:
-            expression = re.compile(select)
+            wanted = [name for name in floating if re.fullmatch(select, name)]
         except re.error as error:
             raise ValueError(f"select={select!r} is no regular expression: {error}") from None
-        wanted = [name for name in floating if expression.fullmatch(name)]
         if not wanted:
             raise ValueError(f"select={select!r} matches none of the {len(floating)} weights, such as {floating[:1]}")
     elif isinstance(select, Collection):
         wanted = list(select)
     else:
         raise TypeError(f"select={select!r} must be a regular expression, names, or a Selection")
-    for name in wanted:
-        if name not in tensors:
-            raise ValueError(f"select names weight {name!r}, and before has no such weight")
+    missing = next((name for name in wanted if name not in tensors), None)
+    if missing is not None:
+        raise ValueError(f"select names weight {missing!r}, and before has no such weight")
     if not wanted:
         raise ValueError("select names no weight: there is nothing to count")
     return wanted

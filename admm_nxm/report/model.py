@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Union
 
 import torch
@@ -20,7 +19,6 @@ from ..selection import (
     Select,
     Selection,
     SkippedWeight,
-    is_conv1d,
     is_embedding,
     named_tensors,
     select_weights,
@@ -59,18 +57,12 @@ class ModelWeight(WeightReport):
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of :meth:`ModelReport.to_dict`."""
         return {
-            "name": self.name,
+            **asdict(self),
             "shape": list(self.shape),
             "dtype": _dtype_name(self.dtype),
             "pattern": str(self.pattern),
-            "dim": self.dim,
-            "groups": self.groups,
-            "bad_groups": self.bad_groups,
-            "zeros": self.zeros,
             "sparsity": self.sparsity,
             "parameters": self.numel,
-            "flops": self.flops,
-            "tensor_cores": dict(self.tensor_cores),
         }
 
 
@@ -91,14 +83,7 @@ class DenseWeight(SkippedWeight):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of :meth:`ModelReport.to_dict`."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "reason": self.reason,
-            "wanted": self.wanted,
-            "parameters": self.numel,
-            "flops": self.flops,
-        }
+        return {**asdict(self), "shape": list(self.shape), "parameters": self.numel}
 
 
 @dataclass(frozen=True)
@@ -118,10 +103,6 @@ class Share:
     parameter_share: float
     flops: int
     flop_share: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry of :meth:`ModelReport.to_dict`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
         return (
@@ -203,16 +184,14 @@ class ModelReport(SparsityReport):
             - ``notes``: a list of sentences on how the FLOPs were counted.
         """
         totals = {"covered": self.covered, "holding": self.holding, "tensor_cores": self.tensor_cores()}
+        totals |= {backend: self.tensor_cores(backend) for backend in BACKENDS}
         return {
             "ok": self.ok,
             "sparsity": self.sparsity,
             "parameters": self.parameters,
             "flops": self.flops,
             "flops_per": self.flops_per,
-            "totals": {
-                name: share.to_dict()
-                for name, share in (*totals.items(), *((backend, self.tensor_cores(backend)) for backend in BACKENDS))
-            },
+            "totals": {name: asdict(share) for name, share in totals.items()},
             "weights": [weight.to_dict() for weight in self.weights],
             "dense": [weight.to_dict() for weight in self.dense],
             "notes": list(self.notes),
@@ -223,25 +202,23 @@ class ModelReport(SparsityReport):
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            format_table(*part) if isinstance(part, tuple) else "\n".join(part) for part in self._parts()
-        )
-
-    def _parts(self) -> list[list[str] | tuple[Sequence[str], list[Sequence[object]]]]:
-        """Return what is printed: lists of lines, and tables as (headers, rows)."""
-        parts: list[list[str] | tuple[Sequence[str], list[Sequence[object]]]] = [self._summary()]
+        verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
+        summary = [
+            f"model: {self.parameters:,} parameters, {self.flops:,} FLOPs a {self.flops_per}",
+            f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
+            f"sparse tensor cores take {self.tensor_cores()}",
+        ]
         headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
-        parts.append(([*headers, *BACKENDS], [self._row(group) for group in grouped(self.weights, _alike)]))
+        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in grouped(self.weights, _alike)])
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
-            for group in grouped(self.weights, partial(_reason, backend))
+            for group in grouped(self.weights, lambda w, backend=backend: w.tensor_cores[backend])  # type: ignore[misc]
             if group[0].tensor_cores[backend] is not None
         ]
-        if refused:
-            parts.append(refused)
+        dense = ""
         if self.dense:
-            rows: list[Sequence[object]] = [
+            rows = [
                 (
                     group[0].reason,
                     len(group),
@@ -251,18 +228,9 @@ class ModelReport(SparsityReport):
                 )
                 for group in grouped(self.dense, lambda weight: weight.reason)
             ]
-            parts.append((["left dense", "tensors", "parameters", "FLOPs", "such as"], rows))
-        if self.notes:
-            parts.append(list(self.notes))
-        return parts
-
-    def _summary(self) -> list[str]:
-        verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
-        return [
-            f"model: {self.parameters:,} parameters, {self.flops:,} FLOPs a {self.flops_per}",
-            f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
-            f"sparse tensor cores take {self.tensor_cores()}",
-        ]
+            dense = format_table(("left dense", "tensors", "parameters", "FLOPs", "such as"), rows)
+        parts = ("\n".join(summary), covered, "\n".join(refused), dense, "\n".join(self.notes))
+        return "\n\n".join(part for part in parts if part)
 
     def _row(self, group: Sequence[ModelWeight]) -> Sequence[object]:
         first = group[0]
@@ -286,10 +254,6 @@ class ModelReport(SparsityReport):
         return f"{sum(counted) / self.flops if self.flops else 0.0:.2%}"
 
 
-def _reason(backend: Backend, weight: ModelWeight) -> str | None:
-    return weight.tensor_cores[backend]
-
-
 def _alike(weight: ModelWeight) -> object:
     refused = tuple(reason is None for reason in weight.tensor_cores.values())
     return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
@@ -309,10 +273,9 @@ def sparsity_report(
         pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
             a path, and else means ``"2:4"``.
         example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
-            tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are
-            those of the linear layers per token: 2 for each entry of the weight of an ``nn.Linear``, a ``Conv1D`` or
-            an ``nn.MultiheadAttention`` (of each matrix that is no embedding by its name, where only names are at
-            hand), and products of activations with each other, as in attention, are left out.
+            tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are 2
+            per token for each entry of a matrix that is no embedding (by its name, where only names are at hand), and
+            products of activations with each other, as in attention, are left out.
 
     Returns:
         The report.
@@ -353,11 +316,11 @@ def sparsity_report(
         of_count = {field.name: getattr(count, field.name) for field in fields(count)}
         weights.append(ModelWeight(**of_count, dtype=dtype, flops=costs.of(key), tensor_cores=reasons))
     dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
-    notes = list(costs.notes)
+    notes = [costs.note]
     uncounted = [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]
     if uncounted:
         notes.append(
-            f"the FLOPs of {len(uncounted)} tensors of no linear layer are not counted ({such_as(uncounted)}); an "
+            f"the FLOPs of {len(uncounted)} tensors that are no matrices are not counted ({such_as(uncounted)}); an "
             "example would count them"
         )
     return ModelReport(
@@ -377,7 +340,7 @@ class _Costs:
     total: int
     by_weight: Mapping[object, int]
     per: str
-    notes: tuple[str, ...]
+    note: str
     missing: int | None = None
 
     def of(self, key: object) -> int | None:
@@ -400,19 +363,15 @@ def _is_weight(t: Tensor) -> bool:
 
 def _dense(named: _Named, selection: Selection, covered: set[object], costs: _Costs) -> tuple[DenseWeight, ...]:
     """Return all weights that are not covered, tied ones once."""
-    known = {skipped.name: skipped for skipped in selection.skipped}
-    names: dict[object, list[str]] = {}
-    shapes: dict[object, tuple[int, ...]] = {}
-    for name, t in named_tensors(named).items():
-        if _is_weight(t) and (key := _identity(t)) not in covered:
-            names.setdefault(key, []).append(name)
-            shapes[key] = tuple(t.shape)
-    dense = []
-    for key, found in names.items():
-        why = next((known[name] for name in found if name in known), None)
-        reason, wanted = ("not named by the selection", False) if why is None else (why.reason, why.wanted)
-        dense.append(DenseWeight(found[0], shapes[key], reason, wanted, costs.of(key)))
-    return tuple(dense)
+    tensors = named_tensors(named)
+    known = {_identity(tensors[entry.name]): entry for entry in selection.skipped if entry.name in tensors}
+    dense: dict[object, DenseWeight] = {}
+    for name, t in tensors.items():
+        key, shape = _identity(t), tuple(t.shape)
+        if _is_weight(t) and key not in covered and key not in dense:
+            why = known.get(key, SkippedWeight(name, shape, "not named by the selection"))
+            dense[key] = DenseWeight(name, shape, why.reason, why.wanted, costs.of(key))
+    return tuple(dense.values())
 
 
 def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
@@ -428,62 +387,35 @@ def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
 
 
 def _count_flops(named: _Named, example: object) -> _Costs:
-    if not isinstance(named, nn.Module):
-        return _flops_of_names(named)
-    model = unwrap_model(named)
     if example is None:
-        return _flops_of_layers(model)
+        return _flops_per_token(named)
     from .flops import count_forward, forward_note  # costs an import that reports without an example do without
 
+    assert isinstance(named, nn.Module)
+    model = unwrap_model(named)
     total, by_id = count_forward(model, example)
     by_weight = {_identity(p): by_id[id(p)] for p in model.parameters() if id(p) in by_id}
-    return _Costs(total, by_weight, PER_PASS, (forward_note(total, by_id),), missing=0)
+    return _Costs(total, by_weight, PER_PASS, forward_note(total, by_id), missing=0)
 
 
-def _flops_of_layers(model: nn.Module) -> _Costs:
-    """Count two FLOPs for each entry of a linear layer's weight, wherever the layer stands in the model."""
+def _flops_per_token(named: _Named) -> _Costs:
+    """Count two FLOPs for each entry of a matrix that is no embedding, in each of its places in the model."""
+    note = "FLOPs are those of the matrices for one token; products of activations, as in attention, "
+    places: list[tuple[str, nn.Module | None, Tensor]]
+    if isinstance(named, nn.Module):
+        modules = unwrap_model(named).named_modules(remove_duplicate=False)
+        places = [("", m, param) for _, m in modules for param in m._parameters.values() if param is not None]
+        note += "are left out; give an example to count a forward pass"
+    else:
+        places = [(name, None, t) for name, t in named.items() if _is_weight(t)]
+        note += (
+            "and a head that is stored as its embedding only are left out, embeddings are told by their names; give "
+            "the module and an example to count a forward pass"
+        )
     by_weight: dict[object, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        linear = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
-        for param in module._parameters.values():
-            if param is None:
-                continue
-            key = _identity(param)
-            if linear and param.ndim == 2:
-                by_weight[key] = by_weight.get(key, 0) + 2 * param.numel()
-            elif param.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                by_weight.setdefault(key, 0)
-    return _Costs(
-        sum(by_weight.values()),
-        by_weight,
-        PER_TOKEN,
-        notes=(
-            (
-                "FLOPs are those of the linear layers for one token, each layer once; products of activations, as in "
-                "attention, are left out; give an example to count a forward pass"
-            ),
-        ),
-    )
-
-
-def _flops_of_names(tensors: Mapping[str, Tensor]) -> _Costs:
-    """Count two FLOPs for each entry of a matrix that is no embedding by its name."""
-    by_weight: dict[object, int] = {}
-    for name, t in tensors.items():
-        key = _identity(t)
-        if t.ndim < 2 or is_embedding(name, None):
-            by_weight.setdefault(key, 0)
-        elif t.ndim == 2 and _is_weight(t):
-            by_weight[key] = by_weight.get(key, 0) + 2 * t.numel()
-    return _Costs(
-        sum(by_weight.values()),
-        by_weight,
-        PER_TOKEN,
-        notes=(
-            (
-                "FLOPs are those of the matrices for one token, told from embeddings by their names; products of "
-                "activations, as in attention, and a head that is stored as its embedding only are left out; give the "
-                "module and an example to count a forward pass"
-            ),
-        ),
-    )
+    for name, module, t in places:
+        costs_nothing = t.ndim < 2 or is_embedding(name, module)
+        if costs_nothing or t.ndim == 2:
+            key = _identity(t)
+            by_weight[key] = by_weight.get(key, 0) + (0 if costs_nothing else 2 * t.numel())
+    return _Costs(sum(by_weight.values()), by_weight, PER_TOKEN, note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -24,7 +24,7 @@ BACKENDS: tuple[Backend, ...] = ("cutlass", "cusparselt")
 
 _TWO_OF_FOUR, _ONE_OF_TWO = Pattern(2, 4), Pattern(1, 2)
 
-# Multiples that a weight of shape (output, input) needs, as torch 2.13 has them. Used where torch no longer says.
+# Multiples that a weight of shape (output, input) needs, as torch has them up to 2.13, in a private attribute.
 _MULTIPLES: Mapping[Backend, Mapping[torch.dtype, tuple[int, int]]] = {
     "cutlass": {
         torch.int8: (16, 128),
@@ -42,7 +42,7 @@ _MULTIPLES: Mapping[Backend, Mapping[torch.dtype, tuple[int, int]]] = {
 
 
 def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
-    """Return what the numbers of outputs and inputs of a weight must be multiples of, as the installed torch has it.
+    """Return what the numbers of outputs and inputs of a weight must be multiples of.
 
     Args:
         backend: ``"cutlass"`` or ``"cusparselt"``.
@@ -58,17 +58,7 @@ def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
-    # Torch keeps them in a private attribute of a public class: a later version may have it elsewhere.
-    found: Any = getattr(_tensor_class(backend), "_DTYPE_SHAPE_CONSTRAINTS", None)
-    try:
-        multiples = {dtype: (int(rule.sparse_min_rows), int(rule.sparse_min_cols)) for dtype, rule in found.items()}
-    except (AttributeError, TypeError):
-        multiples = {}
-    return multiples or dict(_MULTIPLES[backend])
-
-
-def _tensor_class(backend: Backend) -> type[torch.Tensor] | None:
-    return getattr(torch.sparse, f"SparseSemiStructuredTensor{backend.upper()}", None)
+    return dict(_MULTIPLES[backend])
 
 
 def hardware_pattern(dtype: torch.dtype) -> Pattern:
