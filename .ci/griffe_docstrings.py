@@ -1,8 +1,8 @@
-"""An extension of griffe: what docstrings have for readers of the source becomes Markdown for the site.
+"""An extension of griffe: it turns docstrings, which are written for readers of the source, into Markdown for the site.
 
-Examples stand in docstrings without a heading; as plain text they would be quotations of quotations, for Markdown reads
-each ``>`` so. References such as ``:class:`Pattern``` are Sphinx's; here they become code. And what is returned is told
-in prose, which may have a colon: what stands before it is no type, for that is in the signature.
+Examples stand in docstrings without a heading. Markdown would read each ``>`` as a quotation, so they are put between
+fences. References such as ``:class:`Pattern``` are Sphinx's, and become code. A section Returns is prose, which may have a
+colon. Griffe would take the words before it for a type, so the colon is written as an entity.
 """
 
 from __future__ import annotations

@@ -57,10 +57,10 @@ class ExactStep:
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
-        progress.windows = self.windows
         if self.windows == 0 and not progress.frozen:
             self._prune_by_magnitude(run, list(run.weights))
             progress.frozen_at = progress.step
+        progress.windows = self.windows
         if progress.step < self.timeline.start:
             progress.calibrated = 0  # the run was made longer: its calibration comes later
         if progress.calibrated and statistics is None:
@@ -272,8 +272,8 @@ def check_finite(run: Run, weights: Sequence[Weight]) -> None:
     names = [weight.name for weight, count in zip(weights, totals, strict=True) if count]
     if names:
         raise ValueError(
-            f"{len(names)} weights have NaN or infinite entries after step {run.progress.step}: {', '.join(names)}; "
-            "nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip the gradients"
+            f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
+            f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip the gradients"
         )
 
 

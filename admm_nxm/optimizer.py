@@ -155,14 +155,9 @@ class ADMMNxM(Optimizer):
         optimizer: Optimizer,
         model: nn.Module | Iterable[tuple[str, Tensor]],
         *,
-        pattern: Pattern | str = "2:4",
-        total_steps: int | None = None,
         rho: float | Schedule = 1e-2,
         update_every: int | UpdateSchedule | None = None,
-        prune_at: int | None = None,
-        select: Select | None = None,
-        dims: Mapping[str, int] | None = None,
-        ineligible: Ineligible = "error",
+        **options: Any,
     ) -> ADMMNxM:
         """Build the paper's form: the inner optimizer does the w-step, with the penalty in its gradient.
 
@@ -172,14 +167,9 @@ class ADMMNxM(Optimizer):
         Args:
             optimizer: the inner optimizer.
             model: the module, or its ``named_parameters()``.
-            pattern: as in :class:`ADMMNxM`.
-            total_steps: as in :class:`ADMMNxM`.
             rho: penalty, in units of the loss per squared weight; it wants tuning, by factors of 10.
             update_every: steps between two z/u updates; by default a fifteenth of the run.
-            prune_at: the step after which w + u is projected and the mask freezes.
-            select: as in :class:`ADMMNxM`.
-            dims: as in :class:`ADMMNxM`.
-            ineligible: as in :class:`ADMMNxM`.
+            options: further arguments of :class:`ADMMNxM`, such as ``pattern`` and ``total_steps``.
 
         Returns:
             The optimizer.
@@ -189,17 +179,7 @@ class ADMMNxM(Optimizer):
 
         Source: Holmes, Zhang, He, Wu, NxMTransformer (arXiv 2110.15766), algorithm 1.
         """
-        return cls(
-            optimizer,
-            model,
-            pattern=pattern,
-            total_steps=total_steps,
-            prune_at=prune_at,
-            w_step=Penalty(rho, update_every),
-            select=select,
-            dims=dims,
-            ineligible=ineligible,
-        )
+        return cls(optimizer, model, w_step=Penalty(rho, update_every), **options)
 
     # ------------------------------------------------------------------ the contract of torch.optim.Optimizer
 
@@ -312,8 +292,10 @@ class ADMMNxM(Optimizer):
             if not run.progress.frozen:
                 self._refuse_to_be_captured()
             pruned = run.pruned()
-            # Before the first step, weights may have been loaded since a trial step stored masks.
+            # Before the first step, weights may have been loaded since they were pruned, and masks stored by a trial.
             masks = [weight.mask_in_value() if first else weight.mask(self.inner) for weight in pruned]
+            if first:
+                keep_to_masks([weight.w for weight in pruned], masks)
             # Gradients as well, so that no momentum builds up where nothing may move.
             keep_to_masks([weight.gradient for weight in pruned], masks)
             moving = self._w_step.before(run)
@@ -405,8 +387,8 @@ class ADMMNxM(Optimizer):
 
     def _begin(self, statistics: Mapping[str, Any] | None = None) -> None:
         run = self._run
-        run.progress.selection = checkpoint.selection_number(run, paper=self.w_step == "optimizer")
         self._w_step.begin(run, statistics)
+        run.progress.selection = checkpoint.selection_number(run, paper=self.w_step == "optimizer")
         run.progress.announce()
 
     # ------------------------------------------------------------------ looking at a run
@@ -497,16 +479,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def dual(self, name: str) -> Tensor:
-        """Return the scaled dual u of one prunable weight; zeros in the exact form, where u lives in the solve only.
+        """Return the scaled dual u of one prunable weight as :meth:`auxiliary` returns z.
 
-        Args:
-            name: the weight's name in the model.
-
-        Returns:
-            A new tensor shaped and sharded like the weight.
-
-        Raises:
-            KeyError: no prunable weight has that name.
+        It is zero in the exact form, where u lives in the solve only.
         """
         weight = self._find(name)
         return wrap_like(self._w_step.dual(self._run, weight), weight.param)

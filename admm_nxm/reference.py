@@ -16,7 +16,7 @@ from torch import Tensor
 from .pattern import Pattern
 from .schedules import Plan, Update
 
-__all__ = ["ReferenceADMM", "keep_list", "project_list"]
+__all__ = ["ReferenceADMM", "keep_list", "project_list", "solve_by_loops"]
 
 
 def round_to(dtype: torch.dtype, value: float) -> float:
@@ -130,3 +130,108 @@ class ReferenceADMM:
 
     def _r(self, value: float) -> float:
         return round_to(self.dtype, value)
+
+
+def solve_by_loops(
+    weight: Tensor,
+    pattern: Pattern,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    input_damping: float,
+    output_damping: float,
+    rho: float,
+    growth: float,
+    rounds: int,
+    relaxation: float,
+    telling: float,
+) -> tuple[list[list[float]], list[list[bool]], float, int]:
+    """Solve the layer problem in plain loops, with the Kronecker matrix of both moments written out.
+
+    Two buffers (z and u), every linear system by Gaussian elimination, everything in double precision.
+
+    Args:
+        weight: W0, 2-D and small (up to some 6 x 8), grouped along its columns.
+        pattern: the NxM pattern.
+        inputs: A, columns x columns.
+        outputs: G, rows x rows.
+        input_damping: the share of A's mean diagonal that is added to it.
+        output_damping: the same for G.
+        rho: the first penalty.
+        growth: its growth from round to round.
+        rounds: at most so many.
+        relaxation: over-relaxation of the w-step.
+        telling: a mask that stands still ends the rounds from this rho on.
+
+    Returns:
+        The weight, its mask, the model error in the damped metric, and the rounds that ADMM took.
+    """
+    height, width = weight.shape
+    a, s = _damped(inputs.tolist(), input_damping)
+    g, t = _damped(outputs.tolist(), output_damping)
+    places = [(i, j) for i in range(height) for j in range(width)]
+    metric = [[g[i][k] * a[j][m] for k, m in places] for i, j in places]
+    w0 = [float(weight[i, j]) * t[i] * s[j] for i, j in places]
+    size = range(len(places))
+    pull = [sum(metric[p][q] * w0[q] for q in size) for p in size]
+
+    z = project_list(w0, pattern)
+    mask, u, done = keep_list(w0, pattern), [0.0] * len(w0), 0
+    while done < rounds:
+        system = [[metric[p][q] + (rho if p == q else 0.0) for q in size] for p in size]
+        w = _eliminate(system, [pull[p] + rho * (z[p] - u[p]) for p in size])
+        relaxed = [relaxation * w[p] + (1.0 - relaxation) * z[p] for p in size]
+        target = [relaxed[p] + u[p] for p in size]
+        before, mask = mask, keep_list(target, pattern)
+        z = [target[p] if mask[p] else 0.0 for p in size]
+        u = [(target[p] - z[p]) / growth for p in size]
+        done += 1
+        if mask == before and rho >= telling:
+            break
+        rho *= growth
+
+    def refitted(kept: list[bool]) -> tuple[list[float], float]:
+        on = [p for p in size if kept[p]]
+        found = _eliminate([[metric[p][q] for q in on] for p in on], [pull[p] for p in on])
+        x = [0.0] * len(w0)
+        for p, value in zip(on, found, strict=True):
+            x[p] = value
+        return x, loss([x[p] - w0[p] for p in size])
+
+    def loss(x: list[float]) -> float:
+        return sum(x[p] * metric[p][q] * x[q] for p in size for q in size)
+
+    masks = [mask, keep_list([float(weight[i, j]) for i, j in places], pattern), keep_list(w0, pattern)]
+    solutions = [(*refitted(kept), kept) for kept in masks]
+    x, lost, kept = min(solutions, key=lambda solution: solution[1])
+    rows = range(height)
+    return (
+        [[x[i * width + j] / (t[i] * s[j]) for j in range(width)] for i in rows],
+        [kept[i * width : (i + 1) * width] for i in rows],
+        lost / loss(w0),
+        done,
+    )
+
+
+def _damped(moment: list[list[float]], damping: float) -> tuple[list[list[float]], list[float]]:
+    """Add the damping, and scale to a unit diagonal. Returns the matrix and the roots of its diagonal."""
+    size = range(len(moment))
+    added = damping * sum(moment[i][i] for i in size) / len(moment)
+    roots = [math.sqrt(moment[i][i] + added) for i in size]
+    scaled = [[(moment[i][j] + (added if i == j else 0.0)) / (roots[i] * roots[j]) for j in size] for i in size]
+    return scaled, roots
+
+
+def _eliminate(system: list[list[float]], right: list[float]) -> list[float]:
+    """Solve a positive definite system by Gaussian elimination."""
+    rows = [[*row, value] for row, value in zip(system, right, strict=True)]
+    for p, pivot in enumerate(rows):
+        for row in rows[p + 1 :]:
+            factor = row[p] / pivot[p]
+            for q in range(p, len(pivot)):
+                row[q] -= factor * pivot[q]
+    found = [0.0] * len(rows)
+    for p in reversed(range(len(rows))):
+        known = sum(rows[p][q] * found[q] for q in range(p + 1, len(rows)))
+        found[p] = (rows[p][-1] - known) / rows[p][p]
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -193,7 +194,7 @@ class Weights:
             inner: the inner optimizer.
 
         Raises:
-            ValueError: a weight is gone, or it is not held, or it has another shape.
+            ValueError: a weight is gone, or it is not held, or it has another shape, or its gradient is sparse.
         """
         if any(d.get(key) is not value for d, key, value in self._links):
             self._locate()
@@ -208,6 +209,11 @@ class Weights:
                     f"weight {weight.name!r} had shape {weight.spec.shape} at construction and now has "
                     f"{tuple(weight.param.shape)}: it was flattened or partitioned, and its groups are torn apart. "
                     "Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+                )
+            if weight.param.grad is not None and weight.param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"weight {weight.name!r} has a {weight.param.grad.layout} gradient, to which no mask can be "
+                    "applied; let its layer make dense gradients (sparse=False), or leave it dense by a select rule"
                 )
 
     def _refuse_unheld(self, weight: Weight, inner: Optimizer) -> None:

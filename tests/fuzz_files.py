@@ -25,47 +25,9 @@ from admm_nxm import Pattern, SelectedWeight, Selection, project, verify
 from admm_nxm.io.packed import load_packed, pack, unpack
 
 KEY = "admm_nxm"
-NUMBERS: list[Any] = [
-    -1,
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    15,
-    16,
-    64,
-    255,
-    2**16,
-    2**31,
-    2**32,
-    2**40,
-    2**62,
-    2**63,
-    2**64,
-    1e300,
-]
-OTHERS: list[Any] = [
-    None,
-    True,
-    "",
-    "x",
-    "1:4",
-    "4:4",
-    "2:8",
-    "1:4096",
-    "F32",
-    "BF16",
-    "U8",
-    "indices",
-    [],
-    [4],
-    {},
-    1.5,
-]
+NUMBERS: list[Any] = [*range(-1, 9), 15, 16, 64, 255, *(2**power for power in (16, 31, 32, 40, 62, 63, 64)), 1e300]
+TEXTS = ["", "x", "1:4", "4:4", "2:8", "1:4096", "F32", "BF16", "U8", "indices"]
+OTHERS: list[Any] = [None, True, *TEXTS, [], [4], {}, 1.5]
 
 
 class Largest(TorchDispatchMode):

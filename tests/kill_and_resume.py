@@ -11,13 +11,11 @@ import random
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 import transformers
 
-from admm_nxm import ConvergenceWarning
 from tests.test_trainer import trainer
 
 EVERY = 2  # steps between two checkpoints
@@ -27,7 +25,6 @@ FINAL = "final.pt"
 def live(folder: Path) -> None:
     """Train until the end, from the last complete checkpoint if there is one; what each child does."""
     transformers.utils.logging.set_verbosity_error()
-    warnings.simplefilter("ignore", ConvergenceWarning)
     made = trainer(
         folder, save_strategy="steps", save_steps=EVERY, eval_strategy="steps", eval_steps=2 * EVERY, save_total_limit=3
     )

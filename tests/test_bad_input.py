@@ -1,4 +1,4 @@
-"""Section 6 of the design: bad input is refused at construction, with the value, the allowed range and the remedy."""
+"""Bad input is refused at construction, with the value, what is allowed and a remedy that works."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ import torch
 from torch import nn
 
 import admm_nxm
-from admm_nxm import ADMMNxM, Every, Pattern, Ramp
-from tests.helpers import (
-    PENALTIES,
-    WITH_DUAL,
-    Net,
-    admm,
-    assert_same_weights,
-    every_form,
-    make_net,
-    weights_of,
-)
+from admm_nxm import ADMMNxM, Every, Pattern, Penalty
+from tests.cores import adamw, exact, paper
+from tests.helpers import Net, assert_same_weights, make_net, train, weights_of
 
 
 def build(**options: Any) -> ADMMNxM:
     net = make_net()
-    return ADMMNxM(torch.optim.AdamW(net.parameters(), lr=1e-2), net, **options)
+    return ADMMNxM(adamw(net), net, **options)
 
 
+LENGTH = {"total_steps": 40}
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "pattern in the wrong order": ({"pattern": "4:2"}, ValueError, ["'4:2'", '"2:4"']),
     "NxM in the wrong order": ({"pattern": "2x4"}, ValueError, ["'2x4'", '"4x2"']),
@@ -37,156 +30,104 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "keep below 1": ({"pattern": "0:4"}, ValueError, ["keep=0", "keep >= 1"]),
     "pattern of another type": ({"pattern": 24}, TypeError, ["24", "Pattern"]),
     "width not divisible": ({"pattern": "3:5"}, ValueError, ["blocks.0.up.weight", "(16, 8)", "width 8", "skip"]),
-    "unknown penalty": ({"penalty": "l2"}, ValueError, ["'l2'", *(f'"{penalty}"' for penalty in PENALTIES)]),
-    "unknown saliency": ({"saliency": "fisher"}, ValueError, ["'fisher'", '"curvature"', '"magnitude"', "callable"]),
-    "saliency of another type": ({"saliency": 0.5}, ValueError, ["saliency=0.5", "Curvature(exponent)", "callable"]),
-    "negative rho": ({"rho": -0.1}, ValueError, ["-0.1", "at least 0"]),
-    "rho not a number": ({"rho": float("nan")}, ValueError, ["nan", "finite"]),
-    "infinite rho": ({"rho": float("inf")}, ValueError, ["inf", "finite"]),
-    "rho of another type": ({"rho": "0.1"}, TypeError, ["'0.1'", "number or a schedule"]),
-    "schedule that turns negative": (
-        {"rho": lambda step: 0.1 - step / 50, "total_steps": 20, "update_every": Every(1, dual_start=None)},
+    "no length": (
+        {"total_steps": None},
         ValueError,
-        ["rho is -", "at step 6", "at least 0"],
+        ["neither total_steps nor prune_at", "give total_steps=(", "prune_at=("],
     ),
-    "schedule that falls under a dual": (
-        {"penalty": "proximal", "rho": lambda step: 1 / (1 + step), "total_steps": 20, "update_every": Every(5)},
-        ValueError,
-        ["falls from 1.0 to", "at step 5", "dual_start=None"],
-    ),
-    "update interval of zero": ({"update_every": 0}, ValueError, ["update_every=0", "at least 1"]),
-    "update interval of another type": ({"update_every": 2.5}, TypeError, ["2.5", "int or a schedule"]),
     "no steps": ({"total_steps": 0}, ValueError, ["total_steps=0", "at least 1"]),
     "steps of another type": ({"total_steps": 1e3}, TypeError, ["1000.0", "int"]),
-    "freeze before the first step": ({"freeze_at": 0}, ValueError, ["freeze_at=0", "at least 1"]),
-    "freeze beyond the end": ({"total_steps": 20, "freeze_at": 21}, ValueError, ["freeze_at=21", "total_steps=20"]),
-    "dual in the form that has none": (
-        {"total_steps": 20, "update_every": Every(5)},
+    "epochs of a schedule": ({"total_steps": True}, TypeError, ["total_steps=True", "it counts optimizer steps"]),
+    "pruned before the first step": ({"prune_at": -1}, ValueError, ["prune_at=-1", "at least 0"]),
+    "pruned beyond the end": ({"prune_at": 41}, ValueError, ["prune_at=41", "total_steps=40", "at most"]),
+    "no calibration": ({"calibration_steps": 0}, ValueError, ["calibration_steps=0", "at least 1"]),
+    "calibration of another type": ({"calibration_steps": 2.0}, TypeError, ["calibration_steps=2.0", "int"]),
+    "calibration that does not fit": (
+        {"calibration_steps": 35},
         ValueError,
-        ["at step 5", 'penalty="lazy" has no dual', "Every(interval, dual_start=None)", 'penalty="proximal"'],
+        ["calibration_steps=35 for each of 1 windows", "prune_at=34", "at most 34"],
     ),
-    "interval beyond the freeze": (
-        {"total_steps": 100, "freeze_at": 70, "update_every": 80},
-        ValueError,
-        ["update_every=80", "steps from step", "after step 70", "shorter interval"],
+    "no memory": ({"statistics_memory": 0}, ValueError, ["statistics_memory=0", "at least 1"]),
+    "memory of another type": ({"statistics_memory": "1GB"}, TypeError, ["statistics_memory='1GB'", "number"]),
+    "unknown w-step": ({"w_step": "lazy"}, ValueError, ["w_step='lazy'", '"exact"', '"optimizer"', "Penalty(rho="]),
+    "w-step of another type": ({"w_step": 0.1}, ValueError, ["w_step=0.1", '"exact"', "Penalty("]),
+    "calibration of the paper's form": (
+        {"w_step": "optimizer", "calibration_steps": 3, "statistics_memory": 10**6},
+        TypeError,
+        ['calibration_steps and statistics_memory belong to w_step="exact"; leave them out'],
     ),
-    "state dtype not floating": (
-        {"state_dtype": torch.int8},
-        ValueError,
-        ["torch.int8", "torch.bfloat16", "torch.bool for the mask alone", "32 bits or more"],
-    ),
-    "state dtype of another type": ({"state_dtype": "bfloat16"}, ValueError, ["'bfloat16'", "torch.bfloat16", "None"]),
-    "layout of a mask as state dtype": ({"state_dtype": torch.uint8}, ValueError, ["torch.uint8", "torch.bool for"]),
-    **{
-        f"mask alone in the {penalty} form": (
-            {"penalty": penalty, "state_dtype": torch.bool},
-            ValueError,
-            ["state_dtype=torch.bool must be one of", "torch.float32", "torch.bfloat16", "None for the weights' own"],
-        )
-        for penalty in WITH_DUAL
-    },
-    "unknown rounding": ({"state_rounding": "up"}, ValueError, ["state_rounding='up'", '"nearest"', '"stochastic"']),
-    "rounding of another type": ({"state_rounding": None}, ValueError, ["state_rounding=None", '"stochastic"']),
-    "stochastic rounding of a mask": (
-        {"state_rounding": "stochastic"},
-        ValueError,
-        ["state_dtype=torch.bfloat16", '"proximal" or "gradient"', "state_dtype=None", 'penalty="lazy"'],
-    ),
-    "stochastic rounding of the lazy form's copy": (
-        {"state_rounding": "stochastic", "state_dtype": torch.bfloat16},
-        ValueError,
-        ["adds up changes", '"proximal" or "gradient"', 'penalty="lazy"'],
-    ),
-    "stochastic rounding where nothing is rounded": (
-        {"state_rounding": "stochastic", "penalty": "proximal"},
-        ValueError,
-        ["needs state_dtype=torch.bfloat16", "here are state_dtype=None"],
-    ),
-    "stochastic rounding to another dtype": (
-        {"state_rounding": "stochastic", "penalty": "gradient", "state_dtype": torch.float16},
-        ValueError,
-        ["needs state_dtype=torch.bfloat16", "torch.float16"],
-    ),
-    "tolerance of another type": ({"residual_tolerance": "a"}, ValueError, ["'a'", "above 0"]),
-    "tolerance of zero": ({"residual_tolerance": 0.0}, ValueError, ["residual_tolerance=0.0", "above 0"]),
     "unknown treatment of the ineligible": ({"ineligible": "warn"}, ValueError, ["'warn'", '"error"', '"skip"']),
     "select of another type": ({"select": "2:4"}, TypeError, ["select", "mapping"]),
     "select rule that matches nothing": ({"select": {"encoder.*": "2:4"}}, ValueError, ["'encoder.*'", "whole name"]),
     "select that prunes nothing": ({"select": {".*": None}}, ValueError, ["no prunable weight", "select="]),
     "dims out of range": ({"dims": {".*up.weight": 2}}, ValueError, ["dimension 2", "blocks.0.up.weight", "-2 to 1"]),
+    "negative rho": ({"w_step": Penalty(-0.1)}, ValueError, ["-0.1", "at least 0"]),
+    "rho not a number": ({"w_step": Penalty(float("nan"))}, ValueError, ["nan", "finite"]),
+    "rho of another type": ({"w_step": Penalty("0.1")}, TypeError, ["'0.1'", "number or a schedule"]),  # type: ignore[arg-type]
+    "schedule that turns negative": (
+        {"w_step": Penalty(lambda step: 0.1 - step / 50, Every(1, dual_start=None))},
+        ValueError,
+        ["returns -", "at step 6", "at least 0"],
+    ),
+    "schedule that falls under a dual": (
+        {"w_step": Penalty(lambda step: 1 / (1 + step), Every(5))},
+        ValueError,
+        ["falls from 1.0 to", "at step 5", "dual_start=None"],
+    ),
+    "update interval of zero": ({"w_step": Penalty(0.1, 0)}, ValueError, ["update_every=0", "at least 1"]),
+    "update interval of another type": ({"w_step": Penalty(0.1, 2.5)}, TypeError, ["2.5", "int or a schedule"]),  # type: ignore[arg-type]
+    "interval beyond the freeze": (
+        {"w_step": Penalty(0.1, 30)},
+        ValueError,
+        ["update_every=30", "prune_at=28", "shorter interval"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("options", "error", "parts"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
-def test_bad_option_is_refused_with_value_range_and_remedy(
+def test_bad_option_is_refused_with_value_range_and_remedy_and_the_inner_optimizer_stays_as_it_was(
     options: dict[str, Any], error: type[Exception], parts: list[str]
 ) -> None:
+    net = make_net()
+    inner = adamw(net)
+    groups = [dict(group) for group in inner.param_groups]
     with pytest.raises(error) as caught:
-        build(**options)
+        ADMMNxM(inner, net, **{**LENGTH, **options})
     for part in parts:
         assert part in str(caught.value)
+    assert [dict(group) for group in inner.param_groups] == groups
+    assert not inner.state
+    assert exact(net).phase == "dense"
 
 
-DTYPES = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
-REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "penalty": ({"penalty": "l2"}, 'penalty=\'l2\' must be one of "lazy", "proximal", "gradient"'),
-    "tolerance": (
-        {"residual_tolerance": -1},
-        "residual_tolerance=-1 must be above 0: a share of the weights' norm",
-    ),
-    "state dtype of the lazy form": (
-        {"state_dtype": torch.int8},
-        (
-            f"state_dtype=torch.int8 must be one of {DTYPES}, torch.bool for the mask alone, or None for that where "
-            "the weights have 32 bits or more"
-        ),
-    ),
-    "state dtype of another form": (
-        {"state_dtype": torch.bool, "penalty": "gradient"},
-        f"state_dtype=torch.bool must be one of {DTYPES}, or None for the weights' own",
-    ),
-    "rounding": ({"state_rounding": "up"}, 'state_rounding=\'up\' must be "nearest" or "stochastic"'),
-    "rounding of a mask": (
-        {"state_rounding": "stochastic"},
-        (
-            'state_rounding="stochastic" needs state_dtype=torch.bfloat16 and a form whose state adds up changes, '
-            'penalty="proximal" or "gradient"; here are state_dtype=None and penalty="lazy"'
-        ),
-    ),
-    "saliency": (
-        {"saliency": "fisher"},
-        (
-            'saliency=\'fisher\' must be "curvature", "magnitude", Curvature(exponent) or a callable (state of the '
-            "inner optimizer, shape) -> factor"
-        ),
-    ),
-    "saliency of a form that knows magnitude": (
-        {"saliency": "curvature", "penalty": "proximal"},
-        (
-            'saliency=\'curvature\' needs penalty="lazy": with penalty="proximal" the mask is read off the consensus '
-            'by magnitude; use saliency="magnitude" or leave it out'
-        ),
-    ),
-}
+@pytest.mark.parametrize("gone", ["penalty", "saliency", "state_dtype", "freeze_at", "residual_tolerance", "rho"])
+def test_what_is_no_option_is_refused(gone: str) -> None:
+    with pytest.raises(TypeError, match=gone):
+        build(**LENGTH, **{gone: None})
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_refusal_reads_as_one_sentence_that_ends_in_the_remedy(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared as a whole
-        build(**options)
-    assert str(caught.value) == message
+def test_exact_form_needs_the_module_and_says_so() -> None:
+    net = make_net()
+    with pytest.raises(
+        TypeError, match=r'model is a generator, and w_step="exact" watches the passes of modules; pass the'
+    ):
+        ADMMNxM(adamw(net), net.named_parameters(), **LENGTH)  # type: ignore[arg-type]
+    assert ADMMNxM(adamw(net), net, **LENGTH)  # type: ignore[arg-type]
+    assert ADMMNxM.paper(adamw(net), net.named_parameters(), **LENGTH)  # type: ignore[arg-type]
 
 
-def test_stochastic_rounding_of_weights_that_are_as_narrow_as_the_state_is_refused() -> None:
-    net = make_net(dtype=torch.bfloat16)
-    options = {"penalty": "proximal", "state_dtype": torch.bfloat16, "state_rounding": "stochastic"}
-    with pytest.raises(ValueError, match=r'rounds what is float32, .* are torch\.bfloat16; use .*"nearest"'):
-        admm(net, **options)
-    net.blocks[0].up.half()
-    with pytest.raises(ValueError, match=r"prunable weights are torch\.bfloat16, torch\.float16; use"):
-        admm(net, **options)
-    net.blocks[0].up.float()
-    assert admm(net, **options).state_rounding == "stochastic"
+def test_weights_that_are_not_finite_cannot_begin_pruned() -> None:
+    net = make_net()
+    with torch.no_grad():
+        net.blocks[1].down.weight[0, 0] = float("nan")
+    before = weights_of(net)
+    plain = [dict(group) for group in adamw(net).param_groups]
+    for make in (ADMMNxM, ADMMNxM.paper):
+        inner = adamw(net)
+        with pytest.raises(ValueError, match=r"entries after step 0: blocks\.1\.down\.weight; nothing was changed"):
+            make(inner, net, total_steps=40, prune_at=0)
+        assert_same_weights(net, before)
+        assert [dict(group) for group in inner.param_groups] == plain
 
 
 def frozen(net: Net) -> None:
@@ -222,10 +163,10 @@ def test_ineligible_weight_is_an_error_or_is_skipped_on_request(
     dense = [p for p in net.parameters() if p.is_floating_point() and p.layout == torch.strided]
     inner = torch.optim.SGD(dense, lr=0.1)
     with pytest.raises(ValueError, match=r"blocks\.1\.down\.weight") as caught:
-        ADMMNxM(inner, net)
+        ADMMNxM(inner, net, total_steps=40)
     assert value in str(caught.value)
     assert remedy in str(caught.value)
-    optimizer = ADMMNxM(inner, net, ineligible="skip")
+    optimizer = ADMMNxM(inner, net, total_steps=40, ineligible="skip")
     assert [w.name for w in optimizer.selection] == [
         "blocks.0.up.weight",
         "blocks.0.down.weight",
@@ -239,14 +180,14 @@ def test_weight_that_the_inner_optimizer_does_not_hold_is_an_error_or_is_skipped
     net = make_net()
     inner = torch.optim.SGD(net.blocks[0].parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"blocks\.1\.up\.weight.*does not hold it.*pass it to the inner optimizer"):
-        ADMMNxM(inner, net)
-    assert len(ADMMNxM(inner, net, ineligible="skip").selection) == 2
+        ADMMNxM(inner, net, total_steps=40)
+    assert len(ADMMNxM(inner, net, total_steps=40, ineligible="skip").selection) == 2
 
 
 def test_tied_weights_are_constrained_once() -> None:
     net = make_net()
     net.blocks[1].up.weight = net.blocks[0].up.weight
-    optimizer = admm(net, total_steps=20)
+    optimizer = exact(net)
     assert [w.name for w in optimizer.selection if "up" in w.name] == ["blocks.0.up.weight"]
     assert optimizer.selection["blocks.0.up.weight"].aliases == ("blocks.1.up.weight",)
     assert torch.equal(optimizer.auxiliary("blocks.1.up.weight"), optimizer.auxiliary("blocks.0.up.weight"))
@@ -255,14 +196,14 @@ def test_tied_weights_are_constrained_once() -> None:
 def test_no_prunable_weight_is_an_error() -> None:
     head = nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"no prunable weight.*outside the repeated blocks.*select="):
-        ADMMNxM(torch.optim.SGD(head.parameters(), lr=0.1), head)
+        ADMMNxM(torch.optim.SGD(head.parameters(), lr=0.1), head, total_steps=40)
 
 
 def test_wrapping_twice_is_refused() -> None:
     net = make_net()
-    optimizer = admm(net)
+    optimizer = exact(net)
     with pytest.raises(TypeError, match="already wrapped"):
-        ADMMNxM(optimizer, net)
+        ADMMNxM(optimizer, net, total_steps=40)
 
 
 def test_wrapping_what_accelerate_has_prepared_is_refused_with_the_right_order() -> None:
@@ -271,10 +212,10 @@ def test_wrapping_what_accelerate_has_prepared_is_refused_with_the_right_order()
     accelerator = accelerate.Accelerator(cpu=True)
     prepared = accelerator.prepare(torch.optim.AdamW(net.parameters(), lr=1e-2))
     with pytest.raises(TypeError, match=r"AcceleratedOptimizer.*first.*Accelerator\.prepare"):
-        ADMMNxM(prepared, net)
-    both = accelerator.prepare(admm(net))
+        ADMMNxM(prepared, net, total_steps=40)
+    both = accelerator.prepare(exact(net))
     with pytest.raises(TypeError, match="already wrapped"):
-        ADMMNxM(both, net)
+        ADMMNxM(both, net, total_steps=40)
 
 
 def test_optimizer_that_keeps_its_state_on_one_rank_is_refused() -> None:
@@ -296,63 +237,76 @@ def test_optimizer_that_keeps_its_state_on_one_rank_is_refused() -> None:
 )
 def test_what_is_no_optimizer_is_refused(inner: Any, message: str) -> None:
     with pytest.raises(TypeError, match=re.escape(message)):
-        ADMMNxM(inner, make_net())
+        ADMMNxM(inner, make_net(), total_steps=40)
 
 
 def test_differentiable_inner_optimizer_is_refused() -> None:
     net = make_net()
     with pytest.raises(ValueError, match="differentiable=False"):
-        ADMMNxM(torch.optim.SGD(net.parameters(), lr=0.1, differentiable=True), net)
+        ADMMNxM(torch.optim.SGD(net.parameters(), lr=0.1, differentiable=True), net, total_steps=40)
 
 
 def test_model_without_names_is_refused_with_the_way_to_names() -> None:
     net = make_net()
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"named_parameters\(\)"):
-        ADMMNxM(inner, net.parameters())  # type: ignore[arg-type]
+        ADMMNxM.paper(inner, net.parameters(), total_steps=40)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        ADMMNxM(inner, 3)  # type: ignore[arg-type]
+        ADMMNxM.paper(inner, 3, total_steps=40)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["blocks.0.up.weight", "blocks.1.up.weight"])
-@every_form
-def test_sparse_gradient_of_a_prunable_weight_is_refused(penalty: str, name: str) -> None:
+@pytest.mark.parametrize("make", [exact, paper])
+@pytest.mark.parametrize("prune_at", [0, 30])
+def test_sparse_gradients_of_a_prunable_weight_are_refused(make: Callable[..., ADMMNxM], prune_at: int) -> None:
     net = make_net()
-    optimizer = admm(net, rho=1.0, penalty=penalty)
+    optimizer = make(net, total_steps=40, prune_at=prune_at)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    net.get_parameter(name).grad = torch.eye(16, 8).to_sparse()
+    net.get_parameter("blocks.1.up.weight").grad = torch.eye(16, 8).to_sparse()
     before = weights_of(net)
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*sparse_coo gradient"):
+    with pytest.raises(ValueError, match=r"'blocks\.1\.up\.weight' has a torch\.sparse_coo gradient.*\(sparse=False\)"):
         optimizer.step()
     assert_same_weights(net, before)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"pattern": Pattern(3, 5)}, "no multiple"), ({"ineligible": "warn"}, "'warn'")]
-)
-def test_refused_construction_leaves_the_inner_optimizer_untouched(options: dict[str, Any], message: str) -> None:
-    net = make_net()
-    inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    groups = [dict(group) for group in inner.param_groups]
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        ADMMNxM(inner, net, **options)
-    assert [dict(group) for group in inner.param_groups] == groups
-    assert not inner.state
-
-
 def test_public_names_are_the_promised_ones() -> None:
-    promised = {"ADMMNxM", "Curvature", "Pattern", "Saliency", "SparsityReport", "keep_mask", "project", "verify"}
+    promised = {
+        "ADMMNxM",
+        "ConvergenceWarning",
+        "Figures",
+        "Residuals",
+        "WeightResidual",
+        "Pattern",
+        "keep_mask",
+        "project",
+    }
+    promised |= {
+        "solve",
+        "Solved",
+        "Constant",
+        "Every",
+        "Ramp",
+        "Update",
+        "SelectedWeight",
+        "Selection",
+        "SkippedWeight",
+    }
+    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "sparsity_report"}
     assert promised <= set(admm_nxm.__all__)
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)
-    assert Ramp(1.0, 1.0, start=0, stop=0)(5) == 1.0
 
 
 def test_parameters_that_were_joined_after_construction_are_an_error_with_the_way_out() -> None:
     net = make_net()
-    inner = torch.optim.SGD(net.parameters(), lr=0.1)
-    optimizer = ADMMNxM(inner, net, total_steps=10)
-    inner.param_groups[0]["params"] = [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))]
-    with pytest.raises(ValueError, match=r"was parameter \d of group 0 at construction.*fully_shard"):
-        optimizer.step()
+    optimizer = exact(net)
+    joined = nn.Parameter(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    optimizer.inner.param_groups[0]["params"] = [joined]
+    with pytest.raises(
+        ValueError, match=r"no longer holds prunable weight 'blocks\.0\.up\.weight'.*build both optimizers"
+    ):
+        train(net, optimizer, 1)
+
+
+def test_one_pattern_object_serves_as_its_spelling_does() -> None:
+    assert [w.pattern for w in build(**LENGTH, pattern=Pattern(1, 8)).selection] == [Pattern(1, 8)] * 4

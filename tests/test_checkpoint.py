@@ -17,19 +17,8 @@ from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, Constant, ConvergenceWarning, Ramp
 from admm_nxm.weights import CONSENSUS, MASK
-from tests.cores import (
-    BYTES_A_WEIGHT,
-    WEIGHTS,
-    Net,
-    adamw,
-    assert_same_weights,
-    exact,
-    is_feasible,
-    make_net,
-    paper,
-    same_bits,
-    train,
-)
+from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible, paper
+from tests.helpers import Net, assert_same_weights, make_net, same_bits, train
 
 Build = Callable[..., ADMMNxM]
 

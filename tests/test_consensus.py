@@ -8,7 +8,7 @@ from torch import Tensor
 
 from admm_nxm import Pattern, keep_mask, project
 from admm_nxm import consensus as admm
-from tests.cores import same_bits
+from tests.helpers import same_bits
 
 PATTERN, DIM = Pattern(2, 4), 0
 GROUPING = (PATTERN, DIM)

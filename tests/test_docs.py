@@ -455,6 +455,7 @@ INTERNAL = {
 INTERNAL_NAMES = {
     # What reads a record, and the JSON that it is made of.
     "admm_nxm.io.selection_record": {"read_selection", "selection_from_json", "selection_to_json"},
+    "admm_nxm.io.packing": {"NO_ZERO"},  # what pruning asks
     "admm_nxm.io.verify": {"OpenTarget", "Target", "open_target"},  # what reports read
     "admm_nxm.projection": {"INTEGER_OF_SIZE", "by_group", "zero_outside"},  # helpers of what counts, packs and masks
     "admm_nxm.report.history": {"find_admm"},  # for the Trainer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import Pattern, SparsityViolation, project
-from admm_nxm.export.onnx import _as_exported, export_onnx, verify_onnx
+from admm_nxm.export.onnx import _as_exported, _name_ends, export_onnx, verify_onnx
 from admm_nxm.selection import Selection, select_weights
 from tests.helpers import make_net, weights_of
 
@@ -198,7 +198,7 @@ def test_external_data_lies_beside_the_file_and_is_read(exported: tuple[Path, An
         verify_onnx(tmp_path / "model.onnx")
     data = path.with_name("model.onnx.data").read_bytes()
     (tmp_path / "model.onnx.data").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"has \d+ of \d+ bytes"):
+    with pytest.raises(ValueError, match=r"weight .* cannot be read from 'model\.onnx\.data'"):
         verify_onnx(tmp_path / "model.onnx")
 
 
@@ -265,13 +265,12 @@ def test_outputs_have_names_of_their_own(
         assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
 
 
-def test_a_graph_with_other_ends_than_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("admm_nxm.export.onnx._name_ends", lambda *_: None)
-    model = Returning(lambda x, h: {"a": h, "b": h})
-    pruned(model)
-    with pytest.raises(RuntimeError, match=r"from x to b, .*; the model is one from x to a, b\. .*its \.clone\(\)"):
-        export_onnx(model, torch.randn(2, 8), tmp_path / "model.onnx", check=False)
-    assert not list(tmp_path.iterdir())
+def test_a_graph_with_other_ends_than_the_model_is_refused(tmp_path: Path) -> None:
+    import onnx_ir
+
+    graph = onnx_ir.load(save(tmp_path / "model.onnx", [node("Relu", "x")], [])).graph
+    with pytest.raises(RuntimeError, match=r"from x to y; the model is one from x to a, b\. .*its \.clone\(\)"):
+        _name_ends(graph, ("x",), ("a", "b"))
 
 
 class Holding(nn.Module):
@@ -413,7 +412,7 @@ def test_outputs_beyond_the_tolerance_leave_no_file(tmp_path: Path, monkeypatch:
         return before(x) + (1e-2 if len(calls) > 2 else 0.0)  # the export sees another model than was run
 
     monkeypatch.setattr(net.head, "forward", drifting)
-    with pytest.raises(ValueError, match=r"output 'output' .* \(tolerance 1e-04\)"):
+    with pytest.raises(ValueError, match=r"output 'output' .* beyond 1e-04 of its largest value"):
         export_onnx(net, torch.randn(2, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -444,7 +443,7 @@ def test_what_torch_cannot_export_is_said_with_its_cause(tmp_path: Path) -> None
         ({"x": None}, {}, ValueError, "no inputs"),
         ([], {}, ValueError, "no inputs"),
         (torch.empty(0, 8), {}, ValueError, "is empty"),
-        ([torch.ones(2, 8)] * 2, {}, ValueError, r"2 inputs, and Net\.forward names 1: x"),
+        ([torch.ones(2, 8)] * 2, {}, ValueError, r"Net\.forward does not take 2 inputs"),
         (torch.ones(2, 8), {"dynamic": {"y": {0: "batch"}}}, ValueError, "dynamic names y"),
         (torch.ones(2, 8), {"dynamic": {"x": {2: "batch"}}}, ValueError, "axes 0 to 1"),
         (torch.ones(2, 8), {"tolerance": 0}, ValueError, "above 0"),
@@ -497,7 +496,13 @@ def node(kind: str, *inputs: str, out: str = "y", name: str = "", **attributes: 
     return helper.make_node(kind, list(inputs), [out], name=name, **attributes)
 
 
-def save(path: Path, nodes: Sequence[Any], constants: Sequence[Any], metadata: Mapping[str, str] | None = None) -> Path:
+def save(
+    path: Path,
+    nodes: Sequence[Any],
+    constants: Sequence[Any],
+    metadata: Mapping[str, str] | None = None,
+    opset: int = 21,
+) -> Path:
     import onnx
     from onnx import TensorProto, helper
 
@@ -509,7 +514,7 @@ def save(path: Path, nodes: Sequence[Any], constants: Sequence[Any], metadata: M
         [helper.make_tensor_value_info("y", float_, None)],
         list(constants),
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     if metadata:
         helper.set_model_props(model, dict(metadata))
     onnx.save(model, str(path))
@@ -577,6 +582,16 @@ def test_a_weight_is_found_whichever_way_it_goes(way: str, tmp_path: Path) -> No
     assert (weight.name, weight.groups, weight.bad_groups) == (NAME, 12 * copies, 0)
     assert weight.zeros == 24 * copies
     assert verify_onnx(path, {NAME: "1:4"}).violations[0].bad_groups == 12 * copies
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 23])
+@pytest.mark.parametrize("way", ["cast", "quantised", "quantised by column", "reshape", "squeeze", "transpose"])
+def test_a_weight_is_found_in_older_files_too(way: str, opset: int, tmp_path: Path) -> None:
+    nodes, constants = PATHS[way]()
+    if way == "squeeze" and opset < 13:
+        nodes[0] = node("Squeeze", NAME, out="step0", axes=[0])
+    (weight,) = verify_onnx(save(tmp_path / "model.onnx", nodes, constants, opset=opset))
+    assert (weight.name, weight.groups, weight.bad_groups) == (NAME, 12, 0)
 
 
 def test_attention_scores_are_no_weights(tmp_path: Path) -> None:
@@ -667,10 +682,9 @@ def test_a_selection_finds_its_weights_transposed_or_not(tmp_path: Path) -> None
 # ---------------------------------------------------------------- damaged files
 
 
-def record(names: object, patterns: dict[str, object]) -> dict[str, str]:
-    weights = {name: {"pattern": pattern, "shape": [8, 16], "dim": 1} for name, pattern in patterns.items()}
-    selection = {"format": "admm-nxm-selection", "version": 1, "weights": weights}
-    return {"admm_nxm": json.dumps({"names": names, "selection": selection})}
+def record(name: str, pattern: object) -> dict[str, str]:
+    weights = {name: {"pattern": pattern, "shape": [6, 8], "dim": 1}}
+    return {"admm_nxm": json.dumps({"format": "admm-nxm-selection", "version": 1, "weights": weights})}
 
 
 @pytest.mark.parametrize(
@@ -678,12 +692,9 @@ def record(names: object, patterns: dict[str, object]) -> dict[str, str]:
     [
         ({"admm_nxm": "{"}, "metadata 'admm_nxm' cannot be read"),
         ({"admm_nxm": "[]"}, "cannot be read"),
-        (record({}, {NAME: 3}), "the pattern of .* is 3"),
-        (record({NAME: "fc"}, {}), "must map each constant"),
-        (record({NAME: []}, {}), "must map each constant"),
-        (record([], {}), "cannot be read"),
-        (record({}, {"layers.9.fc.weight": "2:4"}), "a tool has rewritten the file"),
-        (record({}, {NAME: "4:2"}), "2:4"),
+        (record(NAME, 3), "the pattern of .* is 3"),
+        (record("layers.9.fc.weight", "2:4"), "a tool has rewritten the file"),
+        (record(NAME, "4:2"), "2:4"),
     ],
 )
 def test_damaged_metadata_is_an_error(metadata: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -713,15 +724,16 @@ def claims(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dims": [1 << 40, 1 << 20]}, r"has 192 of \d+ bytes"),
+        ({"dims": [1 << 40, 1 << 20]}, rf"weight '{NAME}': cannot reshape"),
+        ({"dims": [1 << 40, 1 << 40]}, rf"weight '{NAME}' has shape \(1099511627776, 1099511627776\)"),
         ({"dims": [-1, 6]}, r"has shape \(-1, 6\)"),
-        ({"raw_data": b"\0" * 10}, "has 10 of 192 bytes"),
-        ({"external": {"location": "../secret", "length": "192"}}, "outside of the file's folder"),
-        ({"external": {"location": "/etc/passwd"}}, "outside of the file's folder"),
-        ({"external": {"location": "model.onnx", "offset": "-8"}}, "outside|cannot be read"),
+        ({"raw_data": b"\0" * 10}, rf"weight '{NAME}': buffer size"),
+        ({"external": {"location": "../secret", "length": "192"}}, r"cannot be read from '\.\./secret'"),
+        ({"external": {"location": "/etc/passwd"}}, "cannot be read from '/etc/passwd'"),
+        ({"external": {"location": "model.onnx", "offset": "-8"}}, "cannot be read"),
         ({"external": {"location": "model.onnx", "length": "much"}}, "cannot be read"),
         ({"external": {}}, "cannot be read"),
-        ({"external": {"location": "model.onnx", "offset": "1000000", "length": "192"}}, "has 0 of 192 bytes"),
+        ({"external": {"location": "model.onnx", "offset": "1000000", "length": "192"}}, "cannot be read"),
     ],
 )
 def test_a_weight_that_is_not_what_it_claims_is_an_error(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -747,7 +759,7 @@ def test_zero_points_that_do_not_fit_are_an_error(
 ) -> None:
     extra = [torch.ones(shape), torch.ones(shape, dtype=torch.int8)]
     nodes, constants = through(("DequantizeLinear", extra, options), stored=SPARSE.to(torch.int8))
-    with pytest.raises(ValueError, match=r"the zero point 'extra\.0\.1' does not fit its weight"):
+    with pytest.raises(ValueError, match=r"'extra\.0\.[01]' of shape .* does not fit its weight|index out of range"):
         verify_onnx(save(tmp_path / "model.onnx", nodes, constants))
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from admm_nxm import Figures
 from admm_nxm.progress import COUNTERS, Progress, counters_of
-from tests.cores import WEIGHTS, exact, make_net, paper, train
+from tests.cores import WEIGHTS, exact, paper
+from tests.helpers import make_net, train
 
 
 def two_groups() -> torch.optim.Optimizer:

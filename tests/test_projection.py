@@ -16,7 +16,7 @@ from torch import Tensor
 
 from admm_nxm import Pattern, keep_mask, project, projection
 from admm_nxm.reference import keep_list, project_list
-from tests.cores import same_bits
+from tests.helpers import same_bits
 
 WIDTHS = {torch.float16: 16, torch.bfloat16: 32, torch.float32: 32, torch.float64: 64}
 DTYPES = list(WIDTHS)

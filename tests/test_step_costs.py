@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from admm_nxm import ADMMNxM
 from admm_nxm import optimizer as module
-from tests.cores import batches, loss_of, make_net, same_bits
+from tests.helpers import batches, loss_of, make_net, same_bits
 
 Step = Callable[[Tensor], Tensor]
 

@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from admm_nxm import keep_mask
 from admm_nxm.selection import select_weights
 from admm_nxm.weights import CONSENSUS, MASK, Weights, keep_to_masks, windows_of
-from tests.cores import BYTES_A_WEIGHT, WEIGHTS, Net, adamw, exact, is_feasible, make_net, same_bits, train
+from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible
+from tests.helpers import Net, make_net, same_bits, train
 
 UP = WEIGHTS[0]
 

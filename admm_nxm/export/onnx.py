@@ -6,19 +6,15 @@ is where :func:`verify_onnx` counts.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
-import json
 import logging
-import math
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
@@ -35,11 +31,10 @@ from ..selection import (
     Selection,
     SkippedWeight,
     clean_name,
-    named_tensors,
     select_weights,
     unwrap_model,
 )
-from ..sparsity import SparsityReport, SparsityViolation, check_weights, cover
+from ..sparsity import SparsityReport, SparsityViolation, WeightReport, check_weights, cover
 from .onnx_graph import METADATA_KEY, GraphWeight, OnnxGraph, read_graph, require
 
 __all__ = ["OnnxReport", "export_onnx", "verify_onnx"]
@@ -49,12 +44,6 @@ Example = Union[Tensor, Sequence[Tensor], Mapping[str, Tensor]]  # noqa: UP007
 Axes = Mapping[str, Mapping[int, str]]
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-_LIMIT = 1 << 31  # of a protobuf message
-_KNOWN_WARNINGS = (
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"# The axis name: .* will not be used",
-    r".*TypedStorage is deprecated",
-)
 
 
 @dataclass(frozen=True)
@@ -152,73 +141,51 @@ def verify_onnx(path: str | os.PathLike[str], pattern: Rules = None) -> Sparsity
     return _count(Path(path), read_graph(Path(path)), pattern)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A weight to count: its name in the report, the constants of that name in the file, and its pattern."""
-
-    name: str
-    constants: list[GraphWeight]
-    pattern: Pattern
+# The name in the report, the constants of that name in the file, and the pattern.
+_Wanted = list[tuple[str, list[GraphWeight], Pattern]]
 
 
 def _count(path: Path, graph: OnnxGraph, pattern: Rules) -> SparsityReport:
-    # Names may stand for several constants (a weight used twice and copied by the exporter): count each.
     named: dict[str, list[GraphWeight]] = {}
     for weight in graph.weights:
         named.setdefault(clean_name(weight.name), []).append(weight)
-    if isinstance(pattern, Selection):
-        wanted, skipped = _of_selection(path, named, pattern)
-    elif pattern is None and graph.recorded is not None and graph.recorded.weights:
-        wanted = _of_record(path, named, graph.recorded)
-        skipped = [entry for entry in graph.recorded.skipped if entry.wanted]
-    else:
-        wanted, skipped = _of_rules(path, named, pattern)
-    keyed: dict[str, tuple[str, GraphWeight]] = {}
-    selected = []
-    for entry in wanted:
-        for weight in entry.constants:
-            if weight.problem is not None:
-                skipped.append(SkippedWeight(entry.name, weight.shape, weight.problem, wanted=True))
-            elif weight.shape[weight.dim] % entry.pattern.group:
-                reason = f"its width is no multiple of {entry.pattern.group}"
-                skipped.append(SkippedWeight(entry.name, weight.shape, reason, wanted=True))
-            else:
-                key = str(len(keyed))
-                keyed[key] = (entry.name, weight)
-                selected.append(SelectedWeight(key, weight.shape, entry.pattern, weight.dim))
-    if not selected:
+    if pattern is None and graph.recorded is not None and graph.recorded.weights:
+        pattern = graph.recorded
+    find = _of_selection if isinstance(pattern, Selection) else _of_rules
+    wanted, skipped = find(path, named, pattern)  # type: ignore[operator]
+    counted: list[WeightReport] = []
+    for name, constants, of_weight in wanted:
+        for weight in constants:
+            problem = weight.problem
+            if problem is None and weight.shape[weight.dim] % of_weight.group:
+                problem = f"its width is no multiple of {of_weight.group}"
+            if problem is not None:
+                skipped.append(SkippedWeight(name, weight.shape, problem, wanted=True))
+                continue
+            selected = Selection((SelectedWeight(name, weight.shape, of_weight, weight.dim),), ())
+            counted += check_weights(selected, lambda _, read=weight.read: read())  # type: ignore[misc]
+    if not counted:
         raise ValueError(
             f"{path} holds no weight to count ({'; '.join(sorted({s.reason for s in skipped})) or 'no rule fits'}); "
             f"its matrix products read {', '.join(sorted(named)) or 'no constants'}: name them by rules"
         )
-    counted = check_weights(Selection(tuple(selected), ()), lambda key: keyed[key][1].read())
-    return SparsityReport(tuple(replace(w, name=keyed[w.name][0]) for w in counted), tuple(skipped))
-
-
-def _of_record(path: Path, named: Mapping[str, list[GraphWeight]], recorded: Selection) -> list[_Wanted]:
-    missing = [weight.name for weight in recorded if clean_name(weight.name) not in named]
-    if missing:
-        raise ValueError(
-            f"{path} notes {', '.join(missing)} as pruned, and no matrix product in it reads a constant of that "
-            "name: a tool has rewritten the file since. Name the weights by rules, or export it again"
-        )
-    patterns = {clean_name(weight.name): weight.pattern for weight in recorded}
-    return [_Wanted(name, named[name], pattern) for name, pattern in patterns.items()]
+    return SparsityReport(tuple(counted), tuple(skipped))
 
 
 def _of_selection(
     path: Path, named: Mapping[str, list[GraphWeight]], selection: Selection
-) -> tuple[list[_Wanted], list[SkippedWeight]]:
-    wanted = []
+) -> tuple[_Wanted, list[SkippedWeight]]:
+    wanted: _Wanted = []
     for weight in selection:
         name = next((name for name in (weight.name, *weight.aliases) if name in named), None)
-        shapes = [] if name is None else [w.shape for w in named[name] if w.problem is None]
+        shapes = [w.shape for w in named.get(name or "", []) if w.problem is None]
         if name is None or any(sorted(shape) != sorted(weight.shape) for shape in shapes):
             raise ValueError(
                 f"the selection names weight {weight.name!r} of shape {weight.shape}; {path} has "
                 + ("no matrix product that reads it" if name is None else f"shape {shapes[0]}, transposed or not")
+                + ". If a tool has rewritten the file, name its weights by rules; else export it again"
             )
-        wanted.append(_Wanted(name, named[name], weight.pattern))
+        wanted.append((weight.name, named[name], weight.pattern))
     if not wanted:
         raise ValueError("the selection names no weight: there is nothing to verify")
     return wanted, [skipped for skipped in selection.skipped if skipped.wanted]
@@ -226,47 +193,42 @@ def _of_selection(
 
 def _of_rules(
     path: Path, named: Mapping[str, list[GraphWeight]], pattern: Pattern | str | Select | None
-) -> tuple[list[_Wanted], list[SkippedWeight]]:
-    tensors, dims = {}, {}
+) -> tuple[_Wanted, list[SkippedWeight]]:
+    if not named:
+        raise ValueError(f"{path} has no MatMul, Gemm or Conv that reads a constant: there is nothing to verify")
+    # Stand-ins that have their inputs along the last dimension, as most weights in torch.
+    tensors = {}
     for name, (weight, *_) in named.items():
         # One without a shape has a problem that is told when it is selected; until then it passes for a matrix.
-        shape, dim = (weight.shape, weight.dim) if weight.problem is None else ((0, 0), 0)
-        while len(shape) > 2 and shape[0] == 1 and dim > 0:
-            shape, dim = shape[1:], dim - 1  # a matrix, for all that it was unsqueezed on the way
-        tensors[name] = torch.empty(shape, device="meta")
-        dims[id(tensors[name])] = dim
-    if not tensors:
-        raise ValueError(f"{path} has no MatMul, Gemm or Conv that reads a constant: there is nothing to verify")
+        sizes = list(weight.shape) if weight.problem is None else [0, 0]
+        width = sizes.pop(weight.dim if weight.problem is None else 0)
+        while len(sizes) > 1 and sizes[0] == 1:  # a matrix, for all that it was unsqueezed on the way
+            del sizes[0]
+        tensors[name] = torch.empty(*sizes, width, device="meta")
     plain = pattern is None or isinstance(pattern, (str, Pattern))
-    spelling = pattern if isinstance(pattern, (str, Pattern)) else "2:4"
-    select = None if plain else pattern
+    anonymous = [name for name, weights in named.items() if weights[0].anonymous] if plain else []
     try:
         selection, chosen = select_weights(
             tensors,
-            spelling,
-            select,  # type: ignore[arg-type]
-            # By the names that rules are held against: they lack what DistributedDataParallel puts before all.
-            dims={re.escape(name): dims[id(t)] for name, t in named_tensors(tensors).items()},
+            pattern if isinstance(pattern, (str, Pattern)) else "2:4",
+            None if plain else pattern,  # type: ignore[arg-type]
+            dims={".*": -1},
             ineligible="skip",
             trainable=False,
         )
     except ValueError as error:
-        if plain and any(weight.anonymous for weights in named.values() for weight in weights):
-            made_up = [name for name, weights in named.items() if weights[0].anonymous]
-            raise ValueError(
-                f"{error}. {path} does not tell which weights {', '.join(made_up)} are: name them by rules, or export "
-                "with export_onnx, which notes the names"
-            ) from None
-        raise
+        if not anonymous:
+            raise
+        raise ValueError(
+            f"{error}. {path} does not tell which weights {', '.join(anonymous)} are: name them by rules, or export "
+            "with export_onnx, which keeps the names"
+        ) from None
     skipped = [s for s in selection.skipped if s.wanted]
-    if plain:
-        skipped += [
-            SkippedWeight(name, weights[0].shape, "nothing in the file says which weight it is", wanted=True)
-            for name, weights in named.items()
-            if weights[0].anonymous
-        ]
+    for name in anonymous:
+        reason = "nothing in the file says which weight it is"
+        skipped.append(SkippedWeight(name, named[name][0].shape, reason, wanted=True))
     constants = {id(tensors[name]): weights for name, weights in named.items()}
-    return [_Wanted(w.name, constants[id(chosen[w.name])], w.pattern) for w in selection], skipped
+    return [(w.name, constants[id(chosen[w.name])], w.pattern) for w in selection], skipped
 
 
 # ---------------------------------------------------------------------- export
@@ -289,8 +251,8 @@ def export_onnx(
 
     Checked are the pattern, in the model before and in the file after, and the outputs of onnxruntime on the CPU
     against torch's, on the example and, with dynamic axes, on inputs of one more text and half the length. If a check
-    fails nothing is left behind. The torch name of each weight and its pattern are noted in the file's metadata (key
-    ``admm_nxm``), where :func:`verify_onnx` finds them.
+    fails nothing is left behind. The weights keep their torch names in the file, and which of them are pruned, and by
+    which pattern, is noted in its metadata (key ``admm_nxm``), where :func:`verify_onnx` finds it.
 
     The model is exported in evaluation mode; one of transformers without its cache and with eager attention, which is
     plain matrix products. All of that is as it was when the call returns. An output has the name of its place among
@@ -308,8 +270,8 @@ def export_onnx(
             or ``decoder_sequence`` where the input's name begins with ``decoder_``. False fixes all sizes.
         opset: version of the operator set; None leaves it to torch.
         overwrite: whether to replace a file that is there. Its ``<name>.data`` is replaced or deleted with it.
-        external_data: whether to put the weights into a second file, ``<name>.data``; None does so above 2 GB, which a
-            single file cannot hold.
+        external_data: whether to put the weights into a second file, ``<name>.data``. Above 1.5 GB torch always does:
+            a single file cannot hold more than 2 GB.
         check: whether to compare outputs. Without, onnxruntime is not needed.
         tolerance: largest difference of an output, as a share of its largest absolute value; None is 1e-4 for float32,
             2e-2 for float16, 5e-2 for bfloat16 and 1e-6 for float64, by the model's narrowest floating dtype.
@@ -333,50 +295,54 @@ def export_onnx(
     refuse_existing(path, overwrite)
     model = unwrap_model(model)
     selection, _ = cover(model, pattern)
-    _refuse_dense(model, selection)
+    if not (dense := verify(model, selection)).ok:
+        raise SparsityViolation(
+            f"the model is not sparse: {_violations(dense)}. Call optimizer.finalize() before the export, or name the "
+            "pattern and the weights that were pruned (pattern=optimizer.selection)"
+        )
     limit = _limit(model, tolerance)
     inputs = _inputs_of(model, example)
     axes = _axes_of(inputs, dynamic)
     # A size of 1 would be taken for a constant.
-    inputs = {name: _resize(t, dict.fromkeys(axes[name], 2), grow_only=True) for name, t in inputs.items()}
+    inputs = {name: _resized(t, {axis: max(2, t.shape[axis]) for axis in axes[name]}) for name, t in inputs.items()}
     cases = [inputs, *([_other_sizes(inputs, axes)] if any(axes.values()) else [])] if check else []
     by_name = isinstance(example, Mapping)
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    outside = size > 0.9 * _LIMIT if external_data is None else external_data
     data = path.with_name(f"{path.name}.data")
-    stale = not outside and _reads(path, data.name)
+    replaces_data = _reads(path, data.name)
 
     with ExitStack() as stack:
         target = stack.enter_context(atomic_file(path, overwrite=overwrite))
-        # Stands before the file that needs it: the stack unwinds backwards.
-        target_of_data = stack.enter_context(atomic_file(data, overwrite=overwrite)) if outside else None
         # The file has the name of its data in it, so that both are drafted under their own names.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
-        draft = folder / path.name
+        draft, draft_of_data = folder / path.name, folder / data.name
         with _as_exported(model):
             expected = [_run_torch(model, case, by_name) for case in cases]
             outputs = tuple((expected or [_run_torch(model, inputs, by_name)])[0])
             program = _export(model, inputs, axes, outputs, by_name=by_name, opset=opset)
-        kept = _note_names(program, model, selection)
-        _name_ends(program, tuple(inputs), outputs)
-        program.save(str(draft), external_data=outside)
-        _check_ends(draft, tuple(inputs), outputs)
+        selection = _optimize(program, selection)
+        program.model.metadata_props[METADATA_KEY] = selection_to_json(selection)
+        _name_ends(program.model.graph, tuple(inputs), outputs)
+        program.save(str(draft), external_data=external_data)
         graph = read_graph(draft)
-        report = _count(path, graph, kept)
+        report = _count(path, graph, selection)
         if not report.ok:
             raise ValueError(f"the export has lost the pattern, and {path} is not written: {_violations(report)}")
         differences = [_compare(draft, case, want, limit) for case, want in zip(cases, expected, strict=True)]
-        sizes = _sizes(draft)
         total = sum(file.stat().st_size for file in folder.iterdir())
+        if draft_of_data.is_file():
+            # Stands before the file that needs it: the stack unwinds backwards.
+            os.replace(draft_of_data, stack.enter_context(atomic_file(data, overwrite=overwrite)))
+            replaces_data = False
         os.replace(draft, target)
-        if target_of_data is not None:
-            os.replace(folder / data.name, target_of_data)
-    if stale:
+    if replaces_data:
         data.unlink(missing_ok=True)
     return OnnxReport(
         path=path,
         opset=graph.opset,
-        inputs=sizes,
+        inputs={
+            value.name: tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+            for value in program.model.graph.inputs
+        },
         outputs=outputs,
         bytes=total,
         max_abs_difference=max((absolute for absolute, _ in differences), default=None),
@@ -385,15 +351,6 @@ def export_onnx(
         compared=tuple({name: tuple(t.shape) for name, t in case.items()} for case in cases),
         sparsity=report,
     )
-
-
-def _refuse_dense(model: nn.Module, selection: Selection) -> None:
-    report = verify(model, selection)
-    if not report.ok:
-        raise SparsityViolation(
-            f"the model is not sparse: {_violations(report)}. Call optimizer.finalize() before the export, or name the "
-            "pattern and the weights that were pruned (pattern=optimizer.selection)"
-        )
 
 
 def _violations(report: SparsityReport) -> str:
@@ -421,14 +378,10 @@ def _inputs_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
         given = {name: value for name, value in example.items() if value is not None}
     else:
         values = [example] if isinstance(example, Tensor) else list(example)
-        accepted = inspect.signature(model.forward).parameters.values()
-        names = [p.name for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(values) > len(names):
-            raise ValueError(
-                f"example has {len(values)} inputs, and {type(model).__name__}.forward names {len(names)}: "
-                f"{', '.join(names) or 'none'}"
-            )
-        given = dict(zip(names, values, strict=False))
+        try:
+            given = dict(inspect.signature(model.forward).bind_partial(*values).arguments)
+        except TypeError as error:
+            raise ValueError(f"{type(model).__name__}.forward does not take {len(values)} inputs: {error}") from error
     if not given:
         raise ValueError("example has no inputs; pass what the model is called with, such as a tokenizer's output")
     for name, value in given.items():
@@ -442,41 +395,33 @@ def _inputs_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
     return given
 
 
-def _axes_of(inputs: Mapping[str, Tensor], dynamic: bool | Axes) -> dict[str, dict[int, str]]:
+def _axes_of(inputs: Mapping[str, Tensor], dynamic: bool | Axes) -> dict[str, Mapping[int, str]]:
     """Return the dynamic axes of each input."""
-    if isinstance(dynamic, bool):
-        return {name: _default_axes(name, t) if dynamic else {} for name, t in inputs.items()}
-    unknown = [name for name in dynamic if name not in inputs]
-    if unknown:
-        raise ValueError(f"dynamic names {', '.join(unknown)}, and the example has {', '.join(inputs)}")
-    for name, axes in dynamic.items():
+    found: dict[str, Mapping[int, str]] = {name: {} for name in inputs}
+    if dynamic is True:
+        for name, t in inputs.items():
+            if t.ndim == 2 and not t.is_floating_point():
+                found[name] = {0: "batch", 1: "decoder_sequence" if name.startswith("decoder_") else "sequence"}
+            elif t.ndim:
+                found[name] = {0: "batch"}
+    for name, axes in {} if isinstance(dynamic, bool) else dynamic.items():
+        if name not in inputs:
+            raise ValueError(f"dynamic names {name}, and the example has {', '.join(inputs)}")
         for axis, label in axes.items():
             if not isinstance(axis, int) or not 0 <= axis < inputs[name].ndim or not isinstance(label, str):
                 raise ValueError(
                     f"dynamic[{name!r}] has {axis!r}: {label!r}; axes 0 to {inputs[name].ndim - 1} are there, each to "
                     'be given a name, such as {0: "batch"}'
                 )
-    return {name: dict(dynamic.get(name, {})) for name in inputs}
+        found[name] = axes
+    return found
 
 
-def _default_axes(name: str, t: Tensor) -> dict[int, str]:
-    if t.ndim == 0:
-        return {}
-    axes = {0: "batch"}
-    if t.ndim == 2 and not t.is_floating_point():
-        axes[1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
-    return axes
-
-
-def _resize(t: Tensor, sizes: Mapping[int, int], *, grow_only: bool = False) -> Tensor:
-    """Cut an input short or repeat what it begins with."""
+def _resized(t: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """Return an input cut short, or with what it begins with repeated."""
     for axis, size in sizes.items():
-        if size > t.shape[axis]:
-            t = torch.cat([t] * -(-size // t.shape[axis]), dim=axis)
-        elif grow_only:
-            continue
-        t = t.narrow(axis, 0, size)
-    return t.contiguous()
+        t = t.index_select(axis, torch.arange(size, device=t.device) % t.shape[axis])
+    return t
 
 
 def _other_sizes(inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> dict[str, Tensor]:
@@ -486,7 +431,7 @@ def _other_sizes(inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, s
         new = {
             axis: t.shape[axis] + 1 if label == "batch" else t.shape[axis] // 2 for axis, label in axes[name].items()
         }
-        changed[name] = _resize(t, new)
+        changed[name] = _resized(t, new)
         if new and name.endswith("attention_mask") and not t.is_floating_point():
             changed[name] = torch.ones_like(changed[name])  # what was cut off may have been all that a row attends to
     return changed
@@ -499,61 +444,52 @@ def _other_sizes(inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, s
 def _as_exported(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no cache among the outputs, and attention as plain matrix products, for as long as it takes."""
     training = {module: module.training for module in model.modules()}
-    configs = _configs_of(model)
-    caching = [config for config in configs if getattr(config, "use_cache", False)]
-    attention = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
+    # All that they say, and not what is changed alone: a config hands its attention down to the configs that are a
+    # part of it, so that one after the other cannot be set back.
+    configs = [(config, dict(vars(config))) for config in _configs_of(model)]
     try:
         model.eval()
-        for config in caching:
-            config.use_cache = False
-        for config, was in attention:
-            if was is not None:
+        for config, _ in configs:
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
+            if getattr(config, "_attn_implementation", None) is not None:
                 config._attn_implementation = "eager"
         with torch.no_grad():
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for config in caching:
-            config.use_cache = True
-        for config, was in attention:
-            config._attn_implementation = was
+        for config, said in configs:
+            vars(config).clear()
+            vars(config).update(said)
 
 
 def _configs_of(model: nn.Module) -> list[Any]:
-    """Return the configs of all modules and their parts, each once and after all that it is a part of.
-
-    A config hands its attention down to its parts, so that theirs have to be restored after it.
-    """
+    """Return the configs of all modules, and those that are a part of these, each once."""
     found: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        found.pop(id(config), None)
-        found[id(config)] = config
-        for key in getattr(config, "sub_configs", ()):
-            if (part := getattr(config, key, None)) is not None:
-                visit(part)
-
-    for module in model.modules():
-        config = getattr(module, "config", None)
+    pending = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")]
+    while pending:
+        config = pending.pop()
         if config is not None and id(config) not in found:
-            visit(config)
+            found[id(config)] = config
+            pending += [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
     return list(found.values())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the exporter says of itself at every call and nobody can do anything about."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # operators of packages not installed
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep back what the exporter says of itself at every call; what the model has to say was said when it ran."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            for message in _KNOWN_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
+            warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _run_torch(model: nn.Module, inputs: Mapping[str, Tensor], by_name: bool) -> dict[str, Tensor]:
@@ -617,89 +553,66 @@ def _export(
         ) from error
 
 
-def _name_ends(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _optimize(program: Any, selection: Selection) -> Selection:
+    """Optimize the graph with each weight in it under its torch name.
+
+    The optimizer gives what it computes from a weight a made-up name and merges weights that are equal. So it sees none
+    of their entries, and what it is needed for, to store them as their products read them, is done here.
+
+    Returns:
+        The selection without the weights that the graph has no use for.
+    """
+    constants = program.model.graph.initializers
+    used = {clean_name(name) for name, value in constants.items() if value.uses()}
+    hidden = [(value, value.const_value) for value in constants.values() if len(value.shape) > 1]
+    for value, _ in hidden:
+        value.const_value = None
+    with _quiet():
+        program.optimize()
+    for value, entries in hidden:
+        value.const_value = entries
+        readers = [node for node, _ in value.uses()]
+        if len(value.shape) == 2 and all(
+            node.op_type == "Transpose" and not node.outputs[0].is_graph_output() for node in readers
+        ):
+            value.const_value = require("onnx_ir").tensor(entries.numpy().T)
+            value.shape = value.const_value.shape
+            for node in readers:
+                for reader, at in tuple(node.outputs[0].uses()):
+                    reader.replace_input_with(at, value)
+                node.graph.remove(node, safe=True)
+    kept, skipped = [], list(selection.skipped)
+    for weight in selection:
+        if used.isdisjoint((weight.name, *weight.aliases)):
+            skipped.append(SkippedWeight(weight.name, weight.shape, "the exported graph does not use it", wanted=True))
+        else:
+            kept.append(weight)
+    return Selection(tuple(kept), tuple(skipped))
+
+
+def _name_ends(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     """Give the inputs and outputs of a graph their names.
 
     The exporter has named them already, but a value that it returns twice, or an input that is an output as well, has
     the last of its names, and the copy that stands for the other has one that is made up.
     """
-    graph = program.model.graph
-    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    taken = {*inputs, *outputs}
-    for value in (value for node in graph for value in node.outputs):
-        if id(value) not in ends and value.name in taken:
+    values = [*graph.inputs, *graph.outputs]
+    if len(graph.inputs) != len(inputs) or len({*values}) != len(inputs) + len(outputs):
+        raise RuntimeError(
+            f"torch.onnx made a graph from {', '.join(v.name for v in graph.inputs)} to "
+            f"{', '.join(v.name for v in graph.outputs)}; the model is one from {', '.join(inputs)} to "
+            f"{', '.join(outputs)}. Let it use each input and return each tensor once, a further time as its .clone()"
+        )
+    ends = dict(zip(values, (*inputs, *outputs), strict=True))
+    inner = [value for node in graph for value in node.outputs if value not in ends]
+    taken = {*ends.values(), *(value.name for value in inner)}
+    for value in inner:
+        if value.name in ends.values():
             value.name = next(s for i in itertools.count(1) if (s := f"{value.name}_inner_{i}") not in taken)
             taken.add(value.name)
-    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        for value, name in zip(values, names, strict=False):
-            if value.name != name:
-                value.name = name
-
-
-def _check_ends(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Hold the names of the inputs and outputs in a file against those that it should have."""
-    graph = require("onnx").load(str(path), load_external_data=False).graph
-    found = [entry.name for entry in graph.input], [entry.name for entry in graph.output]
-    if found != (list(inputs), list(outputs)):
-        raise RuntimeError(
-            f"torch.onnx wrote a graph from {', '.join(found[0])} to {', '.join(found[1])}; the model is one from "
-            f"{', '.join(inputs)} to {', '.join(outputs)}. Let it use each input and return each tensor once, a "
-            "further time as its .clone()"
-        )
-
-
-def _note_names(program: Any, model: nn.Module, selection: Selection) -> Selection:
-    """Optimize the graph, and note in it which torch weight each of its constants is.
-
-    Optimizing replaces a weight by its transpose under a made-up name. The bits tell which it was.
-
-    Returns:
-        The selection without the weights that the graph has no use for.
-    """
-    used = {clean_name(name) for name, value in program.model.graph.initializers.items() if value.uses()}
-    with _quiet():
-        program.optimize()
-    torch_names: dict[object, list[str]] = {}
-    for name, tensor in model.named_parameters():
-        if tensor.ndim >= 2:
-            bits = tensor.detach().cpu().contiguous()
-            key = _digest(tuple(bits.shape), bits.view(torch.uint8).numpy())
-            torch_names.setdefault(key, []).append(clean_name(name))
-    alike: dict[object, list[str]] = {}
-    for name, value in program.model.graph.initializers.items():
-        array = value.const_value.numpy()
-        for turned in (array, array.swapaxes(-1, -2)) if array.ndim >= 2 else ():
-            key = _digest(turned.shape, turned.copy(order="C").view("uint8"))
-            if key in torch_names:
-                alike.setdefault(key, []).append(name)
-                break
-    names: dict[str, list[str]] = {}
-    for key, initializers in alike.items():
-        # Equal weights (freshly copied layers) go by their order. One constant may stand for several of them, and
-        # several for one that is used more than once.
-        candidates = torch_names[key]
-        for i, initializer in enumerate(initializers):
-            names[initializer] = candidates[i : i + 1] or candidates[-1:]
-        names[initializers[-1]] += candidates[len(initializers) :]
-    found = {name for entry in names.values() for name in entry}
-    kept, skipped = [], list(selection.skipped)
-    for weight in selection:
-        if found.isdisjoint((weight.name, *weight.aliases)) and used.isdisjoint((weight.name, *weight.aliases)):
-            skipped.append(SkippedWeight(weight.name, weight.shape, "the exported graph does not use it", wanted=True))
-        else:
-            kept.append(weight)
-    noted = Selection(tuple(kept), tuple(skipped))
-    own = {alias: weight.name for weight in kept for alias in weight.aliases}
-    record = {
-        "names": {initializer: [own.get(name, name) for name in entry] for initializer, entry in names.items()},
-        "selection": json.loads(selection_to_json(noted)),
-    }
-    program.model.metadata_props[METADATA_KEY] = json.dumps(record)
-    return noted
-
-
-def _digest(shape: tuple[int, ...], data: Any) -> object:
-    return shape, hashlib.blake2b(data, digest_size=16).digest()
+    for value, name in ends.items():
+        if value.name != name:
+            value.name = name
 
 
 # ---------------------------------------------------------------------- onnxruntime's side
@@ -731,31 +644,23 @@ def _compare(
     worst_absolute = worst_relative = 0.0
     for (name, want), array in zip(expected.items(), results, strict=True):
         want, got = want.detach().cpu().double(), torch.as_tensor(array).double()
-        if got.shape != want.shape:
+        finite = want[want.isfinite()]
+        scale = finite.abs().max().item() if finite.numel() else 0.0
+        try:
+            torch.testing.assert_close(got, want, rtol=0, atol=limit * (scale or 1.0), equal_nan=True)
+        except AssertionError as error:
             raise ValueError(
-                f"output {name!r} has shape {tuple(got.shape)} in onnxruntime, {tuple(want.shape)} in torch"
-            )
-        same = (got == want) | (got.isnan() & want.isnan())
-        absolute = (
-            torch.where(same, 0.0, (got - want).abs()).nan_to_num(nan=math.inf).max().item() if want.numel() else 0.0
-        )
-        scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-        relative = absolute / scale if scale else absolute
-        if relative > limit:
-            raise ValueError(
-                f"output {name!r} of the exported model differs from torch's by {absolute:.3g}, {relative:.1e} of its "
-                f"largest value (tolerance {limit:.0e}), on inputs of shapes "
-                f"{', '.join(f'{n} {tuple(t.shape)}' for n, t in inputs.items())}; raise the tolerance if that is "
-                "close enough, else export in a wider dtype"
-            )
-        worst_absolute, worst_relative = max(worst_absolute, absolute), max(worst_relative, relative)
+                f"output {name!r} of the exported model differs from torch's beyond {limit:.0e} of its largest value "
+                f"({scale:.3g}) on inputs of shapes {', '.join(f'{n} {tuple(t.shape)}' for n, t in inputs.items())}. "
+                f"{error} Raise the tolerance if that is close enough, else export in a wider dtype"
+            ) from error
+        absolute = (got[want.isfinite()] - finite).abs().max().item() if finite.numel() else 0.0
+        worst_absolute, worst_relative = max(worst_absolute, absolute), max(worst_relative, absolute / (scale or 1.0))
     return worst_absolute, worst_relative
 
 
 def _reads(path: Path, location: str) -> bool:
     """Whether the ONNX file at ``path``, if there is one, has weights in the second file of that name."""
-    if not path.is_file():
-        return False
     try:
         graph = require("onnx").load(str(path), load_external_data=False).graph
     except Exception:  # no ONNX file, so that nothing tells whose the other one is; protobuf has errors of its own
@@ -763,11 +668,3 @@ def _reads(path: Path, location: str) -> bool:
     return any(
         entry.key == "location" and entry.value == location for t in graph.initializer for entry in t.external_data
     )
-
-
-def _sizes(path: Path) -> dict[str, tuple[int | str, ...]]:
-    model = require("onnx").load(str(path), load_external_data=False)
-    return {
-        entry.name: tuple(size.dim_param or int(size.dim_value) for size in entry.type.tensor_type.shape.dim)
-        for entry in model.graph.input
-    }

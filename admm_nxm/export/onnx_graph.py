@@ -1,16 +1,16 @@
 """The weights of an ONNX file: which constants its matrix products read, along which dimension, and by what name.
 
-The file is parsed, never run. Weights are read one at a time, those in an external file too.
+The file's graph is parsed and never run. Weights are read one at a time, those in an external file too; what stands
+between a weight and its product is worked out by onnx's own shape inference and reference evaluator.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from ..selection import Selection
 __all__ = ["METADATA_KEY", "GraphWeight", "OnnxGraph", "read_graph", "require"]
 
 METADATA_KEY = "admm_nxm"
-"""Where an exported file records the torch names of its initializers and the selection of the prunable weights."""
+"""Where an exported file records the selection of the prunable weights."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # module path of each node, as torch's exporter leaves it
-_LONGEST_CHAIN = 64
 # Names that exporters and optimizers make up: val_12, onnx::MatMul_345, _to_copy_3, 77.
 _ANONYMOUS = re.compile(r"(onnx::)?[A-Za-z_]*\d+(_[a-z]+)?")
+_FOLLOWED = frozenset(
+    {"Cast", "CastLike", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+)
 
 
 def require(package: str) -> Any:
@@ -48,8 +50,8 @@ class GraphWeight:
     """A constant that a MatMul, Gemm or Conv multiplies by.
 
     Args:
-        name: its torch name if the file tells it, else the initializer's.
-        initializer: its name in the file.
+        name: its name in the file, or, where that is made up, that of the module whose product it is, if the file
+            tells it.
         shape: its shape as the product reads it, after transposes on the way.
         dim: the dimension that the product sums over.
         problem: why its entries cannot be counted; None if they can.
@@ -57,7 +59,6 @@ class GraphWeight:
     """
 
     name: str
-    initializer: str
     shape: tuple[int, ...]
     dim: int
     problem: str | None
@@ -104,299 +105,190 @@ def read_graph(path: Path) -> OnnxGraph:
     if not model.graph.node:
         raise _damaged(path, "it has no graph")
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    names, recorded = _record(path, model)
-    reader = _Reader(onnx, path, names)
+    recorded = _recorded(path, model)
+    weights: dict[tuple[str, int, tuple[int, ...]], GraphWeight] = {}
     try:
-        return OnnxGraph(tuple(reader.weights(model.graph, _Scope())), recorded, opset)
-    except (IndexError, TypeError, OverflowError) as error:
+        for origin, weight in _Reader(onnx, path, opset).weights(model.graph, {}, {}):
+            weights.setdefault((origin, weight.dim, weight.shape), weight)  # one that is used twice is one weight
+    except (LookupError, TypeError, OverflowError) as error:
         raise _damaged(path, error) from error
+    return OnnxGraph(tuple(weights.values()), recorded, opset)
 
 
 def _damaged(path: Path, why: object) -> ValueError:
     return ValueError(f"{path} is not a readable ONNX file ({why}); export it again, for instance with export_onnx")
 
 
-def _record(path: Path, model: Any) -> tuple[dict[str, list[str]], Selection | None]:
-    """Return initializer -> torch names, and the selection, as export_onnx notes them."""
+def _recorded(path: Path, model: Any) -> Selection | None:
+    """Return the selection that export_onnx notes."""
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
-        return {}, None
+        return None
     try:
-        record = json.loads(text)
-        names, selection = dict(record["names"].items()), selection_from_json(json.dumps(record["selection"]))
-        if not all(
-            isinstance(entry, list) and entry and all(isinstance(n, str) for n in entry) for entry in names.values()
-        ):
-            raise TypeError("names must map each constant to a list of weights")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return selection_from_json(text)
+    except ValueError as error:
         raise _damaged(path, f"its metadata {METADATA_KEY!r} cannot be read: {error!r}") from error
-    return names, selection
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """The values of a graph and of those around it."""
-
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    producers: Mapping[str, Any] = field(default_factory=dict)
-    known: dict[str, bool] = field(default_factory=dict)
-
-    def inside(self, graph: Any) -> _Scope:
-        constants, producers = dict(self.constants), dict(self.producers)
-        for tensor in graph.initializer:
-            constants[tensor.name] = tensor
-        for node in graph.node:
-            for output in node.output:
-                producers[output] = node
-            value = _attribute(node, "value") if node.op_type == "Constant" else None
-            if value is not None:
-                constants[node.output[0]] = value.t
-        return _Scope(constants, producers)
-
-    def is_constant(self, value: str, depth: int = 0) -> bool:
-        """Whether a value is made of constants alone."""
-        if value in self.constants or not value:
-            return True
-        if value not in self.known:
-            node = self.producers.get(value)
-            self.known[value] = False  # until shown otherwise: a damaged file may run in circles
-            self.known[value] = (
-                node is not None
-                and depth <= _LONGEST_CHAIN
-                and bool(node.input)
-                and all(self.is_constant(name, depth + 1) for name in node.input)
-            )
-        return self.known[value]
 
 
 def _attribute(node: Any, name: str) -> Any:
     return next((attribute for attribute in node.attribute if attribute.name == name), None)
 
 
+def _integer(node: Any, name: str, default: int) -> int:
+    found = _attribute(node, name)
+    return default if found is None else int(found.i)
+
+
 class _Reader:
-    def __init__(self, onnx: Any, path: Path, names: Mapping[str, list[str]]) -> None:
-        self.onnx, self.path, self.names = onnx, path, names
-        self.numpy = require("numpy")
-        types = onnx.TensorProto
-        wide = {types.DOUBLE: 8, types.FLOAT: 4, types.FLOAT16: 2, types.BFLOAT16: 2}
-        self.floating = wide | {t: 1 for name, t in types.DataType.items() if name.startswith("FLOAT8")}
-        self.integer = {types.INT8: 1, types.UINT8: 1, types.INT32: 4, types.INT64: 8}
+    def __init__(self, onnx: Any, path: Path, opset: int) -> None:
+        self.onnx, self.path, self.opset = onnx, path, opset
 
-    def weights(self, graph: Any, around: _Scope) -> Iterator[GraphWeight]:
-        scope = around.inside(graph)
-        seen: set[tuple[str, int, tuple[int, ...]]] = set()
-        for node in graph.node:
+    def weights(
+        self, graph: Any, tensors: Mapping[str, Any], producers: Mapping[str, Any]
+    ) -> Iterator[tuple[str, GraphWeight]]:
+        """Yield the weights of a graph and of the graphs in it, each with the name of the constant that it starts from.
+
+        Args:
+            graph: the graph.
+            tensors: the constants that are seen from around it, by name.
+            producers: the nodes there that make a value of constants alone, by the name of that value.
+        """
+        tensors = {**tensors, **{tensor.name: tensor for tensor in graph.initializer}}
+        producers = dict(producers)
+        for node in graph.node:  # in the order of computation, so that what a node reads is known when its turn comes
             for attribute in node.attribute:
-                for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    yield from self.weights(body, scope)
-            for weight in self._of_product(node, scope):
-                key = (weight.initializer, weight.dim, weight.shape)
-                if key not in seen:  # a weight that is used twice is one weight
-                    seen.add(key)
-                    for name in self.names.get(weight.initializer, [weight.name]):
-                        yield replace(weight, name=name)
+                for body in (attribute.g, *attribute.graphs):
+                    yield from self.weights(body, tensors, producers)
+            yield from self._of_product(node, tensors, producers)
+            value = _attribute(node, "value") if node.op_type == "Constant" else None
+            if value is not None:
+                tensors[node.output[0]] = value.t
+            elif node.input and all(name in tensors or name in producers or not name for name in node.input):
+                for output in node.output:
+                    producers.setdefault(output, node)
 
-    def _of_product(self, node: Any, scope: _Scope) -> Iterator[GraphWeight]:
-        if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.input) < 2:
+    def _of_product(
+        self, node: Any, tensors: Mapping[str, Any], producers: Mapping[str, Any]
+    ) -> Iterator[tuple[str, GraphWeight]]:
+        if node.op_type not in ("MatMul", "Gemm", "Conv"):
             return
-        if node.op_type == "Conv":
-            if scope.is_constant(node.input[1]):
-                yield replace(self._weight(node, node.input[1], scope), dim=1)
-            return
-        transposed = [False, False]
-        if node.op_type == "Gemm":
-            transposed = [bool(a is not None and a.i) for a in (_attribute(node, "transA"), _attribute(node, "transB"))]
         # The right operand first: that is where exporters put weights.
-        for side in (1, 0):
-            if not scope.is_constant(node.input[side]):
+        for side in (1,) if node.op_type == "Conv" else (1, 0):
+            if len(node.input) <= side or not (node.input[side] in tensors or node.input[side] in producers):
                 continue
-            weight = self._weight(node, node.input[side], scope)
-            ndim = len(weight.shape)
-            if ndim < 2 and weight.problem is None:
+            origin, shape, problem, read = self._operand(node.input[side], tensors, producers)
+            if len(shape) < 2 and problem is None:
                 return  # a vector has no groups that a matrix product could skip
-            first = ndim - 2 if (side == 1) != transposed[side] else ndim - 1
-            yield replace(weight, dim=max(first, 0))
+            transposed = node.op_type == "Gemm" and _integer(node, ("transA", "transB")[side], 0) != 0
+            dim = len(shape) - (2 if (side == 1) != transposed else 1)
+            name = origin
+            if _ANONYMOUS.fullmatch(origin) and (module := _module_of(node)):
+                name = f"{module}.weight"
+            yield origin, GraphWeight(name, shape, 1 if node.op_type == "Conv" else max(dim, 0), problem, read)
             return
 
-    def _weight(self, node: Any, value: str, scope: _Scope) -> GraphWeight:
+    def _operand(
+        self, value: str, tensors: Mapping[str, Any], producers: Mapping[str, Any]
+    ) -> tuple[str, tuple[int, ...], str | None, Callable[[], Tensor]]:
+        """Return the constant that a value starts from, its shape, why it cannot be counted, and how it is read."""
         steps: list[Any] = []
         origin = value
-        while origin not in scope.constants and len(steps) <= _LONGEST_CHAIN:
-            producer = scope.producers[origin]
-            steps.append(producer)
-            if producer.op_type not in _FOLLOWED:
-                return self._opaque(node, origin, producer.op_type)
-            origin = producer.input[0]
-        if len(steps) > _LONGEST_CHAIN:
-            return self._opaque(node, value, "a long chain of operations")
-        tensor = scope.constants[origin]
-        name = self._name(node, origin)
-        stored = tuple(tensor.dims)
+        while origin not in tensors:
+            step = producers[origin]
+            if step.op_type not in _FOLLOWED or any(name and name not in tensors for name in step.input[1:]):
+                return origin, (), f"the graph computes it by {step.op_type}", _unread
+            steps.insert(0, step)
+            origin = step.input[0]
+        tensor, stored = tensors[origin], tuple(tensors[origin].dims)
+        kind = self.onnx.TensorProto.DataType.Name(tensor.data_type)
         dequantised = any(step.op_type == "DequantizeLinear" for step in steps)
-        if tensor.data_type not in (self.integer if dequantised else self.floating):
-            kind = self.onnx.TensorProto.DataType.Name(tensor.data_type)
-            return GraphWeight(name, origin, stored, 0, f"its dtype is {kind} (quantised)", _unread)
-        self._check_size(tensor, origin)
+        if not dequantised and not kind.startswith(("FLOAT", "DOUBLE", "BFLOAT")):
+            return origin, stored, f"its dtype is {kind} (quantised)", _unread
+        if any(size < 0 for size in stored) or math.prod(stored) >= 1 << 62:
+            raise _damaged(self.path, f"weight {origin!r} has shape {stored}")
+        shape, model = stored, None
+        if steps:
+            extras = [self._loaded(tensors[name], name) for step in steps for name in step.input[1:] if name]
+            model, shape = self._model_of(steps, tensor, origin, value, extras)
 
-        def read() -> Any:
-            array = self._array(tensor, origin)
-            for step in reversed(steps):
-                array = _FOLLOWED[step.op_type](self, step, array, scope)
-            return array
+        def read() -> Tensor:
+            loaded = self._loaded(tensor, origin)
+            try:
+                array = self.onnx.numpy_helper.to_array(loaded)
+                if model is not None:
+                    (array,) = require("onnx.reference").ReferenceEvaluator(model).run(None, {origin: array})
+            except Exception as error:  # whatever numpy and the evaluator make of it
+                raise _damaged(self.path, f"weight {origin!r}: {error}") from error
+            return torch.as_tensor(array != 0)
 
-        # Nothing on the way but a reshape needs the entries to tell the shape.
-        shape = self._shape(stored, steps, scope, origin)
-        return GraphWeight(name, origin, shape, 0, None, lambda: torch.from_numpy(self.numpy.asarray(read() != 0)))
+        return origin, shape, None, read
 
-    def _opaque(self, node: Any, value: str, made_by: str) -> GraphWeight:
-        reason = f"the graph computes it by {made_by}"
-        return GraphWeight(self._name(node, value), value, (), 0, reason, _unread)
-
-    def _shape(self, stored: tuple[int, ...], steps: list[Any], scope: _Scope, name: str) -> tuple[int, ...]:
-        ghost = self.numpy.broadcast_to(self.numpy.zeros((), dtype=bool), stored)
+    def _model_of(
+        self, steps: list[Any], tensor: Any, origin: str, value: str, extras: list[Any]
+    ) -> tuple[Any, tuple[int, ...]]:
+        """Return a model of the steps from a constant to its product, and the shape that comes out."""
+        helper = self.onnx.helper
+        start = helper.make_tensor_value_info(origin, tensor.data_type, tuple(tensor.dims))
+        end = helper.make_empty_tensor_value_info(value)
+        graph = helper.make_graph(steps, "weight", [start], [end], list({t.name: t for t in extras}.values()))
+        # The evaluator has no DequantizeLinear of before opset 19; that of 21 takes all that the older ones do.
+        opset = max(self.opset, 21) if any(step.op_type == "DequantizeLinear" for step in steps) else self.opset
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
         try:
-            for step in reversed(steps):
-                if step.op_type in _SHAPING:
-                    ghost = _FOLLOWED[step.op_type](self, step, ghost, scope)
-        except ValueError as error:
-            raise _damaged(self.path, f"the shape of weight {name!r} does not fit: {error}") from error
-        return tuple(ghost.shape)
+            inferred = self.onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        except Exception as error:  # of a class of its own
+            raise _damaged(self.path, f"the shape of weight {origin!r} does not fit: {error}") from error
+        shapes = {
+            entry.name: tuple(size.dim_value for size in entry.type.tensor_type.shape.dim)
+            for entry in (*inferred.input, *inferred.value_info, *inferred.output)
+        }
+        if math.prod(shapes[value]) != math.prod(tensor.dims):
+            raise _damaged(self.path, f"weight {origin!r} of shape {tuple(tensor.dims)} does not fit {shapes[value]}")
+        for step in steps:
+            if step.op_type == "DequantizeLinear":
+                self._check_scales(step, shapes[step.input[0]], extras)
+        return model, shapes[value]
 
-    def _name(self, node: Any, initializer: str) -> str:
-        """The torch name: as recorded, or the initializer's own, or that of the module whose product it is."""
-        if initializer in self.names:
-            return self.names[initializer][0]
-        if not _ANONYMOUS.fullmatch(initializer):
-            return initializer
-        module = _module_of(node)
-        return f"{module}.weight" if module else initializer
+    def _check_scales(self, step: Any, shape: tuple[int, ...], extras: list[Any]) -> None:
+        """Hold scales and zero points against their weight: the evaluator makes whatever sizes they ask for."""
+        axis, block = _integer(step, "axis", 1), _integer(step, "block_size", 0)
+        for extra in extras:
+            sizes = tuple(extra.dims)
+            if extra.name not in step.input[1:] or math.prod(sizes) == 1:
+                continue
+            width = shape[axis]
+            expected = list(shape if block else (width,))
+            if block:
+                expected[axis] = -(-width // block)
+            if sizes != tuple(expected) or block > width:
+                raise _damaged(self.path, f"{extra.name!r} of shape {sizes} does not fit its weight of shape {shape}")
 
-    # ------------------------------------------------------------------ entries
-
-    def _check_size(self, tensor: Any, name: str) -> None:
-        """Hold the shape that is claimed against the bytes that are there, before anything of that shape is made."""
-        if any(size < 0 for size in tensor.dims):
-            raise _damaged(self.path, f"weight {name!r} has shape {tuple(tensor.dims)}")
-        count = math.prod(tensor.dims)
-        needed = count * (self.floating | self.integer)[tensor.data_type]
-        if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
-            file, offset, length = self._external(tensor, name)
-            there = min(length if length is not None else needed, max(0, file.stat().st_size - offset))
-        elif tensor.HasField("raw_data"):
-            there = len(tensor.raw_data)
-        else:
-            filled = max(
-                len(tensor.float_data), len(tensor.int32_data), len(tensor.int64_data), len(tensor.double_data)
-            )
-            there, needed = filled, count
-        if there != needed:
-            raise _damaged(self.path, f"weight {name!r} of shape {tuple(tensor.dims)} has {there} of {needed} bytes")
-
-    def _external(self, tensor: Any, name: str) -> tuple[Path, int, int | None]:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        folder = self.path.resolve().parent
+    def _loaded(self, tensor: Any, name: str) -> Any:
+        """Return a constant under its name and with its entries, from the second file if they are there."""
+        loaded = self.onnx.TensorProto()
+        loaded.CopyFrom(tensor)
+        loaded.name = name
+        if tensor.data_location != self.onnx.TensorProto.EXTERNAL:
+            return loaded
+        folder = self.path.parent
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        for link in (self.path, folder / location):
+            if link.is_symlink() and link.resolve().parent != folder.resolve():
+                raise FileNotFoundError(
+                    f"{self.path} keeps weight {name!r} in {location!r}, and {link} is a symbolic link to "
+                    f"{link.resolve()}: links are not followed from one to the other. Put both files themselves into "
+                    "one folder (cp -L; from the Hugging Face Hub: download with local_dir=)"
+                )
         try:
-            file = (folder / entries["location"]).resolve()
-            offset = int(entries.get("offset", 0))
-            length = int(entries["length"]) if "length" in entries else None
-        except (KeyError, ValueError) as error:
-            raise _damaged(self.path, f"where weight {name!r} is kept cannot be read: {error!r}") from error
-        link = next((link for link in (self.path, folder / entries["location"]) if link.is_symlink()), None)
-        if link is not None and (not file.is_file() or not file.is_relative_to(folder)):
-            raise FileNotFoundError(
-                f"{self.path} keeps weight {name!r} in {entries['location']!r}, and {link} is a symbolic link to "
-                f"{link.resolve()}: links are not followed from one to the other. Put both files themselves into one "
-                "folder (cp -L; from the Hugging Face Hub: download with local_dir=)"
-            )
-        if not file.is_relative_to(folder) or offset < 0 or (length is not None and length < 0):
-            raise _damaged(
-                self.path, f"weight {name!r} is kept at {entries['location']!r}, outside of the file's folder"
-            )
-        if not file.is_file():
-            raise FileNotFoundError(f"{self.path} keeps weight {name!r} in {file.name}, which is not beside it")
-        return file, offset, length
-
-    def _array(self, tensor: Any, name: str) -> Any:
-        held = tensor
-        if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
-            file, offset, _ = self._external(tensor, name)
-            count = math.prod(tensor.dims) * (self.floating | self.integer)[tensor.data_type]
-            with file.open("rb") as stream:
-                stream.seek(offset)
-                data = stream.read(count)
-            held = self.onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
-        try:
-            return self.onnx.numpy_helper.to_array(held)
-        except (ValueError, TypeError) as error:
-            raise _damaged(self.path, f"weight {name!r}: {error}") from error
-
-    # ------------------------------------------------------------------ what stands between a weight and its product
-
-    def same(self, _: Any, array: Any, __: _Scope) -> Any:
-        return array
-
-    def transpose(self, node: Any, array: Any, _: _Scope) -> Any:
-        perm = _attribute(node, "perm")
-        return array.transpose(None if perm is None else list(perm.ints))
-
-    def reshape(self, node: Any, array: Any, scope: _Scope) -> Any:
-        sizes = self._integers(node, 1, scope)
-        zero_is_zero = _attribute(node, "allowzero")
-        if zero_is_zero is None or not zero_is_zero.i:
-            sizes = [array.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
-        return array.reshape(sizes)
-
-    def squeeze(self, node: Any, array: Any, scope: _Scope) -> Any:
-        axes = self._integers(node, 1, scope) if len(node.input) > 1 else None
-        return array.squeeze(None if axes is None else tuple(axes))
-
-    def unsqueeze(self, node: Any, array: Any, scope: _Scope) -> Any:
-        return self.numpy.expand_dims(array, tuple(self._integers(node, 1, scope)))
-
-    def dequantise(self, node: Any, array: Any, scope: _Scope) -> Any:
-        """Only which entries are zero matters: those at the zero point."""
-        if len(node.input) < 3 or not node.input[2]:
-            return array
-        name = node.input[2]
-        if name not in scope.constants:
-            raise _damaged(self.path, f"the zero point {name!r} is no constant")
-        zero_point = self._array(scope.constants[name], name).astype(self.numpy.int64)
-        axis, block = _attribute(node, "axis"), _attribute(node, "block_size")
-        at = 1 if axis is None else axis.i
-        try:
-            if block is not None and block.i:
-                blocks, width = zero_point.shape[at], array.shape[at]
-                if blocks != -(-width // block.i):  # before anything of that size is made
-                    raise ValueError(f"{blocks} blocks of {block.i} are not {width} entries")
-                zero_point = zero_point.repeat(min(block.i, width), at).take(range(width), at)  # the last may be short
-            elif zero_point.ndim == 1 and zero_point.size > 1:
-                sizes = [1] * array.ndim
-                sizes[at] = -1
-                zero_point = zero_point.reshape(sizes)
-            zero_point = self.numpy.broadcast_to(zero_point, array.shape)
-        except (ValueError, IndexError) as error:
-            raise _damaged(self.path, f"the zero point {name!r} does not fit its weight: {error}") from error
-        return array.astype(self.numpy.int64) - zero_point
-
-    def _integers(self, node: Any, at: int, scope: _Scope) -> list[int]:
-        tensor = scope.constants.get(node.input[at])
-        if tensor is None:
-            raise ValueError(f"the shape that {node.op_type} takes is no constant")
-        self._check_size(tensor, node.input[at])
-        return [int(size) for size in self._array(tensor, node.input[at]).flatten()]
-
-
-_FOLLOWED: Mapping[str, Callable[[_Reader, Any, Any, _Scope], Any]] = {
-    "Cast": _Reader.same,
-    "CastLike": _Reader.same,
-    "DequantizeLinear": _Reader.dequantise,
-    "Identity": _Reader.same,
-    "Reshape": _Reader.reshape,
-    "Squeeze": _Reader.squeeze,
-    "Transpose": _Reader.transpose,
-    "Unsqueeze": _Reader.unsqueeze,
-}
-_SHAPING = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
+            self.onnx.external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+        except Exception as error:  # of several classes, which differ between its versions
+            beside = (folder / location).resolve()
+            if location and beside.is_relative_to(folder.resolve()) and not beside.exists():
+                raise FileNotFoundError(
+                    f"{self.path} keeps weight {name!r} in {location}, which is not beside it"
+                ) from error
+            raise _damaged(self.path, f"weight {name!r} cannot be read from {location!r}: {error}") from error
+        return loaded
 
 
 def _unread() -> Tensor:
@@ -404,7 +296,7 @@ def _unread() -> Tensor:
 
 
 def _module_of(node: Any) -> str:
-    """The module path of a node, as torch's exporters leave it in the metadata or in the node's name."""
+    """Return the module path of a node, as torch's exporters leave it in the metadata or in the node's name."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _NAME_SCOPES), "")
     modules = re.findall(r"'([^']*)'", scopes)[:-1]  # the last is the operation's own
     if modules:

@@ -109,13 +109,7 @@ class Checkpoint:
                 )
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Args:
-            name: its name.
-
-        Returns:
-            The tensor on the CPU; a packed weight unpacked, with the bits that it had.
+        """Read one tensor to the CPU; a packed weight is unpacked, with the bits that it had.
 
         Raises:
             KeyError: there is none of that name.
@@ -133,13 +127,10 @@ class Checkpoint:
             return unpack_tensor(PackedTensor(info.layout, {part: read(name + part) for part in info.layout.parts}))
 
     def others(self) -> list[Path]:
-        """Return the files of the checkpoint's folder that hold none of its weights, such as the config.
+        """Return the paths in the checkpoint's folder of the files that hold no weights, such as the config.
 
         The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
         left behind is passed over.
-
-        Returns:
-            The paths relative to the folder, in order.
 
         Raises:
             ValueError: the folder has a link to a folder, or what is no file.
@@ -167,44 +158,32 @@ class Checkpoint:
         self._stack.close()
 
     def _contents(self, file: Path) -> Iterator[TensorInfo]:
-        """Yield what a file holds, with packed weights in the place of their parts."""
-        header = self.headers[file]
+        """Yield what a file holds: packed weights in the place of their parts, then the others, then further names."""
+        stored = {tensor.name: tensor for tensor in self.headers[file].tensors}
+        metadata = self.headers[file].metadata
+        found: dict[str, TensorInfo] = {}
         with refusing(f"{file} is not a readable packed file"):
             packed = Packed()
-            if KEY in header.metadata:
-                packed = self.packed[file] = Packed.from_json(header.metadata[KEY])
-            parts = _match(packed, header)
-            found: dict[str, TensorInfo] = {}
-            for tensor in header.tensors:
-                name = parts.get(tensor.name, tensor.name)
-                layout = packed.weights.get(name)
-                if layout is None:
-                    found[name] = TensorInfo(name, tensor.shape, DTYPES.get(tensor.code, torch.uint8), file)
-                else:
-                    found[name] = TensorInfo(name, layout.shape, layout.dtype, file, layout)
+            if KEY in metadata:
+                packed = self.packed[file] = Packed.from_json(metadata[KEY])
+            for name, layout in packed.weights.items():
+                if name in stored:
+                    raise ValueError(f"it holds {name!r} twice, packed and as it is")
+                for ending, (dtype, shape) in layout.parts.items():
+                    part = stored.pop(name + ending, None)
+                    if part is None or (DTYPES.get(part.code), part.shape) != (dtype, shape):
+                        raise ValueError(
+                            f"the packed weight {name!r} is damaged: {name + ending!r} should have {dtype} and shape "
+                            f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
+                        )
+                found[name] = TensorInfo(name, layout.shape, layout.dtype, file, layout)
+            for name, one in stored.items():
+                found[name] = TensorInfo(name, one.shape, DTYPES.get(one.code, torch.uint8), file)
             yield from found.values()
             for alias, name in packed.aliases.items():
                 if alias in found or name not in found:
                     raise ValueError(f"it has no tensor {name!r} to call {alias!r}")
                 yield found[name]._replace(name=alias, alias_of=name)
-
-
-def _match(packed: Packed, header: Header) -> dict[str, str]:
-    """Return the weight of each part, after checking that the file has the parts that the metadata says."""
-    stored = {tensor.name: tensor for tensor in header.tensors}
-    owner: dict[str, str] = {}
-    for name, layout in packed.weights.items():
-        if name in stored:
-            raise ValueError(f"it holds {name!r} twice, packed and as it is")
-        for ending, (dtype, shape) in layout.parts.items():
-            part = stored.get(name + ending)
-            if part is None or (DTYPES.get(part.code), part.shape) != (dtype, shape):
-                raise ValueError(
-                    f"the packed weight {name!r} is damaged: {name + ending!r} should have dtype {dtype} and shape "
-                    f"{shape}, and {'is missing' if part is None else f'has {part.code} and {part.shape}'}"
-                )
-            owner[name + ending] = name
-    return owner
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> Checkpoint:
@@ -458,9 +437,12 @@ def written_anew(
                         raise ValueError(
                             f"two tensors would be called {tensor.name!r}, one in {places[file]}; rename one"
                         )
-            fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
-            text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-            (folder / places[index]).write_text(text, encoding="utf-8")
+            if weight_map == checkpoint.index_fields["weight_map"]:
+                shutil.copy(index, folder / places[index])
+            else:
+                fields = {**checkpoint.index_fields, "weight_map": dict(sorted(weight_map.items()))}
+                text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+                (folder / places[index]).write_text(text, encoding="utf-8")
 
 
 def _refuse_existing_folder(target: Path, overwrite: bool) -> None:

@@ -246,7 +246,7 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
         ImportError: transformers is not installed.
     """
     try:
-        from transformers import GenerationConfig
+        from transformers import AutoConfig, GenerationConfig, PretrainedConfig
     except ImportError as error:
         raise ImportError('transformers is needed for this; run: pip install "admm-nxm[hf]"') from error
     folder = Path(path)
@@ -255,8 +255,18 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
     for name in _ELSEWHERE & options.keys():
         raise TypeError(f"{name}={options[name]!r} says where the weights are, and they are those of {folder}; drop it")
     state_dict = load_packed(folder)
-    model_class, config, options = _resolve(folder, model_class, options)
-    loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **options)
+    config = folder if options.get("config") is None else options["config"]
+    if hasattr(model_class, "from_config"):
+        # An Auto class loads from a name only; which class it would choose shows on an empty model.
+        trust = {"trust_remote_code": options.get("trust_remote_code")}
+        known = config if isinstance(config, PretrainedConfig) else AutoConfig.from_pretrained(config, **trust)
+        with torch.device("meta"):
+            model_class = type(model_class.from_config(copy.deepcopy(known), **trust))
+        if known is config and not isinstance(config, model_class.config_class):
+            config = config.get_text_config()  # they take a part of a model so
+    if options.get("dtype") is None and options.get("torch_dtype") is None:
+        options["dtype"] = "auto"
+    loaded = model_class.from_pretrained(None, state_dict=state_dict, **{**options, "config": config})
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for module in model.modules():
         named: Any
@@ -270,42 +280,6 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
 
 
 _ELSEWHERE = {"state_dict", "subfolder", "variant", "gguf_file"}
-
-
-def _resolve(folder: Path, model_class: Any, options: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the class of the model, its config, and the options that are not for the config.
-
-    As the Auto classes and the model classes do it before they look for weights.
-    """
-    from transformers import AutoConfig, PretrainedConfig
-
-    options = dict(options)
-    # These are for the model, also where the config takes an entry of the name.
-    kept: dict[str, Any] = {
-        name: options[name] for name in ("trust_remote_code", "quantization_config") if name in options
-    }
-    dtype = options.pop("torch_dtype", None) if options.get("dtype") is None else options["dtype"]
-    options.pop("torch_dtype", None)
-    options.pop("dtype", None)
-    options.pop("quantization_config", None)
-    trust = {"trust_remote_code": options.pop("trust_remote_code", None)}
-    automatic = hasattr(model_class, "from_config")
-    config = options.pop("config", None)
-    if isinstance(config, PretrainedConfig):
-        config = copy.deepcopy(config)
-    else:
-        place = folder if config is None else config
-        loader, extra = (AutoConfig, trust) if automatic else (model_class.config_class, {})
-        config, options = loader.from_pretrained(place, return_unused_kwargs=True, **extra, **options)
-    config.name_or_path = str(folder)  # where code of the model's own lies
-    if automatic:
-        # The Auto classes load from a name only; which class they would choose shows on an empty model.
-        with torch.device("meta"):
-            empty = model_class.from_config(copy.deepcopy(config), **trust)
-        if not isinstance(config, type(empty.config)):
-            config = config.get_text_config()  # they take a part of a model so
-        model_class = type(empty)
-    return model_class, config, {**options, **kept, "dtype": "auto" if dtype is None else dtype}
 
 
 def _pack_tensors(

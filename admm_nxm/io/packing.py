@@ -47,12 +47,11 @@ from torch import Tensor, nn
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE
-from .tensor_files import CODE_OF, DTYPES, read_record, read_weight, refusing
+from .tensor_files import CODE_OF, DTYPES, NO_ZERO, read_record, read_weight, refusing
 
 __all__ = [
     "KEY",
     "LONGEST_GROUP",
-    "NO_ZERO",
     "Layout",
     "Packed",
     "PackedTensor",
@@ -72,9 +71,6 @@ VALUES, PLACES, SIGNS = ".packed_values", ".packed_places", ".packed_signs"
 
 LONGEST_GROUP = 4096
 """Longest group that is packed: it bounds what a small file can become when it is unpacked."""
-
-NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}
-"""Dtypes that cannot say zero."""
 
 _SIGNED_ZERO = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
@@ -134,12 +130,12 @@ class Layout:
     @property
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Ending of the name -> dtype and shape, of each tensor that stands for the weight."""
-        parts = {
+        parts = {  # -(-bits // 8) is the number of bytes, rounded up
             VALUES: (self.dtype, (self.groups, self.pattern.keep)),
-            PLACES: (torch.uint8, (_bytes(self.groups * self.place_bits),)),
+            PLACES: (torch.uint8, (-(-self.groups * self.place_bits // 8),)),
         }
         if self.signs:
-            parts[SIGNS] = (torch.uint8, (_bytes(self.groups * (self.pattern.group - self.pattern.keep)),))
+            parts[SIGNS] = (torch.uint8, (-(-self.groups * (self.pattern.group - self.pattern.keep) // 8),))
         return parts
 
     @property
@@ -367,10 +363,6 @@ def _kept(bits: Tensor, groups: int, layout: Layout) -> Tensor:
 def _width(pattern: Pattern) -> int:
     """Bits that tell a place in a group."""
     return (pattern.group - 1).bit_length()
-
-
-def _bytes(bits: int) -> int:
-    return -(-bits // 8)
 
 
 def _rows(t: Tensor, layout: Layout) -> Tensor:

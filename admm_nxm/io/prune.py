@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
 from ..selection import Select, SelectedWeight, Selection, named_tensors, select_weights
 from ..sparsity import SparsityReport, cover
 from .files import Checkpoint, open_checkpoint, stand_ins, written_anew
-from .packing import NO_ZERO
 from .selection_record import RECORD_KEY, record_selection, selection_metadata
-from .tensor_files import Stored, bytes_in, bytes_of, write_file
+from .tensor_files import NO_ZERO, Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
 __all__ = ["prune"]
@@ -111,25 +109,22 @@ def _sparse(
     weight = chosen.get(stored.name)
     if weight is None:
         return stored.name, bytes_in(file, stored)
-    tensor = checkpoint.get(stored.name)
-    if not bool((tensor.to(torch.float32) if tensor.element_size() == 1 else tensor).isfinite().all()):
-        raise ValueError(
-            f"{file}: weight {stored.name!r} has NaN or infinite entries, which cannot be ranked; leave it dense by a "
-            "select rule, or save a sound model"
-        )
+    t = checkpoint.get(stored.name)
     try:
-        return stored.name, bytes_of(_project(tensor, weight))
+        if tuple(t.shape) != weight.shape:
+            raise ValueError(f"the selection gives it the shape {weight.shape}")
+        if t.dtype in NO_ZERO:
+            raise ValueError(f"{t.dtype} has no zero; leave it dense by a select rule")
+        if not bool((t.to(torch.float32) if t.element_size() == 1 else t).isfinite().all()):
+            raise ValueError(
+                "it has NaN or infinite entries, which cannot be ranked; leave it dense by a select rule, or save a "
+                "sound model"
+            )
+        dropped = ~keep_mask(t, weight.pattern, weight.dim)
     except (TypeError, IndexError, ValueError) as error:
         raise ValueError(
             f"{file}: weight {stored.name!r} of shape {stored.shape} cannot be pruned to {weight.pattern}: {error}"
         ) from error
-
-
-def _project(t: Tensor, weight: SelectedWeight) -> Tensor:
-    """Return the bits of a projected weight, as integers: not every torch can choose among 8-bit floats."""
-    if t.dtype in NO_ZERO:
-        raise ValueError(f"{t.dtype} has no zero; leave it dense by a select rule")
-    if tuple(t.shape) != weight.shape:
-        raise ValueError(f"the selection gives it the shape {weight.shape}")
-    # All bits 0 are +0.0 in each of the others.
-    return t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(~keep_mask(t, weight.pattern, weight.dim), 0)
+    # As integers, because not every torch can choose among 8-bit floats; all bits 0 are +0.0 in each of them.
+    sparse = t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(dropped, 0)
+    return stored.name, bytes_of(sparse)

@@ -129,30 +129,20 @@ def selection_to_json(selection: Selection, *, indent: int | None = None) -> str
         selection: what to record.
         indent: as for ``json.dumps``.
     """
-    fields: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights": {
-            weight.name: {"pattern": str(weight.pattern), "shape": list(weight.shape), "dim": weight.dim}
-            for weight in selection
-        },
-        "aliases": {alias: weight.name for weight in selection for alias in weight.aliases},
-        "left_dense": {
-            entry.name: {
-                "shape": list(entry.shape),
-                "reason": entry.reason,
-                **({"wanted": True} if entry.wanted else {}),
-            }
-            for entry in selection.skipped
-        },
-    }
-    compact = None if indent is not None else (",", ":")
-    return json.dumps(
-        {key: value for key, value in fields.items() if value or key == "weights"},
-        ensure_ascii=False,
-        indent=indent,
-        separators=compact,
-    )
+    fields: dict[str, Any] = {"format": FORMAT, "version": VERSION, "weights": {}}
+    for weight in selection:
+        fields["weights"][weight.name] = {
+            "pattern": str(weight.pattern),
+            "shape": list(weight.shape),
+            "dim": weight.dim,
+        }
+        if weight.aliases:
+            fields.setdefault("aliases", {}).update(dict.fromkeys(weight.aliases, weight.name))
+    for entry in selection.skipped:
+        wanted = {"wanted": True} if entry.wanted else {}
+        dense = {"shape": list(entry.shape), "reason": entry.reason, **wanted}
+        fields.setdefault("left_dense", {})[entry.name] = dense
+    return json.dumps(fields, ensure_ascii=False, indent=indent, separators=(",", ":") if indent is None else None)
 
 
 def selection_from_json(text: str) -> Selection:

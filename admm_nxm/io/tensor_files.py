@@ -24,6 +24,7 @@ from ..pattern import Pattern
 __all__ = [
     "CODE_OF",
     "DTYPES",
+    "NO_ZERO",
     "Header",
     "Stored",
     "bytes_in",
@@ -72,6 +73,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 CODE_OF: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 """The safetensors code of each dtype."""
+
+NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}
+"""Dtypes in which no entry can be zero."""
 
 _LONGEST_HEADER = 100_000_000  # the library reads none that is longer
 _MOST_DIMENSIONS = 64  # of which torch can loop over the entries

@@ -199,6 +199,8 @@ def test_c06_unwrap_leaves_the_inner_optimizer_as_if_alone(build: Build) -> None
     assert inner is optimizer.inner
     assert {key for entry in inner.state.values() for key in entry} == {"exp_avg", "exp_avg_sq", "step"}
     assert not [key for group in inner.param_groups for key in group if key.startswith("admm")]
+    with pytest.raises(RuntimeError, match=r"taken off with unwrap\(\)"):
+        optimizer.step()
     plain_net = make_net(seed=1)
     plain = torch.optim.AdamW(plain_net.parameters(), lr=1e-2)
     plain_net.load_state_dict(net.state_dict())

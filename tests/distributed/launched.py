@@ -6,6 +6,7 @@ Usage: ``accelerate launch ... -m tests.distributed.launched FOLDER CHECK...``
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,18 +24,17 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
-from admm_nxm.masks import packed_shape
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, verify
+from admm_nxm import ADMMNxM, verify
 from admm_nxm.integrations.transformers import ADMMConfig, ADMMTrainer
-from tests.helpers import CASES, batches, is_lean, loss_of, make_net, spelt_out
+from tests.helpers import CALIBRATION, DENSE, FORMS, FROZEN, STEPS, UNSETTLED, loss_of, make_net
 from tests.test_trainer import arguments, bert, rows
 
-STEPS = 20
 WORLD = 2
+CALIBRATED = range(14, 17)
 
 
 # ---------------------------------------------------------------- helpers
@@ -72,16 +72,31 @@ def alike_on_all_ranks(value: Any) -> None:
 
 
 def close(model: nn.Module, optimizer: ADMMNxM, plain: nn.Module, its: ADMMNxM) -> None:
-    """The same as one process, within float tolerance; the same masks."""
-    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(full(p.detach()), q.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    """The same as one process: the same masks, and the same weights to rounding.
+
+    The least squares of the solve stop at a tolerance of the loss, which leaves the weights some room.
+    """
     for name, mask in its.masks().items():
         assert torch.equal(full(optimizer.masks()[name]), mask), name
+    for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert (full(p.detach()) - q[1].detach()).norm() < 0.03 * q[1].norm(), name
+    assert optimizer.figures().step == its.figures().step
+    assert optimizer.figures().model_errors.keys() == its.figures().model_errors.keys()
 
 
-def wrap(model: nn.Module, **options: Any) -> ADMMNxM:
-    inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    return ADMMNxM(inner, model, **{"total_steps": STEPS, "residual_tolerance": 99.0, **spelt_out(options)})
+def wrap(model: nn.Module, form: str = "exact", **options: Any) -> ADMMNxM:
+    def inner(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9)
+
+    return FORMS[form](model, inner, pattern="2:4", **options)
+
+
+def small_net() -> nn.Module:
+    return make_net(dtype=torch.float64)
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
 
 def forget() -> None:
@@ -100,8 +115,8 @@ def accelerator(**options: Any) -> accelerate.Accelerator:
 def train(parts: tuple[Any, nn.Module, Any], first: int, last: int) -> None:
     """Steps of whole batches of which each rank sees its part; ``parts``: accelerator, model, optimizer."""
     accelerated, model, optimizer = parts
-    for x in batches(last - first, first):
-        mine = x.chunk(accelerated.num_processes)[accelerated.process_index]
+    for step in range(first, last):
+        mine = batch(step).chunk(accelerated.num_processes)[accelerated.process_index]
         for part in mine.chunk(accelerated.gradient_accumulation_steps):
             with accelerated.accumulate(model), accelerated.autocast():
                 accelerated.backward(loss_of(model, part))
@@ -109,13 +124,14 @@ def train(parts: tuple[Any, nn.Module, Any], first: int, last: int) -> None:
                 optimizer.zero_grad()
 
 
-def alone(penalty: str) -> tuple[nn.Module, ADMMNxM]:
+def alone(form: str = "exact") -> tuple[nn.Module, ADMMNxM]:
     """The same run in one process, nothing of Accelerate around it."""
-    model = make_net()
-    optimizer = wrap(model, penalty=penalty)
-    for x in batches(STEPS):
+    model = small_net()
+    optimizer = wrap(model, form)
+    # Both ranks do this alike; that the statistics of two equal runs are added up changes nothing.
+    for step in range(STEPS):
         optimizer.zero_grad()
-        loss_of(model, x).backward()
+        loss_of(model, batch(step)).backward()
         optimizer.step()
     return model, optimizer
 
@@ -135,76 +151,87 @@ def check_ddp_equals_one_process_whatever_is_prepared_first(folder: Path) -> Non
         optimizer = a.prepare(optimizer)
         return a.prepare(model), optimizer
 
-    for penalty in CASES:
-        expected = alone(penalty)
+    for form in FORMS:
+        expected = alone(form)
         for order in (together, the_other_way, one_by_one):
             a = accelerator()
-            net = make_net()
-            optimizer = wrap(net, penalty=penalty)
+            net = small_net()
+            optimizer = wrap(net, form)
             model, wrapped = order(a, net, optimizer)
             assert isinstance(model, nn.parallel.DistributedDataParallel)
             train((a, model, wrapped), 0, STEPS)
             alike_on_all_ranks(digest(state_of(net, optimizer)))
             alike_on_all_ranks(repr(optimizer.residuals()))
+            alike_on_all_ranks(optimizer.figures())
             close(net, optimizer, *expected)
-            report = optimizer.finalize()
-            assert report.ok
-            assert verify(model, "2:4").ok
+            assert optimizer.finalize().ok
+            assert verify(net, "2:4").ok
             alike_on_all_ranks(digest(state_of(net, optimizer)))
 
 
 def check_ddp_wrapped_after_the_model_was_prepared(folder: Path) -> None:
     a = accelerator()
-    net = make_net()
+    net = small_net()
     model = a.prepare(net)
     optimizer = wrap(model)
     wrapped = a.prepare(optimizer)
     train((a, model, wrapped), 0, STEPS)
-    close(net, optimizer, *alone("lazy"))
-    prepared = a.prepare(torch.optim.AdamW(make_net().parameters()))
-    try:
-        ADMMNxM(prepared, net, total_steps=STEPS)
-    except TypeError as error:
-        assert "wrap the plain optimizer in ADMMNxM first, then pass that to Accelerator.prepare" in str(error)  # noqa: PT017
-    else:
-        raise AssertionError("an optimizer that Accelerate has wrapped was accepted")
+    close(net, optimizer, *alone())
 
 
 def check_ddp_accumulation_equals_one_process(folder: Path) -> None:
     a = accelerator(gradient_accumulation_steps=2)
-    net = make_net()
+    net = small_net()
     optimizer = wrap(net)
     model, wrapped = a.prepare(net, optimizer)
     train((a, model, wrapped), 0, STEPS)
-    assert optimizer.param_groups[0]["admm_step"] == STEPS
-    close(net, optimizer, *alone("lazy"))
+    assert optimizer.figures().step == STEPS
+    alike_on_all_ranks(digest(state_of(net, optimizer)))
+    close(net, optimizer, *alone())
+
+
+def check_ddp_step_communicates_nothing_outside_calibration(folder: Path) -> None:
+    a = accelerator()
+    net = small_net()
+    model, wrapped = a.prepare(net, wrap(net))
+    communicates_nothing_outside_calibration(a, model, wrapped)
+
+
+def communicates_nothing_outside_calibration(a: Any, model: nn.Module, wrapped: Any) -> None:
+    for step in range(STEPS):
+        a.backward(loss_of(model, batch(step).chunk(WORLD)[a.process_index]))
+        with CommDebugMode() as comm:
+            wrapped.step()
+        assert step in CALIBRATED or comm.get_total_counts() == 0, step
+        wrapped.zero_grad()
 
 
 def check_ddp_save_state_and_load_state_are_exact(folder: Path) -> None:
-    save_and_load(folder, lambda: accelerator(mixed_precision="bf16"))
+    save_and_load(folder, lambda: accelerator(mixed_precision="bf16"), (DENSE, CALIBRATION, FROZEN))
 
 
-def save_and_load(folder: Path, make: Callable[[], Any]) -> None:
-    def prepared(penalty: str) -> tuple[Any, Any, Any, nn.Module, ADMMNxM]:
-        a = make()
-        net = make_net()
-        optimizer = wrap(net, penalty=penalty)
-        model, wrapped = a.prepare(net, optimizer)
-        return a, model, wrapped, net, optimizer
+def prepared_by(make: Callable[[], Any], form: str) -> tuple[Any, Any, Any, nn.Module, ADMMNxM]:
+    a = make()
+    net = small_net()
+    optimizer = wrap(net, form)
+    model, wrapped = a.prepare(net, optimizer)
+    return a, model, wrapped, model, optimizer
 
-    for penalty in CASES:
-        whole = prepared(penalty)
-        train(whole[:3], 0, STEPS)
+
+def save_and_load(folder: Path, make: Callable[[], Any], stops: tuple[int, ...]) -> None:
+    for form in FORMS:
+        whole = prepared_by(make, form)
+        for step in range(STEPS):
+            if step in stops:
+                whole[0].save_state(str(folder / f"{form}-{step}"))
+            train(whole[:3], step, step + 1)
         expected = digest(state_of(whole[3], whole[4]))
-        for stop in (6, 19):  # constrained, frozen
-            first = prepared(penalty)
-            train(first[:3], 0, stop)
-            first[0].save_state(str(folder / f"{penalty}-{stop}"))
-            again = prepared(penalty)
+        for stop in stops:
+            again = prepared_by(make, form)
             train(again[:3], 0, 1)  # the state of another run
-            again[0].load_state(str(folder / f"{penalty}-{stop}"))
+            again[0].load_state(str(folder / f"{form}-{stop}"))
             train(again[:3], stop, STEPS)
-            assert digest(state_of(again[3], again[4])) == expected, (penalty, stop)
+            assert digest(state_of(again[3], again[4])) == expected, (form, stop)
             assert again[4].finalize().ok
 
 
@@ -233,47 +260,61 @@ def fsdp2(**options: Any) -> accelerate.Accelerator:
 
 
 def check_fsdp2_equals_one_process(folder: Path) -> None:
-    for penalty in CASES:
+    for form in FORMS:
         a = fsdp2()
-        net = make_net()
-        optimizer = wrap(net, penalty=penalty)
+        net = small_net()
+        optimizer = wrap(net, form)
         model, wrapped = a.prepare(net, optimizer)
         assert all(isinstance(p, DTensor) for p in model.parameters())
         train((a, model, wrapped), 0, 8)
         for weight in optimizer.selection:
             p = dict(model.named_parameters())[weight.name]
-            consensus = optimizer.state[p]["admm_consensus"]
-            assert isinstance(consensus, DTensor)
-            assert consensus.placements == p.placements
-            shape = p.to_local().shape
-            assert consensus.to_local().shape == (packed_shape(shape) if is_lean(penalty) else shape)
+            for key in ("admm_mask",) if form == "exact" else ("admm_mask", "admm_consensus"):
+                own = optimizer.state[p][key]
+                assert isinstance(own, DTensor)
+                assert own.placements == p.placements
+                assert own.to_local().shape == p.to_local().shape
         before = digest(state_of(model, optimizer))
         with optimizer.projected():
             assert verify(model, "2:4").ok
         assert digest(state_of(model, optimizer)) == before
         train((a, model, wrapped), 8, STEPS)
+        alike_on_all_ranks(digest(state_of(model, optimizer)))
         alike_on_all_ranks(repr(optimizer.residuals()))
-        close(model, optimizer, *alone(penalty))
+        alike_on_all_ranks(optimizer.figures())
+        close(model, optimizer, *alone(form))
         assert optimizer.finalize().ok
         assert verify(model, "2:4").ok
 
 
-def check_fsdp2_step_communicates_nothing(folder: Path) -> None:
+def check_fsdp2_step_communicates_nothing_outside_calibration(folder: Path) -> None:
     a = fsdp2()
-    net = make_net()
-    optimizer = wrap(net)
-    model, wrapped = a.prepare(net, optimizer)
-    for x in batches(STEPS):
-        a.backward(loss_of(model, x.chunk(WORLD)[a.process_index]))
-        with CommDebugMode() as comm:
-            wrapped.step()
-        assert comm.get_total_counts() == 0
-        wrapped.zero_grad()
+    net = small_net()
+    model, wrapped = a.prepare(net, wrap(net))
+    communicates_nothing_outside_calibration(a, model, wrapped)
 
 
 def check_fsdp2_save_state_and_load_state_are_exact(folder: Path) -> None:
     for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-        save_and_load(folder / kind, lambda kind=kind: fsdp2(state_dict_type=kind))
+        save_and_load(folder / kind, lambda kind=kind: fsdp2(state_dict_type=kind), (DENSE, FROZEN))
+
+
+def check_fsdp2_calibration_begins_again_where_its_statistics_are_left_out(folder: Path) -> None:
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        make = functools.partial(fsdp2, state_dict_type=kind)
+        first = prepared_by(make, "exact")
+        train(first[:3], 0, CALIBRATION)
+        first[0].save_state(str(folder / kind))
+        again = prepared_by(make, "exact")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            again[0].load_state(str(folder / kind))
+        assert any("calibration of this window begins again" in str(warning.message) for warning in said)
+        train(again[:3], CALIBRATION, CALIBRATION + 3)
+        assert again[4].frozen
+        alike_on_all_ranks(digest(state_of(again[3], again[4])))
+        train(again[:3], CALIBRATION + 3, STEPS)
+        assert again[4].finalize().ok
 
 
 # ---------------------------------------------------------------- Trainer
@@ -286,9 +327,11 @@ def still(model: nn.Module) -> nn.Module:
     return model
 
 
-def trainer(folder: Path, cls: type[ADMMTrainer] = ADMMTrainer, **options: Any) -> ADMMTrainer:
+def trainer(
+    folder: Path, cls: type[ADMMTrainer] = ADMMTrainer, prune_at: int | None = None, **options: Any
+) -> ADMMTrainer:
     transformers.set_seed(0)
-    config = ADMMConfig(residual_tolerance=99.0)
+    config = ADMMConfig(calibration_steps=3, prune_at=prune_at)
     made = cls(
         still(bert()),
         arguments(folder, **{"per_device_train_batch_size": 4, **options}),
@@ -323,11 +366,15 @@ def check_trainer_ddp_equals_one_process(folder: Path) -> None:
     checkpoints = list(folder.glob("checkpoint-*"))
     assert len(checkpoints) == 4
     for checkpoint in checkpoints:
-        verify(checkpoint, "2:4").raise_if_violated()
+        assert verify(checkpoint, "2:4").ok == (int(checkpoint.name.split("-")[1]) >= 17)
     transformers.set_seed(0)
     plain = still(bert())
-    its = ADMMNxM(torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0), plain, total_steps=STEPS)
-    its.residual_tolerance = 99.0
+    its = ADMMNxM(
+        torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0),
+        plain,
+        total_steps=STEPS,
+        calibration_steps=3,
+    )
     schedule = transformers.get_linear_schedule_with_warmup(its, 0, STEPS)
     everyone: list[Any] = [None] * WORLD
     dist.all_gather_object(everyone, seen)
@@ -340,11 +387,16 @@ def check_trainer_ddp_equals_one_process(folder: Path) -> None:
         schedule.step()
         its.zero_grad()
     its.finalize()
-    close(made.model, admm, plain, its)
+    for name in its.masks():
+        p, q = made.model.get_parameter(name), plain.get_parameter(name)
+        assert (p - q).norm() < 0.05 * q.norm(), name
+    # Float32 leaves a rare mask open.
+    same = [(admm.masks()[name] == mask).float().mean() for name, mask in its.masks().items()]
+    assert min(same) > 0.98, same
 
 
 def check_trainer_ddp_resumes_with_the_same_bits(folder: Path) -> None:
-    resumes(folder, {})
+    resumes(folder, {}, (3, 15, 18))
 
 
 def check_trainer_fsdp2_trains_saves_and_loads_the_best(folder: Path) -> None:
@@ -353,6 +405,7 @@ def check_trainer_fsdp2_trains_saves_and_loads_the_best(folder: Path) -> None:
         own = folder / kind
         made = trainer(
             own,
+            prune_at=8,
             fsdp="full_shard",
             fsdp_config={**FSDP2["fsdp_config"], "state_dict_type": kind},
             eval_strategy="steps",
@@ -381,7 +434,7 @@ def check_trainer_fsdp2_trains_saves_and_loads_the_best(folder: Path) -> None:
 
 
 def check_trainer_fsdp2_resumes_with_the_same_bits(folder: Path) -> None:
-    resumes(folder, FSDP2)
+    resumes(folder, FSDP2, (9, 18))  # inside calibration, what FSDP2 saves lacks the statistics
 
 
 FSDP2: dict[str, Any] = {
@@ -390,14 +443,14 @@ FSDP2: dict[str, Any] = {
 }
 
 
-def resumes(folder: Path, options: dict[str, Any]) -> None:
+def resumes(folder: Path, options: dict[str, Any], saved: tuple[int, ...]) -> None:
     options = {**options, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
     forget()
     whole = trainer(folder / "whole", **options)
     whole.train()
     assert whole.admm is not None
     expected = digest(state_of(whole.model, whole.admm))
-    for step in (3, 9, 18):
+    for step in saved:
         forget()
         again = trainer(folder / f"from-{step}", **options)
         again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
@@ -409,7 +462,8 @@ CHECKS = {name: check for name, check in list(globals().items()) if name.startsw
 
 
 def main(folder: Path, names: list[str]) -> None:
-    warnings.simplefilter("ignore", ConvergenceWarning)
+    for spec in UNSETTLED:
+        warnings.filterwarnings("ignore", message=spec.split(":")[1])
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     accelerate.Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
