@@ -233,9 +233,8 @@ def test_prune_projects_each_shard_and_keeps_the_rest(sharded, tmp_path, capsys)
     names = sorted(str(path.relative_to(sharded)) for path in sharded.rglob("*"))
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*")) == ["admm_nxm.json", *names]
     assert (out / "more" / "notes.txt").read_text() == "kept"
-    assert (out / "model.safetensors.index.json").read_bytes() == (
-        sharded / "model.safetensors.index.json"
-    ).read_bytes()
+    index = "model.safetensors.index.json"
+    assert json.loads((out / index).read_text()) == json.loads((sharded / index).read_text())
     for file in sharded.glob("*.safetensors"):  # the header is the same to the byte
         length = 8 + int.from_bytes(file.read_bytes()[:8], "little")
         assert (out / file.name).read_bytes()[:length] == file.read_bytes()[:length]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from admm_nxm import ADMMNxM, Pattern, project, verify
+from admm_nxm.io.files import Checkpoint
 from admm_nxm.report import histogram, sparsity_report
 from admm_nxm.report.history import Recorder
 from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
@@ -454,15 +455,8 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     net = make_net()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
     read = []
-    opened = histogram.open_checkpoint
-
-    def watch(path, **options):
-        checkpoint = opened(path, **options)
-        get = checkpoint.get
-        monkeypatch.setattr(checkpoint, "get", lambda name: (read.append(name), get(name))[1], raising=False)
-        return checkpoint
-
-    monkeypatch.setattr(histogram, "open_checkpoint", watch)
+    get = Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda self, name: (read.append(name), get(self, name))[1])
     plot_weights(tmp_path / "m.safetensors", tmp_path / "m.safetensors", select=r"blocks\.0\.up\.weight")
     assert read == ["blocks.0.up.weight"] * 4  # two sides, twice each; nothing else
 
