@@ -25,15 +25,7 @@ from ..io.files import atomic_file, refuse_existing
 from ..io.selection_record import selection_to_json
 from ..io.verify import verify
 from ..pattern import Pattern
-from ..selection import (
-    Select,
-    SelectedWeight,
-    Selection,
-    SkippedWeight,
-    clean_name,
-    select_weights,
-    unwrap_model,
-)
+from ..selection import Select, SelectedWeight, Selection, SkippedWeight, clean_name, select_weights, unwrap_model
 from ..sparsity import SparsityReport, SparsityViolation, WeightReport, check_weights, cover
 from .onnx_graph import METADATA_KEY, GraphWeight, OnnxGraph, read_graph, require
 
@@ -120,9 +112,9 @@ def verify_onnx(path: str | os.PathLike[str], pattern: Rules = None) -> Sparsity
 
     The file is parsed and nothing in it is run; external data is read one weight at a time. A weight is a constant that
     a MatMul, Gemm or Conv multiplies by, directly or through Transpose, Reshape, Cast, Identity, Squeeze, Unsqueeze or
-    DequantizeLinear. Its name is the torch name that :func:`export_onnx` notes in the file; in other files the
-    initializer's, or, where that is made up (``val_12``), that of the module whose product it is, if the exporter left
-    it in the graph. Its shape is as the product reads it.
+    DequantizeLinear. Its name is the initializer's, which :func:`export_onnx` leaves as torch has it; where another
+    exporter made it up (``val_12``), that of the module whose product it is, if the graph tells it. Its shape is as the
+    product reads it.
 
     Args:
         path: the ``.onnx`` file.
@@ -321,7 +313,7 @@ def export_onnx(
             expected = [_run_torch(model, case, by_name) for case in cases]
             outputs = tuple((expected or [_run_torch(model, inputs, by_name)])[0])
             program = _export(model, inputs, axes, outputs, by_name=by_name, opset=opset)
-        selection = _optimize(program, selection)
+        selection = _optimize(program, model, selection)
         program.model.metadata_props[METADATA_KEY] = selection_to_json(selection)
         _name_ends(program.model.graph, tuple(inputs), outputs)
         program.save(str(draft), external_data=external_data)
@@ -542,7 +534,7 @@ def _export(
                 dynamic_shapes=shapes,
                 opset_version=opset,
                 dynamo=True,
-                optimize=False,  # done once the names are noted
+                optimize=False,  # see _optimize
                 verbose=False,
             )
     except Exception as error:  # the exporter lets pass whatever a model or an operator raises
@@ -557,7 +549,7 @@ def _export(
         ) from error
 
 
-def _optimize(program: Any, selection: Selection) -> Selection:
+def _optimize(program: Any, model: nn.Module, selection: Selection) -> Selection:
     """Optimize the graph with each weight in it under its torch name.
 
     The optimizer gives what it computes from a weight a made-up name and merges weights that are equal. So it sees none
@@ -568,7 +560,8 @@ def _optimize(program: Any, selection: Selection) -> Selection:
     """
     constants = program.model.graph.initializers
     used = {clean_name(name) for name, value in constants.items() if value.uses()}
-    hidden = [(value, value.const_value) for value in constants.values() if len(value.shape) > 1]
+    weights = {name for name, param in model.named_parameters(remove_duplicate=False) if param.ndim > 1}
+    hidden = [(value, value.const_value) for name, value in constants.items() if name in weights]
     for value, _ in hidden:
         value.const_value = None
     with _quiet():
@@ -576,9 +569,8 @@ def _optimize(program: Any, selection: Selection) -> Selection:
     for value, entries in hidden:
         value.const_value = entries
         readers = [node for node, _ in value.uses()]
-        if len(value.shape) == 2 and all(
-            node.op_type == "Transpose" and not node.outputs[0].is_graph_output() for node in readers
-        ):
+        transposed = all(n.op_type == "Transpose" and not n.outputs[0].is_graph_output() for n in readers)
+        if transposed and len(value.shape) == 2:
             value.const_value = require("onnx_ir").tensor(entries.numpy().T)
             value.shape = value.const_value.shape
             for node in readers:
@@ -612,7 +604,8 @@ def _name_ends(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     taken = {*ends.values(), *(value.name for value in inner)}
     for value in inner:
         if value.name in ends.values():
-            value.name = next(s for i in itertools.count(1) if (s := f"{value.name}_inner_{i}") not in taken)
+            while value.name in taken:
+                value.name += "_inner"
             taken.add(value.name)
     for value, name in ends.items():
         if value.name != name:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..memory import address
 from ..sharding import is_sharded
 
-__all__ = ["count_forward", "forward_note"]
+__all__ = ["count_forward"]
 
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
@@ -43,7 +43,20 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
                 f"weight {name!r} is sharded, and its FLOPs cannot be told from those of its copies; give an example "
                 "with an unsharded model, or none to count per token"
             )
-    args, kwargs = tree_map_only(Tensor, Tensor.detach, _arguments(example))  # see _evaluating
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if torch.is_tensor(example):
+        args = (example,)
+    elif isinstance(example, Mapping):
+        kwargs = dict(example)
+    elif isinstance(example, (tuple, list)):
+        args = tuple(example)
+    else:
+        raise TypeError(
+            f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
+            "needed"
+        )
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # see _evaluating
     sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
     counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
     by_weight = _ByWeight(counter, model)
@@ -57,30 +70,6 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
                 "the model's forward as a dict, a tuple or a tensor, on the model's device"
             ) from error
     return counter.get_total_flops(), by_weight.flops
-
-
-def forward_note(total: int, by_weight: Mapping[int, int]) -> str:
-    """Say what a forward pass spent outside the weights' matrix products.
-
-    >>> forward_note(100, {1: 90})
-    '10.00% of the FLOPs belong to no parameter: products of activations, as in attention'
-    """
-    rest = total - sum(by_weight.values())
-    share = rest / total if total else 0.0
-    return f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
-
-
-def _arguments(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if torch.is_tensor(example):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    raise TypeError(
-        f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
-        "needed"
-    )
 
 
 def _sdpa_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object) -> int:

@@ -389,13 +389,15 @@ def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
 def _count_flops(named: _Named, example: object) -> _Costs:
     if example is None:
         return _flops_per_token(named)
-    from .flops import count_forward, forward_note  # costs an import that reports without an example do without
+    from .flops import count_forward  # costs an import that reports without an example do without
 
     assert isinstance(named, nn.Module)
     model = unwrap_model(named)
     total, by_id = count_forward(model, example)
     by_weight = {_identity(p): by_id[id(p)] for p in model.parameters() if id(p) in by_id}
-    return _Costs(total, by_weight, PER_PASS, forward_note(total, by_id), missing=0)
+    share = 1 - sum(by_id.values()) / total if total else 0.0
+    note = f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
+    return _Costs(total, by_weight, PER_PASS, note, missing=0)
 
 
 def _flops_per_token(named: _Named) -> _Costs:
