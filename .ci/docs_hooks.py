@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pictures of a real run for docs/pictures.md, and formulas that need no script.
 
-The run is made when the site is built, and nothing is written into the source tree. It is kept in the user's cache, by a
-digest of all that it depends on, so that the next build and ``mkdocs serve`` do not train again.
+The run is made when the site is built, and nothing is written into the source tree. It is kept in the user's cache, by
+a digest of all that it depends on, so that the next build and ``mkdocs serve`` do not train again.
 ``ADMM_NXM_DOCS_PICTURES=FOLDER`` takes the pictures from a folder that ``python examples/pictures.py --output FOLDER``
 has written.
 
