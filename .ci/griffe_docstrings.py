@@ -1,8 +1,8 @@
 """An extension of griffe: it turns docstrings, which are written for readers of the source, into Markdown for the site.
 
 Examples stand in docstrings without a heading. Markdown would read each ``>`` as a quotation, so they are put between
-fences. References such as ``:class:`Pattern``` are Sphinx's, and become code. A section Returns is prose, which may have a
-colon. Griffe would take the words before it for a type, so the colon is written as an entity.
+fences. References such as ``:class:`Pattern``` are Sphinx's, and become code. A section Returns is prose, which may
+have a colon. Griffe would take the words before it for a type, so the colon is written as an entity.
 """
 
 from __future__ import annotations

