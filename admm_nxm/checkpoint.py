@@ -50,16 +50,7 @@ class Loaded:
 
 
 def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the state dict of a run.
-
-    Args:
-        run: the run.
-        state_dict: the inner optimizer's own; not changed.
-
-    Returns:
-        That one, with the state of each weight where the inner optimizer does not report it itself, and with the part
-        under ``"admm"``.
-    """
+    """Return the state dict of a run."""
     order = _positions(run.inner)
     state = dict(state_dict["state"])
     for weight in run.weights:
@@ -77,19 +68,7 @@ def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
-    """Take a checkpoint apart, and see that it fits.
-
-    Args:
-        run: the run that is to go on from it; not changed.
-        state_dict: as :func:`join` returns it, or the inner optimizer's own; not changed.
-        paper: whether this is the paper's form.
-
-    Returns:
-        Its parts.
-
-    Raises:
-        ValueError: it is no state dict, it is damaged, or it fits another model, selection, pattern or order.
-    """
+    """Take a checkpoint apart, and see that it fits."""
     parts = _split(state_dict)
     counters = counters_of(state_dict)
     order = _positions(run.inner)

@@ -9,12 +9,7 @@ __all__ = ["at_least", "is_count"]
 
 
 def at_least(name: str, value: float, low: float) -> None:
-    """Refuse what is not a finite number of at least ``low``.
-
-    Raises:
-        TypeError: not a real number.
-        ValueError: out of range.
-    """
+    """Refuse what is not a finite number of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a finite number, at least {low}")
     if not (math.isfinite(value) and value >= low):
@@ -22,12 +17,7 @@ def at_least(name: str, value: float, low: float) -> None:
 
 
 def is_count(name: str, value: int, low: int) -> None:
-    """Refuse what is not an int of at least ``low``; the message says that optimizer steps are meant.
-
-    Raises:
-        TypeError: not an int.
-        ValueError: out of range.
-    """
+    """Refuse what is not an int of at least ``low``; the message says that optimizer steps are meant."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
     if value < low:

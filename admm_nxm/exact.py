@@ -259,11 +259,7 @@ class ExactStep:
 
 
 def check_finite(run: Run, weights: Sequence[Weight]) -> None:
-    """Refuse weights with NaN or infinite entries, on every rank alike.
-
-    Raises:
-        ValueError: names them.
-    """
+    """Refuse weights with NaN or infinite entries, on every rank alike."""
     if not weights:
         return
     device = weights[0].w.device

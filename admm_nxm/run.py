@@ -87,9 +87,6 @@ class Run:
 
         A weight that is not pruned gets a mask that keeps all: loaders that fill a state dict in place must find the
         key in every phase.
-
-        Args:
-            masks: name -> mask, of the pruned weights.
         """
         first = self.progress.step == 0
         for weight in self.weights:

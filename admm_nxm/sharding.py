@@ -84,15 +84,6 @@ def check_sharding(name: str, t: Tensor, dim: int, group: int) -> None:
     """Refuse a placement that would split a group between ranks.
 
     The check reads the placement and the global shape only, so that all ranks come to the same answer.
-
-    Args:
-        name: the weight's name, for the message.
-        t: the weight.
-        dim: the grouped dimension.
-        group: the size of a group.
-
-    Raises:
-        ValueError: the placement is partial, or a rank's part of the grouped dimension is no multiple of ``group``.
     """
     if not is_sharded(t):
         return
@@ -115,13 +106,6 @@ def reduce_sums(sums: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
     """Add up per-weight sums over the ranks that hold different parts of each weight.
 
     A collective for sharded weights: all their ranks must call it. Nothing is communicated for plain tensors.
-
-    Args:
-        sums: one tensor of shape (k,) a weight, each over this rank's part.
-        like: the weights.
-
-    Returns:
-        Tensor of shape (weights, k), equal on all ranks.
     """
     stacked = torch.stack(list(sums))
     layouts: dict[tuple[DeviceMesh, tuple[bool, ...]], list[int]] = {}

@@ -8,15 +8,7 @@ __all__ = ["format_table"]
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with aligned columns; numbers to the right.
-
-    Args:
-        headers: one heading a column.
-        rows: cells, as many in each row as there are headings.
-
-    Returns:
-        Lines joined by newlines, without one at the end.
-    """
+    """Return a table with aligned columns; numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
     numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(headers))]

@@ -110,13 +110,7 @@ class Weight:
         return plain and bool((t.float() - w.float()).norm() < 0.5 * w.float().norm())
 
     def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
-        """Set the weight and its mask; second sets of weights make the same move, and are masked.
-
-        Args:
-            inner: the inner optimizer.
-            value: this rank's part of the new value, zero outside the mask.
-            mask: this rank's part of the mask.
-        """
+        """Set the weight and its mask; second sets of weights make the same move, and are masked."""
         w = self.w
         for t in self.copies(inner):
             t.add_((value - w).to(t.dtype))
@@ -189,12 +183,6 @@ class Weights:
 
         Parameter objects may be exchanged (FSDP2 through Accelerate does it before the first step); what was flattened,
         replaced or taken out of the groups is noticed here.
-
-        Args:
-            inner: the inner optimizer.
-
-        Raises:
-            ValueError: a weight is gone, or it is not held, or it has another shape, or its gradient is sparse.
         """
         if any(d.get(key) is not value for d, key, value in self._links):
             self._locate()
@@ -236,11 +224,7 @@ class Weights:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
     def assign_windows(self, memory: int | None) -> int:
-        """Cut the observed weights into windows whose statistics fit the memory; return how many there are.
-
-        Args:
-            memory: bytes that A and G may take at a time; None for 4 a prunable weight, and at least 256 MB.
-        """
+        """Cut the observed weights into windows whose statistics fit the memory; return how many there are."""
         if memory is None:
             memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
         at_least("statistics_memory", memory, 1)
@@ -278,13 +262,6 @@ def keep_to_masks(tensors: Sequence[Tensor | None], masks: Sequence[Tensor]) -> 
 
 def windows_of(needs: Sequence[int], memory: float) -> list[int]:
     """Cut a sequence of weights into runs whose needs add up to at most ``memory``; one that needs more is alone.
-
-    Args:
-        needs: bytes of each weight's statistics, in model order.
-        memory: bytes allowed at a time.
-
-    Returns:
-        The number of the window of each.
 
     >>> windows_of([3, 3, 3, 9, 1], memory=6)
     [0, 0, 1, 2, 3]

@@ -34,11 +34,7 @@ _FOLLOWED = frozenset(
 
 
 def require(package: str) -> Any:
-    """Import a package of the ``onnx`` extra.
-
-    Raises:
-        ImportError: it is not installed; the message has the remedy.
-    """
+    """Import a package of the ``onnx`` extra."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -86,13 +82,7 @@ class OnnxGraph:
 
 
 def read_graph(path: Path) -> OnnxGraph:
-    """Parse an ONNX file.
-
-    Raises:
-        FileNotFoundError: no file there, or its external data is missing.
-        ImportError: onnx is not installed.
-        ValueError: the file, its metadata or a weight in it is damaged.
-    """
+    """Parse an ONNX file."""
     onnx = require("onnx")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at {path}")
@@ -146,13 +136,7 @@ class _Reader:
     def weights(
         self, graph: Any, tensors: Mapping[str, Any], producers: Mapping[str, Any]
     ) -> Iterator[tuple[str, GraphWeight]]:
-        """Yield the weights of a graph and of the graphs in it, each with the name of the constant that it starts from.
-
-        Args:
-            graph: the graph.
-            tensors: the constants that are seen from around it, by name.
-            producers: the nodes there that make a value of constants alone, by the name of that value.
-        """
+        """Yield the weights of a graph and of the graphs in it, each with the name of its constant."""
         tensors = {**tensors, **{tensor.name: tensor for tensor in graph.initializer}}
         producers = dict(producers)
         for node in graph.node:  # in the order of computation, so that what a node reads is known when its turn comes

@@ -109,12 +109,7 @@ class Checkpoint:
                 )
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor to the CPU; a packed weight is unpacked, with the bits that it had.
-
-        Raises:
-            KeyError: there is none of that name.
-            ValueError: it cannot be read.
-        """
+        """Read one tensor to the CPU; a packed weight is unpacked, with the bits that it had."""
         info = self.tensors[name]
         name = info.alias_of or name
         with refusing(f"{info.file}: tensor {name!r} cannot be read"):
@@ -131,9 +126,6 @@ class Checkpoint:
 
         The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
         left behind is passed over.
-
-        Raises:
-            ValueError: the folder has a link to a folder, or what is no file.
         """
         own = {*self.files, self.index}
         found = []
@@ -190,18 +182,6 @@ def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> C
     """Open a checkpoint of safetensors files; use it in a ``with`` statement.
 
     No tensor is read before it is asked for. Nothing is ever unpickled.
-
-    Args:
-        path: a .safetensors file, the index (.json) of a sharded checkpoint, or a folder that holds either; packed or
-            not.
-        purpose: the verb for error messages.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        FileNotFoundError: nothing there, or a folder without such a file.
-        ValueError: a file or the index is damaged, or two files hold a tensor of the same name.
     """
     return Checkpoint(Path(path), purpose)
 
@@ -264,21 +244,7 @@ def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a file that appears whole or not at all.
-
-    Args:
-        path: where the file is to be. Its folder must exist. A link is replaced, not followed.
-        overwrite: whether a file that is there may be replaced.
-
-    Yields:
-        The path of an empty temporary file beside it, with the same ending, to be written to. When the block ends it is
-        brought to disk and takes its place; when the block raises it is deleted and the old file stays as it was.
-
-    Raises:
-        FileExistsError: something is there already and ``overwrite`` is False; raised before the block.
-        FileNotFoundError: the folder does not exist.
-        IsADirectoryError: a folder is there.
-    """
+    """Yield a temporary path; when the block ends, what was written there becomes ``path``, whole or not at all."""
     target = Path(path)
     if target.is_dir() and not target.is_symlink():
         raise IsADirectoryError(f"{target} is a folder; name a file")
@@ -301,28 +267,7 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
 def atomic_folder(
     path: Place, *, overwrite: bool = False, source: Place | Sequence[Place] | None = None
 ) -> Iterator[Path]:
-    """Write a folder that appears whole or not at all.
-
-    Args:
-        path: where the folder is to be. The folder around it must exist.
-        overwrite: whether a folder that is there may be replaced, with all it holds.
-        source: files and folders that are read meanwhile, one or several; the new folder may be none of them, nor
-            around one, nor in one. Those that do not exist are passed over: a name may be that of a model elsewhere.
-
-    Yields:
-        The path of an empty temporary folder beside it. When the block ends its files are brought to disk and it takes
-        its place; an old folder is deleted after that. When the block raises it is deleted and the old one stays as it
-        was. When the block ends and it cannot take its place, it is kept, and the error says where it is.
-
-    Raises:
-        FileExistsError: something is there already and ``overwrite`` is False; raised before the block, and after it if
-            something came up meanwhile.
-        FileNotFoundError: the folder around it does not exist.
-        NotADirectoryError: a file is there.
-        OSError: the new folder is complete and cannot take its place.
-        ValueError: the folder may not be replaced: it is a source, the working directory, the home folder, or around
-            one of them; or it is a mount point, or has the name of a safetensors file.
-    """
+    """Write a folder that appears whole or not at all."""
     target = Path(path)
     if target.suffix == SUFFIX:
         raise ValueError(f"{target} is to be a folder, and has the name of a file; leave {SUFFIX} out")
@@ -389,23 +334,7 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
 def written_anew(
     checkpoint: Checkpoint, output: Place, *, overwrite: bool, ending: tuple[str, str] = (SUFFIX, SUFFIX)
 ) -> Iterator[tuple[Path, dict[Path, Path]]]:
-    """Write a checkpoint anew, whole or not at all: a folder from a folder, with all its files, or a file from a file.
-
-    Args:
-        checkpoint: what is read.
-        output: the folder or file to be written.
-        overwrite: whether it may be replaced.
-        ending: in the names of a folder's files with weights, and of their index: the ending that they have, and the
-            new one.
-
-    Yields:
-        The new folder or file under its temporary name, and file of the checkpoint -> the file to be written for it.
-        The others are in the folder already; the index follows from what the new files hold.
-
-    Raises:
-        ValueError: the checkpoint is an index alone, or two files or tensors would have one name; and as for
-            :func:`atomic_folder`.
-    """
+    """Write a checkpoint again, whole or not at all: a folder with all its files, or a file."""
     path, index = checkpoint.path, checkpoint.index
     if path == index:
         raise ValueError(f"{path} is an index; name its folder, {path.parent}")

@@ -104,11 +104,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path) -> Header:
-    """Read and check the header of a safetensors file.
-
-    Raises:
-        ValueError: the file is missing, damaged, or no safetensors file; the message names it and the cause.
-    """
+    """Read and check the header of a safetensors file."""
     with refusing(f"{file} is not a readable safetensors file"):
         if file.is_dir():
             raise ValueError("it is a folder; name the file, or the folder that the model was saved in")
@@ -175,18 +171,7 @@ def write_file(
     metadata: Mapping[str, str],
     contents: Iterable[tuple[str, Iterable[bytes | memoryview]]],
 ) -> None:
-    """Write a safetensors file one tensor at a time, laid out as the library does it: by dtype and name.
-
-    Args:
-        path: the file; made anew.
-        tensors: what the file is to hold; where they were does not matter.
-        metadata: entries of ``__metadata__``, which is left out if there are none.
-        contents: name and bytes of each tensor, in any order.
-
-    Raises:
-        ValueError: two tensors have one name, the header is longer than the library reads, or a tensor has more or
-            fewer bytes than it should.
-    """
+    """Write a safetensors file one tensor at a time, laid out as the library does it: by dtype and name."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, code, shape, nbytes, _ in sorted(tensors, key=lambda t: (-_RANK.get(t.code, -1), t.name)):
@@ -229,11 +214,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def read_json(text: str) -> Any:
-    """Read JSON that says everything once.
-
-    Raises:
-        ValueError: it is no JSON, nested too deep, or has a key twice.
-    """
+    """Read JSON that says everything once."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
@@ -252,11 +233,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_record(text: str, name: str, version: int, parts: Iterable[str]) -> list[dict[str, Any]]:
-    """Read a record of this package and return these parts of it, each an object.
-
-    Raises:
-        ValueError: it is damaged, of another format, or of a version that is not known here.
-    """
+    """Read a record of this package and return these parts of it, each an object."""
     fields = read_json(text)
     if not isinstance(fields, dict) or fields.get("format") != name:
         raise ValueError(f"it does not say format {name!r}")

@@ -25,17 +25,6 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
 
     An operation belongs to the parameter whose memory it reads, be it through a view or a cast, so modules that run
     twice, tied weights and weights that another module computes with are counted as they are used.
-
-    Args:
-        model: the model; its training flags and ``requires_grad`` are restored afterwards.
-        example: keyword arguments as a mapping, positional ones as a tuple or list, or one tensor.
-
-    Returns:
-        FLOPs in all, and by ``id(parameter)``; parameters that took part in none are missing.
-
-    Raises:
-        TypeError: ``example`` is of another kind.
-        ValueError: the forward pass failed, or a weight is sharded.
     """
     for name, param in model.named_parameters():
         if is_sharded(param):
