@@ -8,7 +8,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,19 +44,12 @@ def read_file(path: Path, columns: Columns | None = None, option: str = "--data"
     with blaming(name, OSError, UnicodeDecodeError, remedy=remedy), path.open(encoding="utf-8-sig", newline="") as file:
         lines = list(file)
     records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind)
-    with _long_fields():
+    limit = csv.field_size_limit(_LONGEST_FIELD)  # one for the whole process
+    try:
         return [
             row_of(record, f"{name}, line {line}: record {number}", columns)
             for number, (line, record) in enumerate(records, 1)
         ]
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Let the csv module read texts of any length; its limit is one for the whole process."""
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        yield
     finally:
         csv.field_size_limit(limit)
 

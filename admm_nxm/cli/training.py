@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -131,34 +131,22 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
             note(f"note    {text}")
         accuracy = _accuracy(trainer, texts, labels)
         now = trainer.admm.figures()
+    chosen = {"pattern": str(settings.pattern), "steps": steps, "max_length": texts.max_length, "device": str(device)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     facts = {
-        "settings": {
-            **asdict(settings),
-            "pattern": str(settings.pattern),
-            "steps": steps,
-            "max_length": texts.max_length,
-            "device": str(device),
-        },
-        "versions": {
-            "admm-nxm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "settings": {**asdict(settings), **chosen},
+        "versions": {"admm-nxm": __version__, **versions, "python": platform.python_version()},
         "data": {"labels": labels, "train": len(texts.train), "test": len(texts.test)},
         "accuracy": accuracy,
         "pruning": {
             "pruned_after": now.frozen_at,
             "model_error": now.model_error,
-            "model_errors": dict(now.model_errors),
+            "model_errors": {**now.model_errors},
         },
         "notes": notes,
     }
     _save(folder, trainer, model, tokenizer, before, facts)
     return facts
-
-
-# ---------------------------------------------------------------------- before the training
 
 
 def _encode(
@@ -245,9 +233,6 @@ def _arguments(settings: Settings, steps: int, device: torch.device, scratch: st
     return args
 
 
-# ---------------------------------------------------------------------- training and test
-
-
 def _fine_tune(
     args: TrainingArguments, config: ADMMConfig, model: Any, tokenizer: Any, texts: _Texts
 ) -> tuple[ADMMTrainer, list[str]]:
@@ -266,7 +251,8 @@ def _fine_tune(
             admm_config=config,
         )
         trainer.remove_callback(PrinterCallback)
-        with progress.bar, blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
+        bar = progress.bar if progress.on_terminal else nullcontext()  # older rich prints an empty line for none
+        with bar, blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
             trainer.train()
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
@@ -294,9 +280,6 @@ def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[st
     }
 
 
-# ---------------------------------------------------------------------- what is saved
-
-
 def _save(
     folder: Path, trainer: ADMMTrainer, model: Any, tokenizer: Any, before: dict[str, Tensor], facts: dict[str, Any]
 ) -> None:
@@ -307,7 +290,8 @@ def _save(
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(plain(_to_publish(facts)), indent=2) + "\n", encoding="utf-8")
+    published = _to_publish(facts)
+    (folder / "training.json").write_text(json.dumps(plain(published), indent=2) + "\n", encoding="utf-8")
     rows = [row for row in trainer.state.log_history if "loss" in row]
     Recorder(admm, rows).save(folder / "history.jsonl")
     record_selection(folder, admm.selection)
@@ -316,7 +300,7 @@ def _save(
     save_figure(plot_model_error(facts["pruning"]["model_errors"]), folder / "model_error.svg")
     save_figure(plot_sparsity(report), folder / "sparsity.svg")
     save_figure(plot_weights(before, model, select=admm.selection), folder / "weights.svg")
-    (folder / "README.md").write_text(_about(facts), encoding="utf-8")
+    (folder / "README.md").write_text(_about(published), encoding="utf-8")
     name = facts["settings"]["model"]
     write_model_card(folder, model_card(report, optimizer=admm), base_model=None if Path(name).is_dir() else name)
 
@@ -334,7 +318,6 @@ def _to_publish(facts: dict[str, Any]) -> dict[str, Any]:
 def _about(facts: dict[str, Any]) -> str:
     """Return what the model card says beside its section on sparsity."""
     settings, data, accuracy = facts["settings"], facts["data"], facts["accuracy"]
-    name = Path(settings["model"]).resolve().name if Path(settings["model"]).is_dir() else settings["model"]
     labels = ", ".join(f"`{' '.join(label.split())}`" for label in data["labels"][:20])
     low, high = accuracy["interval"]
     pictures = {
@@ -344,10 +327,11 @@ def _about(facts: dict[str, Any]) -> str:
         "weights": "distribution of the pruned weights before and after",
     }
     return (
-        f"# {settings['output'].resolve().name}\n\n"
-        f"A text classifier, fine-tuned from {name} on {data['train']:,} texts in {settings['steps']:,} steps of "
-        f"{settings['batch_size']} (learning rate {settings['lr']:g}, seed {settings['seed']}). Texts are cut to "
-        f"{settings['max_length']} tokens. `training.json` has all settings and versions.\n\n"
+        f"# {settings['output']}\n\n"
+        f"A text classifier, fine-tuned from {settings['model']} on {data['train']:,} texts in "
+        f"{settings['steps']:,} steps of {settings['batch_size']} (learning rate {settings['lr']:g}, seed "
+        f"{settings['seed']}). Texts are cut to {settings['max_length']} tokens. `training.json` has "
+        "all settings and versions.\n\n"
         f"Labels: {labels}{', …' if len(data['labels']) > 20 else ''}.\n\n"
         f"Accuracy: {accuracy['share']:.1%} ({accuracy['correct']:,} of {accuracy['total']:,} held-out texts; 95 % "
         f"interval {low:.1%} to {high:.1%}, for the choice of these texts alone: seeds differ besides).\n"

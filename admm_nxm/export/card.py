@@ -191,9 +191,6 @@ def _weights_of(report: object) -> list[WeightReport]:
     return weights
 
 
-# ---------------------------------------------------------------------- the rows
-
-
 def _patterns(weights: Sequence[WeightReport]) -> str:
     counts = Counter(weight.pattern for weight in weights)
     if len(counts) == 1:
@@ -241,9 +238,6 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
         f"**VIOLATED**: {bad:,} of {groups:,} groups, in {len(worst)} of {len(weights)} weights (`{worst[0]}`"
         f"{', …' if worst[1:] else ''})"
     )
-
-
-# ---------------------------------------------------------------------- the metadata
 
 
 def _merge_metadata(path: Path, text: str, tags: Sequence[str], wanted: Mapping[str, Any]) -> tuple[str, str]:

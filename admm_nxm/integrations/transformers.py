@@ -183,8 +183,6 @@ class ADMMTrainerMixin(_Base):
         # First of all, so that the others see the model that ships.
         self.callback_handler.callbacks.insert(0, _Watch(self))
 
-    # ------------------------------------------------------------------ the optimizer
-
     @property
     def admm(self) -> ADMMNxM | None:
         """The ADMM optimizer, within whatever Accelerate has put around it; None before training."""
@@ -262,8 +260,6 @@ class ADMMTrainerMixin(_Base):
             self.sparsity_report = admm.finalize()
             logger.info("%s", self.sparsity_report)
         return self.sparsity_report
-
-    # ------------------------------------------------------------------ what is logged and saved
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add where the run stands to the training log; in the paper's form a collective where weights are sharded."""

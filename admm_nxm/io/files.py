@@ -30,9 +30,6 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Place = Union[str, "os.PathLike[str]"]
 
 
-# ---------------------------------------------------------------- reading
-
-
 class TensorInfo(NamedTuple):
     """What is known of a tensor before it is read."""
 
@@ -203,9 +200,6 @@ def stand_ins(checkpoint: Checkpoint) -> dict[str, Tensor]:
         else:
             found[name] = found[info.alias_of]  # aliases come after their tensors
     return found
-
-
-# ---------------------------------------------------------------- writing
 
 
 @contextmanager

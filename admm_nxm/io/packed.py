@@ -24,14 +24,13 @@ from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_
 from ..sharding import is_sharded
 from ..sparsity import SparsityViolation, cover
 from ..table import format_table
-from .files import PACKED_SUFFIX, SUFFIX, Checkpoint, atomic_file, open_checkpoint, stand_ins, written_anew
+from .files import PACKED_SUFFIX, SUFFIX, Checkpoint, Place, atomic_file, open_checkpoint, stand_ins, written_anew
 from .packing import KEY, Layout, Packed, examine, pack_tensor, packed_layout
 from .selection_record import read_selection, selection_metadata
 from .tensor_files import CODE_OF, Stored, bytes_in, bytes_of, write_file
 
 __all__ = ["PackReport", "PackedWeight", "load_packed", "load_packed_model", "pack", "unpack"]
 
-Place = Union[str, "os.PathLike[str]"]
 Source = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 
 
@@ -55,17 +54,11 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing a model saved; prints as a table.
-
-    Args:
-        weights: the packed weights.
-        skipped: what the selection rules asked for but no pattern fits, and why; it is stored as it was.
-        bytes_before: size of all tensors as they were (without the headers of files, some kilobytes).
-        bytes_after: size of all tensors now.
-    """
+    """What packing a model saved, in bytes of all tensors without the headers of files; prints as a table."""
 
     weights: tuple[PackedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
+    """What the selection rules asked for but no pattern fits, and why; it is stored as it was."""
     bytes_before: int
     bytes_after: int
 
@@ -121,8 +114,7 @@ def pack(
         The sizes before and after.
 
     Raises:
-        FileExistsError: something is at ``output``.
-        FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
+        FileExistsError, FileNotFoundError: something is at ``output``, nothing at ``source``, or no folder to write in.
         SparsityViolation: a weight violates its pattern; all that do are named, and nothing is written.
         TypeError: the source is of no known kind, or a state dict holds what is no tensor.
         ValueError: the source is damaged, packed already or holds no weight to pack; a weight cannot be packed; or the
@@ -195,8 +187,7 @@ def load_packed(path: Place) -> dict[str, Tensor]:
         All tensors by name, the packed weights unpacked.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: it is damaged, or holds no packed weight.
+        FileNotFoundError, ValueError: nothing is there; it is damaged, or holds no packed weight.
     """
     with open_checkpoint(path, purpose="load") as checkpoint:
         _needs_packed(checkpoint)
@@ -218,8 +209,7 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
         ``output_loading_info=True`` the model and that information.
 
     Raises:
-        FileNotFoundError: nothing there, or no config.
-        ValueError: it is damaged, or holds no packed weight.
+        FileNotFoundError, ValueError: as for :func:`load_packed`; or there is no config.
         TypeError: an option says where the weights are, and they are in the packed folder.
         ImportError: transformers is not installed.
     """
@@ -282,9 +272,8 @@ def _pack_tensors(
     one_object_each = {name: named[aliases.get(name, name)] for name in named}
     selection, params = cover(source if isinstance(source, nn.Module) else one_object_each, rules)
     names = {id(t): name for name, t in named.items()}
-    by_name = params
-    if not names.keys() >= {id(t) for t in params.values()}:  # a state dict hook has made others
-        by_name = named_tensors(named)
+    # A state dict hook may have made other tensors than the module has.
+    by_name = params if names.keys() >= {id(t) for t in params.values()} else named_tensors(named)
     weights: dict[str, SelectedWeight] = {}
     for weight in selection:
         found = [by_name[name] for name in (weight.name, *weight.aliases) if name in by_name]

@@ -47,8 +47,7 @@ def prune(
         The count of every group in the files that were written.
 
     Raises:
-        FileExistsError: something is at ``output``.
-        FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
+        FileExistsError, FileNotFoundError: something is at ``output``, nothing at ``source``, or no folder to write in.
         ValueError: the source is damaged, packed or holds no weight to prune; a weight cannot be pruned or has NaN or
             infinite entries; or the output is the source. Nothing is written then.
 

@@ -175,10 +175,9 @@ def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selecti
 
 
 def _in_names_of(shapes: Mapping[str, tuple[int, ...]], selection: Selection, place: str) -> Selection:
-    """Return a selection by the names that the files give its weights.
+    """Return a selection by the names that the files give its weights: saving may rename the beginning of some.
 
-    Saving may rename a part of a model (transformers does for some families): one beginning of the names stands for
-    another then. It is taken for that if all weights of the part are found so, each with its shape, in one way only.
+    It is taken for that if all weights with that beginning are found so, each with its shape, in one way only.
     """
     weights: list[SelectedWeight] = []
     renamed: dict[str, str] = {}

@@ -1,8 +1,4 @@
-"""The safetensors format at the level of bytes, and what else is read from files that anybody may have damaged.
-
-Reading tensors is left to the safetensors library. What it lacks is here: the place of each tensor's bytes, so that
-they can be copied unread, and a writer that never holds more than one tensor.
-"""
+"""The bytes of safetensors files, for what the library lacks: copies of tensors unread, and writing one at a time."""
 
 from __future__ import annotations
 
@@ -44,9 +40,6 @@ _LONGEST_HEADER = 100_000_000  # the library reads none that is longer
 _MOST_DIMENSIONS = 64  # of which torch can loop over the entries
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _CHUNK = 1 << 22
-
-
-# ---------------------------------------------------------------- safetensors
 
 
 class Stored(NamedTuple):
@@ -157,9 +150,6 @@ def write_file(
             written = sum(stream.write(chunk) for chunk in chunks)
             if written != last - first:
                 raise ValueError(f"{name!r} gave {written} bytes where {last - first} were planned")
-
-
-# ---------------------------------------------------------------- text of unknown origin
 
 
 @contextmanager

@@ -72,9 +72,9 @@ class OpenTarget:
 def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
     """Open a model of any kind, for what the purpose names in errors; a file is closed when the block ends."""
     if isinstance(target, nn.Module):
-        yield OpenTarget(target, _as_it_is)
+        yield OpenTarget(target, lambda t: t)
     elif isinstance(target, Mapping):
-        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)}, _as_it_is)
+        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)}, lambda t: t)
     elif isinstance(target, (str, PathLike)):
         with open_checkpoint(target, purpose=purpose) as checkpoint:
             tensors = stand_ins(checkpoint)
@@ -82,7 +82,3 @@ def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
             yield OpenTarget(tensors, lambda t: checkpoint.get(names[id(t)]), checkpoint)
     else:
         raise TypeError(f"cannot {purpose} a {type(target).__name__}; a module, a state dict or a path is needed")
-
-
-def _as_it_is(t: Tensor) -> Tensor:
-    return t
