@@ -23,7 +23,7 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
     Raises:
         TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
             dict that cannot be extended.
-        ValueError: ``differentiable=True``.
+        ValueError: ``differentiable=True``, or another run's counters in its groups.
     """
     name = type(inner).__name__
     if isinstance(inner, type) and issubclass(inner, Optimizer):
@@ -32,6 +32,11 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         raise TypeError(f"optimizer is a {name}; a torch.optim.Optimizer is needed")
     if any(isinstance(part, wrapper) for part in _nested(inner)):
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
+    if any(key.startswith("admm_") for group in inner.param_groups for key in group):
+        raise ValueError(
+            f"this {name} was wrapped in ADMMNxM before, and its groups hold the counters of that run; call unwrap() on "
+            "that wrapper first, or build the inner optimizer again"
+        )
     if hasattr(inner, "step_was_skipped"):
         raise TypeError(
             f"optimizer is a {name}, which decides by itself whether a step happens; wrap the plain optimizer in "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .projection import keep_mask
+from .projection import keep_mask, zero_outside
 
 __all__ = ["INPUT_DAMPING", "OUTPUT_DAMPING", "Factor", "Solved", "factorise", "model_error", "solve"]
 
@@ -255,6 +255,7 @@ def solve(
             best = _times_power_of_two(candidate.weight / a.scale / g.scale[:, None], exponent)
             limits = torch.finfo(weight.dtype)
             best = best.clamp_(limits.min, limits.max).to(weight.dtype)
+            zero_outside(best, mask)  # +0.0, as from a projection
         if transposed:
             best, mask = best.T.contiguous(), mask.T.contiguous()
         return Solved(best, mask, max(error, 0.0), count)
