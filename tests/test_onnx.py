@@ -178,6 +178,19 @@ def test_shared_unused_and_convolved_weights(exported: tuple[Path, Any]) -> None
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
+def test_weights_have_their_torch_names_in_the_file_and_go_straight_into_their_products(
+    exported: tuple[Path, Any],
+) -> None:
+    import onnx
+
+    path, report = exported
+    graph = onnx.load(str(path)).graph
+    names = {weight.name for weight in report.sparsity}
+    readers = {name: node.op_type for node in graph.node for name in node.input if name in names}
+    assert readers == {name: "Conv" if name == "conv.weight" else "MatMul" for name in names}
+    assert names <= {tensor.name for tensor in graph.initializer}
+
+
 def test_the_patterns_of_the_export_are_noted_in_the_file(exported: tuple[Path, Any]) -> None:
     path, report = exported
     assert verify_onnx(path) == report.sparsity

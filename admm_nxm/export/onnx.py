@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Union
 
@@ -68,19 +68,14 @@ class OnnxReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON."""
+        counted = {"weights": len(self.sparsity.weights), "sparsity": self.sparsity.sparsity, "ok": self.sparsity.ok}
         return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "path": str(self.path),
-            "opset": self.opset,
             "inputs": {name: list(sizes) for name, sizes in self.inputs.items()},
             "outputs": list(self.outputs),
-            "bytes": self.bytes,
-            "max_abs_difference": self.max_abs_difference,
-            "max_rel_difference": self.max_rel_difference,
-            "tolerance": self.tolerance,
             "compared": [{name: list(sizes) for name, sizes in case.items()} for case in self.compared],
-            "weights": len(self.sparsity.weights),
-            "sparsity": self.sparsity.sparsity,
-            "ok": self.sparsity.ok,
+            **counted,
         }
 
     def __str__(self) -> str:
@@ -461,12 +456,10 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
 def _configs_of(model: nn.Module) -> list[Any]:
     """Return the configs of all modules, and those that are a part of these, each once."""
     found: dict[int, Any] = {}
-    pending: list[Any] = [
-        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")
-    ]
+    pending: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     while pending:
         config = pending.pop()
-        if config is not None and id(config) not in found:
+        if hasattr(config, "__dict__") and id(config) not in found:
             found[id(config)] = config
             pending += [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
     return list(found.values())
