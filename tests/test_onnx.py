@@ -387,6 +387,23 @@ def test_a_dense_model_is_refused_before_the_export(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_that_loses_the_pattern_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    pruned(net)
+    whole = importlib.import_module("admm_nxm.export.onnx")._optimize
+
+    def losing(program: Any, *rest: Any) -> Selection:
+        selection: Selection = whole(program, *rest)
+        value = program.model.graph.initializers["blocks.1.up.weight"]
+        value.const_value = importlib.import_module("onnx_ir").tensor(value.const_value.numpy() + 1)
+        return selection
+
+    monkeypatch.setattr("admm_nxm.export.onnx._optimize", losing)
+    with pytest.raises(SparsityViolation, match=r"blocks\.1\.up\.weight: 32 of 32 groups exceed 2:4"):
+        export_onnx(net, torch.randn(2, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_half_precision_fixed_sizes_and_a_file_that_is_there(tmp_path: Path) -> None:
     net = make_net(dtype=torch.float16)
     selection = pruned(net)

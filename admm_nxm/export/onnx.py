@@ -284,11 +284,13 @@ def export_onnx(
     refuse_existing(path, overwrite)
     model = unwrap_model(model)
     selection, _ = cover(model, pattern)
-    if not (dense := verify(model, selection)).ok:
+    try:
+        verify(model, selection).raise_if_violated()
+    except SparsityViolation as error:
         raise SparsityViolation(
-            f"the model is not sparse: {_violations(dense)}. Call optimizer.finalize() before the export, or name the "
-            "pattern and the weights that were pruned (pattern=optimizer.selection)"
-        )
+            f"the model is not sparse: {error}. Call optimizer.finalize() before the export, or name the pattern and "
+            "the weights that were pruned (pattern=optimizer.selection)"
+        ) from None
     limit = _limit(model, tolerance)
     inputs = _inputs_of(model, example)
     axes = _axes_of(inputs, dynamic)
@@ -314,8 +316,7 @@ def export_onnx(
         program.save(str(draft), external_data=external_data)
         graph = read_graph(draft)
         report = _count(path, graph, selection)
-        if not report.ok:
-            raise ValueError(f"the export has lost the pattern, and {path} is not written: {_violations(report)}")
+        report.raise_if_violated()
         differences = [_compare(draft, case, want, limit) for case, want in zip(cases, expected, strict=True)]
         total = sum(file.stat().st_size for file in folder.iterdir())
         if draft_of_data.is_file():
@@ -340,12 +341,6 @@ def export_onnx(
         compared=tuple({name: tuple(t.shape) for name, t in case.items()} for case in cases),
         sparsity=report,
     )
-
-
-def _violations(report: SparsityReport) -> str:
-    first, *more = report.violations
-    also = f", and {len(more)} more of {len(report.weights)} weights" if more else ""
-    return f"{first.name}: {first.bad_groups} of {first.groups} groups exceed {first.pattern}{also}"
 
 
 def _limit(model: nn.Module, tolerance: float | None) -> float:
