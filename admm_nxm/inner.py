@@ -34,8 +34,8 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
     if any(key.startswith("admm_") for group in inner.param_groups for key in group):
         raise ValueError(
-            f"this {name} was wrapped in ADMMNxM before, and its groups hold the counters of that run; call unwrap() on "
-            "that wrapper first, or build the inner optimizer again"
+            f"this {name} was wrapped in ADMMNxM before, and its groups hold the counters of that run; call unwrap() "
+            "on that wrapper first, or build the inner optimizer again"
         )
     if hasattr(inner, "step_was_skipped"):
         raise TypeError(
