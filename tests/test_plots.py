@@ -13,11 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from admm_nxm import ADMMNxM, Pattern, project, verify
-<<<<<<< HEAD
-from admm_nxm.io.files import Checkpoint
-=======
 from admm_nxm.io import verify as verifying
->>>>>>> slimreport
 from admm_nxm.report import histogram, sparsity_report
 from admm_nxm.report.history import Recorder
 from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
@@ -459,10 +455,6 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
     net = make_net()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "m.safetensors")
     read = []
-<<<<<<< HEAD
-    get = Checkpoint.get
-    monkeypatch.setattr(Checkpoint, "get", lambda self, name: (read.append(name), get(self, name))[1])
-=======
     opened = verifying.open_checkpoint
 
     def watch(path, **options):
@@ -472,7 +464,6 @@ def test_files_are_read_one_weight_at_a_time(tmp_path, monkeypatch):
         return checkpoint
 
     monkeypatch.setattr(verifying, "open_checkpoint", watch)
->>>>>>> slimreport
     plot_weights(tmp_path / "m.safetensors", tmp_path / "m.safetensors", select=r"blocks\.0\.up\.weight")
     assert read == ["blocks.0.up.weight"] * 4  # two sides, twice each; nothing else
 
