@@ -328,7 +328,7 @@ def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _
         return solve(whole, spec.pattern, None, None, dim=spec.dim)
     inputs: Factor | None = shared.of("inputs", moments.inputs)
     outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
-    raw = moments.inputs, moments.outputs
+    raw: tuple[Tensor | None, Tensor | None] = (moments.inputs, moments.outputs)
     if weight.moment_along_group == "outputs":
         inputs, outputs, raw = outputs, inputs, raw[::-1]
     solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
