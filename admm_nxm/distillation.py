@@ -49,39 +49,33 @@ def distillation_loss(
 
     Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (arXiv 1503.02531), section 2.
     """
+    check_temperature(temperature)
+    if student.ndim == 0 or student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's outputs have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: they must "
+            "be the same. Give both the same batch, in the same order and padding, and use a teacher that was trained "
+            "for the same labels, or with the same tokenizer and its logits cut or padded to one vocabulary size"
+        )
+    s, t = student.float(), teacher.detach().to(student.device).float()
+    if head == "regression":
+        return _averaged(mse_loss(s, t, reduction="none").mean(-1), mask, items)
+    s, t = s / temperature, t / temperature
+    if head == "classification":
+        each = kl_div(log_softmax(s, -1), log_softmax(t, -1), reduction="none", log_target=True)
+    elif head == "multi_label":
+        soft = t.sigmoid()
+        entropy = -(soft * logsigmoid(t) + (1 - soft) * logsigmoid(-t))
+        each = binary_cross_entropy_with_logits(s, soft, reduction="none") - entropy
+    else:
+        raise ValueError(f'head={head!r} must be "classification", "multi_label" or "regression"')
+    return _averaged(each.sum(-1) * temperature**2, mask, items)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not above 0."""
     at_least("temperature", temperature, 0.0)
     if temperature == 0:
         raise ValueError("temperature=0 must be above 0; 1 leaves the distributions as they are, 2 softens them")
-    if student.ndim == 0 or student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"the student's outputs have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: the last "
-            "dimension, labels or vocabulary, must be the same. Use a teacher that was trained for the same labels in "
-            "the same order, or one with the same tokenizer, its logits cut or padded to one vocabulary size"
-        )
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"the student's outputs have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: both must "
-            "see the same batch, in the same order and padding"
-        )
-    s = student.float()
-    t = teacher.detach().to(s.device).float()
-    if head == "classification":
-        each = (
-            kl_div(
-                log_softmax(s / temperature, -1), log_softmax(t / temperature, -1), reduction="none", log_target=True
-            ).sum(-1)
-            * temperature**2
-        )
-    elif head == "multi_label":
-        soft = (t / temperature).sigmoid()
-        entropy = -(soft * logsigmoid(t / temperature) + (1 - soft) * logsigmoid(-t / temperature))
-        cross = binary_cross_entropy_with_logits(s / temperature, soft, reduction="none")
-        each = (cross - entropy).sum(-1) * temperature**2
-    elif head == "regression":
-        each = mse_loss(s, t, reduction="none").mean(-1)
-    else:
-        raise ValueError(f'head={head!r} must be "classification", "multi_label" or "regression"')
-    return _averaged(each, mask, items)
 
 
 def hidden_state_loss(
@@ -107,35 +101,31 @@ def hidden_state_loss(
 
     Source: Jiao et al., TinyBERT (arXiv 1909.10351), equation 8, without its projection.
     """
-    if len(student) < 2 or len(teacher) < len(student):
+    layers, known = len(student) - 1, len(teacher) - 1
+    if layers < 1 or known < layers:
         raise ValueError(
-            f"the student has {len(student) - 1} layers, the teacher {len(teacher) - 1}: the student needs one at "
-            "least, and the teacher no fewer than that. Leave the hidden states out (a weight of 0)"
+            f"the student has {layers} layers, the teacher {known}: the student needs one at least, and the teacher no "
+            "fewer than that. Leave the hidden states out (a weight of 0)"
         )
-    last_student, last_teacher = len(student) - 1, len(teacher) - 1
     total = student[0].new_zeros((), dtype=torch.float32)
     for layer, s in enumerate(student):
-        t = teacher[round(layer * last_teacher / last_student)]
+        t = teacher[round(layer * known / layers)]
         if s.shape != t.shape:
             raise ValueError(
                 f"hidden states of layer {layer} have shape {tuple(s.shape)} in the student and {tuple(t.shape)} in "
-                "the teacher: they can be compared at the same width and batch only. Leave the hidden states out (a "
-                "weight of 0)"
+                "the teacher: they can be compared at the same width and batch only. Leave them out (a weight of 0)"
             )
-        each = mse_loss(s.float(), t.detach().to(s.device).float(), reduction="none").mean(-1)
-        total = total + _averaged(each, mask, None)
+        total = total + distillation_loss(s, t, head="regression", mask=mask)
     return total / len(student)
 
 
 def _averaged(each: Tensor, mask: Tensor | None, items: Tensor | float | None) -> Tensor:
-    if mask is not None:
-        if mask.shape != each.shape:
-            raise ValueError(f"the mask has shape {tuple(mask.shape)}; {tuple(each.shape)} is needed")
-        kept = mask.to(device=each.device, dtype=torch.bool)
-        # A masked position may hold anything, an infinity included.
-        each = torch.where(kept, each, torch.zeros_like(each))
-        count: Tensor | float = kept.sum().clamp_min(1)
-    else:
-        count = max(1, each.numel())
-    divisor = count if items is None else items
-    return each.sum() / (divisor.to(each.device) if isinstance(divisor, Tensor) else divisor)
+    if mask is None:
+        mask = torch.ones_like(each, dtype=torch.bool)
+    if mask.shape != each.shape:
+        raise ValueError(f"the mask has shape {tuple(mask.shape)}; {tuple(each.shape)} is needed")
+    mask = mask.to(device=each.device, dtype=torch.bool)
+    # A masked position may hold anything, an infinity included.
+    total = torch.where(mask, each, torch.zeros_like(each)).sum()
+    divisor = torch.as_tensor(mask.sum().clamp_min(1) if items is None else items)
+    return total / divisor.to(each.device)

@@ -30,7 +30,6 @@ from typer.testing import CliRunner
 from admm_nxm.cli import main
 from admm_nxm.cli.app import app
 from admm_nxm.cli.console import Result, plain, show
-from admm_nxm.cli.progress import StepProgress
 from admm_nxm.io.prune import prune
 
 COMMANDS = ("train", "verify", "report", "prune", "pack", "unpack")
@@ -613,28 +612,6 @@ def test_names_beyond_ascii_on_an_ascii_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     show(Result({}, "caf\xe9 ok"), terminal, as_json=False)
     assert "caf\\xe9 " in terminal.text
-
-
-def test_progress_on_a_terminal_is_a_bar(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with StepProgress(40) as progress:
-        progress.advance(40)
-        progress.status("loss 0.123  frozen")
-    assert "40/40" in terminal.text
-    assert "loss 0.123  frozen" in terminal.text
-    assert "step" not in terminal.text
-
-
-def test_progress_elsewhere_is_a_line_now_and_then(capsys):
-    with StepProgress(200) as progress:
-        for step in range(1, 201):
-            progress.advance(step)
-            progress.status(f"loss {step}")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"step {step:>3}/200  loss {step}" for step in (1, *range(20, 201, 20))]
 
 
 def test_json_has_no_nan():

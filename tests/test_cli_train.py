@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from admm_nxm import verify
-from tests.test_cli import call, call_json, fails, process
+from tests.test_cli import Terminal, call, call_json, fails, process
 from tests.tiny import rows_of, tiny_bert, write
 
 transformers = pytest.importorskip("transformers")
@@ -537,6 +537,42 @@ def test_too_little_memory(arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(training.ADMMTrainer, "train", train)
     fails_at_once(capsys, argv(arguments), ["CUDA out of memory", "give a smaller --batch-size or --max-length"])
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def follow(steps):
+    """Show a run of so many steps; the loss is the step's number."""
+    from admm_nxm.cli.progress import StepProgress
+
+    progress = StepProgress()
+    state = transformers.TrainerState(max_steps=steps)
+    with progress.bar:
+        for step in range(1, steps + 1):
+            state.global_step = step
+            progress.on_step_end(None, state, None)
+            state.log_history.append({"loss": float(step), "admm/phase": "frozen"})
+            progress.on_log(None, state, None)
+        state.log_history.append({"train_runtime": 1.0})
+        progress.on_log(None, state, None)
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    follow(40)
+    assert "40/40" in terminal.text
+    assert "loss 40.000  frozen" in terminal.text
+    assert "step" not in terminal.text
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(capsys):
+    follow(200)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"step {step:>3}/200  loss {step:.3f}  frozen" for step in (1, *range(20, 201, 20))]
 
 
 # ---------------------------------------------------------------------- as a process

@@ -122,9 +122,9 @@ def test_a_shallower_student_is_compared_with_evenly_spaced_layers() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "options", "said"),
     [
-        ((2, 3), (2, 4), {}, "last dimension, labels or vocabulary, must be the same"),
-        ((2, 3), (3, 3), {}, "must see the same batch"),
-        ((2, 5, 3), (2, 4, 3), {}, "must see the same batch"),
+        ((2, 3), (2, 4), {}, "trained for the same labels"),
+        ((2, 3), (3, 3), {}, "Give both the same batch"),
+        ((2, 5, 3), (2, 4, 3), {}, "Give both the same batch"),
         ((2, 3), (2, 3), {"temperature": 0.0}, "temperature=0 must be above 0"),
         ((2, 3), (2, 3), {"temperature": -1.0}, "temperature=-1.0 must be"),
         ((2, 3), (2, 3), {"head": "ranking"}, "head='ranking' must be"),

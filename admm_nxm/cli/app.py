@@ -75,20 +75,21 @@ def run(arguments: Sequence[str]) -> int:
     try:
         # Whatever libraries print must not get between the reader and the one object.
         with ending(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            result = _invoke(args)
-        if result is not None:
-            show(result, out, as_json=as_json)
-        out.flush()
-        return 0 if result is None else result.status
+            command = typer.main.get_command(app)
+            with command.make_context(NAME, args) as context:
+                result: Result = command.invoke(context)
+        show(result, out, as_json=as_json)
+        return result.status
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         message, status = "interrupted", INTERRUPTED
     except Ended as end:
-        message, status = f"ended by {end.signal.name}", end.status
+        message, status = f"ended by {end.signal.name}", 128 + end.signal
     except _USAGE_ERROR as error:
         path = getattr(getattr(error, "ctx", None), "command_path", NAME)
-        message, status = f"{reason_of_usage(error)}; see {path} --help", BAD_INPUT
+        reason = " ".join(str(error.format_message()).split()).rstrip(".")  # type: ignore[attr-defined]
+        message, status = f"{reason}; see {path} --help", BAD_INPUT
     except (InputError, ValueError, OSError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             return _close(out)
@@ -110,18 +111,6 @@ def run(arguments: Sequence[str]) -> int:
         _close(sys.stderr)
         _close(out)
     return status
-
-
-def _invoke(args: list[str]) -> Result | None:
-    command = typer.main.get_command(app)
-    with command.make_context(NAME, args) as context:
-        result: Result | None = command.invoke(context)
-        return result
-
-
-def reason_of_usage(error: Any) -> str:
-    """Return typer's message in one line and without its full stop."""
-    return " ".join(str(error.format_message()).split()).rstrip(".")
 
 
 def _mendable(error: Exception) -> str:

@@ -13,7 +13,6 @@ import typer
 
 from ..io.files import refuse_existing
 from ..io.verify import verify as count
-from ..selection import SkippedWeight
 from ..sparsity import SparsityReport, SparsityViolation
 from .console import Result, note
 from .errors import InputError
@@ -21,7 +20,6 @@ from .options import Json, Output, Overwrite, PatternText, Select, Source, rules
 
 __all__ = ["as_dict", "pack", "prune", "report", "unpack", "verify"]
 
-_PICTURES = (".svg", ".png", ".pdf")
 _BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
 
 
@@ -42,20 +40,13 @@ def as_dict(report: SparsityReport) -> dict[str, Any]:
         "ok": report.ok,
         "sparsity": report.sparsity,
         "violations": len(report.violations),
-        "weights": [
-            _fields(weight, "name", "shape", "pattern", "dim", "groups", "bad_groups", "zeros") for weight in report
-        ],
-        "skipped": _reasons(report.skipped),
+        "weights": _fields(report, "name", "shape", "pattern", "dim", "groups", "bad_groups", "zeros"),
+        "skipped": _fields(report.skipped, "name", "reason"),
     }
 
 
-def _fields(weight: Any, *names: str) -> dict[str, Any]:
-    given = {name: getattr(weight, name) for name in names}
-    return {name: value if isinstance(value, (int, tuple)) else str(value) for name, value in given.items()}
-
-
-def _reasons(skipped: Iterable[SkippedWeight]) -> list[dict[str, str]]:
-    return [{"name": weight.name, "reason": weight.reason} for weight in skipped]
+def _fields(records: Iterable[object], *names: str) -> list[dict[str, Any]]:
+    return [{name: getattr(record, name) for name in names} for record in records]
 
 
 def report(
@@ -92,9 +83,8 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
     """Find out before all weights are counted that the picture cannot be drawn."""
     import matplotlib as _  # noqa: F401
 
-    if file.suffix.lower() not in _PICTURES:
-        kinds = f"{', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}"
-        raise InputError(f"--plot {file} ends in {file.suffix or 'nothing'}; a picture ends in {kinds}")
+    if file.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise InputError(f"--plot {file} ends in {file.suffix or 'nothing'}; a picture ends in .svg, .png or .pdf")
     if file.is_dir():
         raise InputError(f"--plot {file} is a folder; name a file")
     refuse_existing(file, overwrite)
@@ -144,14 +134,8 @@ def pack(
         return Result({**payload, "ok": False, "violation": str(violation)}, text, 1)
     sizes = ("bytes_before", "bytes_after")
     payload |= {name: getattr(report, name) for name in (*sizes, "ratio")}
-    payload["weights"] = [
-        {
-            **_fields(weight, "name", "shape", "pattern", "dim", *sizes),
-            "dtype": str(weight.dtype).removeprefix("torch."),
-        }
-        for weight in report
-    ]
-    payload["skipped"] = _reasons(report.skipped)
+    payload["weights"] = _fields(report, "name", "shape", "pattern", "dim", *sizes, "dtype")
+    payload["skipped"] = _fields(report.skipped, "name", "reason")
     text = f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
     return Result(payload, text)
 

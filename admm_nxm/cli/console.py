@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import torch
+
 __all__ = ["Result", "note", "plain", "show"]
 
 
@@ -27,32 +29,26 @@ def note(text: str) -> None:
 
 
 def show(result: Result, stream: TextIO, *, as_json: bool) -> None:
-    """Print a result: as one JSON object, or as text, in which a terminal gets the verdicts in colour.
-
-    Characters that the stream cannot encode, as in names under ``LC_ALL=C``, are printed as escapes.
-    """
+    """Print a result: as one JSON object, or as text, in which a terminal gets the verdicts in colour."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        result.text.encode(encoding, stream.errors or "strict")
+        text = result.text
+    except UnicodeEncodeError:  # as in names under LC_ALL=C
+        text = result.text.encode(encoding, "backslashreplace").decode(encoding)
     if as_json:
         print(json.dumps(plain(result.payload), indent=2, allow_nan=False), file=stream)
     elif stream.isatty():
         from rich.console import Console
         from rich.text import Text
 
-        text = Text(_encodable(result.text, stream))
-        text.highlight_regex(r"\bok\b", "bold green")
-        text.highlight_regex(r"\b(VIOLATED|FAILED)\b[^\n]*", "bold red")
-        Console(file=stream).print(text, soft_wrap=True)
+        coloured = Text(text)
+        coloured.highlight_regex(r"\bok\b", "bold green")
+        coloured.highlight_regex(r"\b(VIOLATED|FAILED)\b[^\n]*", "bold red")
+        Console(file=stream).print(coloured, soft_wrap=True)
     else:
-        print(_encodable(result.text, stream), file=stream)
+        print(text, file=stream)
     stream.flush()
-
-
-def _encodable(text: str, stream: TextIO) -> str:
-    encoding = stream.encoding or "utf-8"
-    try:
-        text.encode(encoding, stream.errors or "strict")
-    except UnicodeEncodeError:
-        return text.encode(encoding, "backslashreplace").decode(encoding)
-    return text
 
 
 def plain(value: Any) -> Any:
@@ -65,4 +61,4 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return str(value)
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else str(value)

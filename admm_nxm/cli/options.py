@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,35 +61,24 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
 
 
-def _whole_number(allowed: range, described: str) -> Callable[[str], int]:
-    """Return what reads a whole number and refuses all others."""
+def _number(kind: type[float], low: float, high: float, described: str) -> Callable[[str], Any]:
+    """Return what reads a number between two others and refuses the rest, with their value."""
 
-    def read(text: str) -> int:
+    def read(text: str) -> float:
         try:
-            number = int(text)
+            number = kind(text)
         except ValueError:
-            number = allowed.start - 1
-        if number not in allowed:
-            raise typer.BadParameter(f"{text} is no whole number {described}")
+            number = math.nan
+        if not low <= number <= high:
+            raise typer.BadParameter(f"{text} is no {described}")
         return number
 
     return read
 
 
-a_count = _whole_number(range(1, sys.maxsize), "of at least 1")
-a_seed = _whole_number(range(2**32), f"from 0 to {2**32 - 1}")
-"""A seed that torch and numpy take."""
-
-
-def a_rate(text: str) -> float:
-    """Read a learning rate."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise typer.BadParameter(f"{text} is no finite number above 0, such as 1e-4")
-    return number
+a_count = _number(int, 1, sys.maxsize, "whole number of at least 1")
+a_rate = _number(float, sys.float_info.min, sys.float_info.max, "finite number above 0, such as 1e-4")
+a_seed = _number(int, 0, 2**32 - 1, f"whole number from 0 to {2**32 - 1}")  # which torch and numpy take
 
 
 def rules_of(pattern: str | None, select: list[str] | None) -> tuple[Pattern | None, Rules | None]:

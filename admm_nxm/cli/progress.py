@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerState
 
 from .console import note
 
@@ -15,45 +16,27 @@ __all__ = ["StepProgress"]
 _LINES = 10
 
 
-class StepProgress:
-    """Shows a number of steps; a context manager."""
+class StepProgress(TrainerCallback):
+    """Shows the steps of a run, its loss and its phase; the bar is a context manager."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._step = 0
+    def __init__(self) -> None:
+        columns = BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not self.on_terminal)
+        self._task = self.bar.add_task("", total=None)
         self._shown = 0
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("", total=total, status="")
 
-    def __enter__(self) -> StepProgress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Note that a step is done."""
+        self.bar.update(self._task, completed=state.global_step, total=state.max_steps)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, step: int) -> None:
-        """Note that so many steps are done."""
-        self._step = step
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def status(self, text: str) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Show where the run stands; without a terminal about ten times in all."""
-        if self._bar is not None:
-            self._bar.update(self._task, status=text)
-        elif self._step * _LINES // self.total > self._shown or self._step in (1, self.total):
-            self._shown = self._step * _LINES // self.total
-            note(f"step {self._step:>{len(str(self.total))}}/{self.total}  {text}")
+        row: dict[str, Any] = state.log_history[-1]
+        if "loss" not in row:
+            return
+        text, step, total = f"loss {row['loss']:.3f}  {row['admm/phase']}", state.global_step, state.max_steps
+        self.bar.update(self._task, description=text)
+        if not self.on_terminal and (step * _LINES // total > self._shown or step in (1, total)):
+            self._shown = step * _LINES // total
+            note(f"step {step:>{len(str(total))}}/{total}  {text}")

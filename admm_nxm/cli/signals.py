@@ -21,11 +21,6 @@ class Ended(BaseException):
         self.signal = signal.Signals(number)
         super().__init__(f"ended by {self.signal.name}")
 
-    @property
-    def status(self) -> int:
-        """The exit status by which a shell names the signal."""
-        return 128 + self.signal
-
 
 @contextmanager
 def ending() -> Iterator[None]:

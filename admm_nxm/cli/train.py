@@ -57,33 +57,18 @@ def train(
         str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     ] = "auto",
     overwrite: Overwrite = False,
-    json: Json = False,  # noqa: ARG001
+    json: Json = False,
 ) -> Result:
     """Fine-tune a classifier on your own texts.
 
     The model comes out in the pattern. It is tested on held-out texts, saved with a card, records and pictures, and
     verified. The exit status is 1 if the saved weights violate the pattern.
     """
+    options = dict(locals())
+    del options["json"], options["text_column"]
     parsed, rules = rules_of(pattern, select)
+    options |= {"pattern": parsed or Pattern(2, 4), "select": rules, "text_columns": tuple(text_column or ("text",))}
     from .training import Settings
     from .training import train as run
 
-    return run(
-        Settings(
-            model=model,
-            data=data,
-            output=output,
-            pattern=parsed or Pattern(2, 4),
-            select=rules,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            max_length=max_length,
-            text_columns=tuple(text_column or ("text",)),
-            label_column=label_column,
-            eval_data=eval_data,
-            seed=seed,
-            device=device,
-            overwrite=overwrite,
-        )
-    )
+    return run(Settings(**options))

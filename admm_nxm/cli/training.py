@@ -10,17 +10,17 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import patch_environment  # type: ignore[import-untyped]
 from torch import Tensor
-from transformers import DataCollatorWithPadding, TrainerCallback, TrainerState, TrainingArguments
+from transformers import DataCollatorWithPadding, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .._version import __version__
@@ -73,8 +73,7 @@ class Settings:
     overwrite: bool
 
 
-@dataclass(frozen=True)
-class _Texts:
+class _Texts(NamedTuple):
     """Texts as the model reads them, with their labels: those to train and those to test on."""
 
     train: list[dict[str, Any]]
@@ -84,22 +83,32 @@ class _Texts:
 
 def train(settings: Settings) -> Result:
     """Fine-tune a classifier into the pattern, test it, save it and verify what was saved."""
+    import matplotlib as _  # noqa: F401 - the pictures come last, and would be missed then
+
     started = time.perf_counter()
-    device = _check(settings)
+    if not 1 <= len(settings.text_columns) <= 2:
+        raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
+    _refuse_to_lose(settings)
+    device = find_device(settings.device)
     with ExitStack() as stack:
         source = settings.model if Path(settings.model).is_dir() else None
         with blaming(f"--output {settings.output}", OSError, ValueError):
             writer = atomic_folder(settings.output, overwrite=settings.overwrite, source=source)
             folder = stack.enter_context(writer)
         facts = _fill(folder, settings, device)
-    report = verify(settings.output)
-    return _result(settings, facts, report, time.perf_counter() - started)
+    return _result(settings, facts, verify(settings.output), time.perf_counter() - started)
 
 
 def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Do all that the output is made of, and return what there is to tell."""
     note(f"model   {settings.model}{'' if Path(settings.model).is_dir() else ' (no folder here: a name of the hub)'}")
-    rows, tests = _read(settings)
+    hint = "; other columns are named with --text-column and --label-column"
+    columns = Columns(settings.text_columns, settings.label_column, hint)
+    rows = read_file(settings.data, columns)
+    note(f"data    {count_labels(rows)}")
+    tests = None if settings.eval_data is None else read_file(settings.eval_data, columns, "--eval-data")
+    if tests is not None:
+        note(f"test    {count_labels(tests)}")
     labels = label_names(rows)
     tokenizer = load_tokenizer(settings.model)
     model, fresh = load_classifier(
@@ -118,12 +127,14 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
         args = _arguments(settings, steps, device, scratch)
         config = ADMMConfig(str(settings.pattern), select=settings.select)
         trainer, notes = _fine_tune(args, config, model, tokenizer, texts)
+        assert trainer.admm is not None
         if steps < usual:
             few = f"{steps} steps are few: by default it would be {usual}. The pattern holds all the same, but the rest"
             notes.insert(0, f"{few} of the weights has had little time to make up for what is gone")
         for text in notes:
             note(f"note    {text}")
         accuracy = _accuracy(trainer, texts, labels)
+        now = trainer.admm.figures()
     facts = {
         "settings": {
             **asdict(settings),
@@ -132,10 +143,19 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
             "max_length": texts.max_length,
             "device": str(device),
         },
-        "versions": _versions(),
+        "versions": {
+            "admm-nxm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "data": {"labels": labels, "train": len(texts.train), "test": len(texts.test)},
         "accuracy": accuracy,
-        "pruning": _pruning(trainer),
+        "pruning": {
+            "pruned_after": now.frozen_at,
+            "model_error": now.model_error,
+            "model_errors": dict(now.model_errors),
+        },
         "notes": notes,
     }
     _save(folder, trainer, model, tokenizer, before, facts)
@@ -143,16 +163,6 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
 
 
 # ---------------------------------------------------------------------- before the training
-
-
-def _check(settings: Settings) -> torch.device:
-    """Find what is wrong before minutes are spent on training."""
-    import matplotlib as _  # noqa: F401 - the pictures come last, and would be missed then
-
-    if not 1 <= len(settings.text_columns) <= 2:
-        raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
-    _refuse_to_lose(settings)
-    return find_device(settings.device)
 
 
 def _refuse_to_lose(settings: Settings) -> None:
@@ -169,19 +179,6 @@ def _refuse_to_lose(settings: Settings) -> None:
                 f"--output {settings.output} holds what is read ({option} {given}), and a folder is replaced with all "
                 "it holds; write to another folder"
             )
-
-
-def _read(settings: Settings) -> tuple[list[Row], list[Row] | None]:
-    """Return the texts of the data, and those to test on if they have a file of their own."""
-    hint = "; other columns are named with --text-column and --label-column"
-    columns = Columns(settings.text_columns, settings.label_column, hint)
-    rows = read_file(settings.data, columns)
-    note(f"data    {count_labels(rows)}")
-    if settings.eval_data is None:
-        return rows, None
-    tests = read_file(settings.eval_data, columns, "--eval-data")
-    note(f"test    {count_labels(tests)}")
-    return rows, tests
 
 
 def _encode(
@@ -245,9 +242,7 @@ def _arguments(settings: Settings, steps: int, device: torch.device, scratch: st
         def n_gpu(self) -> int:
             return int(device.type != "cpu")
 
-    kept = os.environ.get(_DEVICE_OF_ACCELERATE)
-    os.environ[_DEVICE_OF_ACCELERATE] = str(device)
-    try:
+    with patch_environment(**{_DEVICE_OF_ACCELERATE: device}):
         args = OneDevice(
             scratch,
             max_steps=steps,
@@ -269,68 +264,36 @@ def _arguments(settings: Settings, steps: int, device: torch.device, scratch: st
         )
         if args.device.type == "cuda":
             torch.cuda.set_device(device)
-        return args
-    finally:
-        del os.environ[_DEVICE_OF_ACCELERATE]
-        if kept is not None:
-            os.environ[_DEVICE_OF_ACCELERATE] = kept
+    return args
 
 
 # ---------------------------------------------------------------------- training and test
-
-
-class _Watch(TrainerCallback):
-    """Shows how far the run is."""
-
-    def __init__(self, progress: StepProgress) -> None:
-        self.progress = progress
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.progress.advance(state.global_step)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        row: dict[str, Any] = state.log_history[-1]
-        if "loss" in row:
-            self.progress.status(f"loss {row['loss']:.3f}  {row['admm/phase']}")
 
 
 def _fine_tune(
     args: TrainingArguments, config: ADMMConfig, model: Any, tokenizer: Any, texts: _Texts
 ) -> tuple[ADMMTrainer, list[str]]:
     """Train to the end, and return what the run has to be told about with it."""
-    notes: list[str] = []
-    with StepProgress(args.max_steps) as progress, quiet(), _collecting(notes):
+    progress = StepProgress()
+    remedy = "; give a smaller --batch-size or --max-length"
+    with quiet(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        warnings.filterwarnings("ignore", message="the run is short")  # which a note says in terms of --steps
         trainer = ADMMTrainer(
             model,
             args,
             train_dataset=texts.train,
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[_Watch(progress)],
+            callbacks=[progress],
             admm_config=config,
         )
         trainer.remove_callback(PrinterCallback)
-        remedy = "; give a smaller --batch-size or --max-length"
-        with blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
+        with progress.bar, blaming("", torch.OutOfMemoryError, remedy=remedy), blaming("", ValueError):
             trainer.train()
-    return trainer, notes
-
-
-@contextmanager
-def _collecting(notes: list[str]) -> Iterator[None]:
-    """Collect what ADMMNxM warns of; other warnings take their way."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", ConvergenceWarning)
-        warnings.filterwarnings("ignore", message="the run is short")  # which a note says in terms of --steps
-        usual = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if issubclass(category, ConvergenceWarning):
-                notes.append(str(message))
-            else:
-                usual(message, category, *rest, **more)
-
-        warnings.showwarning = show
-        yield
+    for warning in caught:
+        if not issubclass(warning.category, ConvergenceWarning):
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    return trainer, [str(w.message) for w in caught if issubclass(w.category, ConvergenceWarning)]
 
 
 def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[str, Any]:
@@ -350,22 +313,6 @@ def _accuracy(trainer: ADMMTrainer, texts: _Texts, labels: list[str]) -> dict[st
         "interval": [low, high],
         "most_frequent_label": labels[guess],
         "most_frequent_share": truth.count(guess) / len(truth),
-    }
-
-
-def _pruning(trainer: ADMMTrainer) -> dict[str, Any]:
-    """Return when the weights were pruned, and how far that moved the loss by its quadratic model."""
-    assert trainer.admm is not None
-    now = trainer.admm.figures()
-    return {"pruned_after": now.frozen_at, "model_error": now.model_error, "model_errors": dict(now.model_errors)}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "admm-nxm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -412,7 +359,13 @@ def _about(facts: dict[str, Any]) -> str:
     name = Path(settings["model"]).resolve().name if Path(settings["model"]).is_dir() else settings["model"]
     labels = ", ".join(f"`{' '.join(label.split())}`" for label in data["labels"][:20])
     low, high = accuracy["interval"]
-    text = (
+    pictures = {
+        "history": "loss and share of zeros over the steps",
+        "model_error": "what pruning cost each weight, by the quadratic model of the loss",
+        "sparsity": "share of zeros in each weight",
+        "weights": "distribution of the pruned weights before and after",
+    }
+    return (
         f"# {settings['output'].resolve().name}\n\n"
         f"A text classifier, fine-tuned from {name} on {data['train']:,} texts in {settings['steps']:,} steps of "
         f"{settings['batch_size']} (learning rate {settings['lr']:g}, seed {settings['seed']}). Texts are cut to "
@@ -420,14 +373,8 @@ def _about(facts: dict[str, Any]) -> str:
         f"Labels: {labels}{', …' if len(data['labels']) > 20 else ''}.\n\n"
         f"Accuracy: {accuracy['share']:.1%} ({accuracy['correct']:,} of {accuracy['total']:,} held-out texts; 95 % "
         f"interval {low:.1%} to {high:.1%}, for the choice of these texts alone: seeds differ besides).\n"
+        + "".join(f"\n![{shown}]({file}.svg)\n" for file, shown in pictures.items())
     )
-    pictures = {
-        "history": "loss and share of zeros over the steps",
-        "model_error": "what pruning cost each weight, by the quadratic model of the loss",
-        "sparsity": "share of zeros in each weight",
-        "weights": "distribution of the pruned weights before and after",
-    }
-    return text + "".join(f"\n![{shown}]({file}.svg)\n" for file, shown in pictures.items())
 
 
 def _result(settings: Settings, facts: dict[str, Any], report: SparsityReport, seconds: float) -> Result:
@@ -450,12 +397,6 @@ def _result(settings: Settings, facts: dict[str, Any], report: SparsityReport, s
             f"next      admm-nxm report {quote(str(out))}",
             f"          admm-nxm pack {quote(str(out))} -o {quote(f'{out}-packed')}",
         ]
-    payload = {
-        "command": "train",
-        "ok": report.ok,
-        "output": str(out),
-        **facts,
-        "seconds": seconds,
-        "verify": as_dict(report),
-    }
+    payload = {"command": "train", "ok": report.ok, "output": str(out), **facts}
+    payload |= {"seconds": seconds, "verify": as_dict(report)}
     return Result(payload, "\n".join(lines), 0 if report.ok else 1)

@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,34 @@ _MEANING = (
 )
 _SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
 _HARDWARE = hardware_pattern(torch.bfloat16)
+_TOLD_LAST = {
+    "admm/model_error": ("model error", "{:.4f}: the loss by its quadratic model, as a share of that at zero weights"),
+    "admm/primal_residual": ("primal residual", "{:.1e} of the weights' norm, last logged before the freeze"),
+    "admm/mask_churn": ("mask churn", "{:.2%} of the kept places changed in the last update of the mask"),
+}
+_SECTION_TEXT = """## Sparsity
+
+{meaning}
+
+| | |
+|---|---|
+{table}
+
+To count again:
+
+```bash
+pip install "admm-nxm[cli]"
+admm-nxm verify PATH
+```
+
+<details><summary>Pruned weights</summary>
+
+| weight | shape | pattern | how many |
+|---|---|---|---:|
+{pruned}
+
+</details>
+"""
 
 
 def model_card(
@@ -81,40 +110,21 @@ def model_card(
     records = [dict(record) for record in history or ()]
     if method is None and (optimizer is not None or records):
         method = f"ADMM, with admm_nxm {__version__}, after {_PAPER}"
-    rows = [("pattern", _patterns(weights)), ("pruned", _share(weights, optimizer, parameters))]
-    if method is not None:
-        rows.append(("method", method))
-    if optimizer is not None:
-        rows += _run(optimizer)
-    rows += _convergence(optimizer, records)
-    rows.append(("verification", _verdict(weights)))
-    dense = [s for s in getattr(report, "skipped", ()) if s.wanted]
-    if dense:
-        rows.append(("asked for and left dense", ", ".join(f"`{s.name}` ({s.reason})" for s in dense)))
-    table = ["| | |", "|---|---|", *(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows)]
-    return "\n".join(
-        [
-            "## Sparsity",
-            "",
-            _MEANING + (_SKIPPED_BY_HARDWARE if all(implies(w.pattern, _HARDWARE) for w in weights) else ""),
-            "",
-            *table,
-            "",
-            "To count again:",
-            "",
-            "```bash",
-            'pip install "admm-nxm[cli]"',
-            "admm-nxm verify PATH",
-            "```",
-            "",
-            "<details><summary>Pruned weights</summary>",
-            "",
-            *_table_of(weights),
-            "",
-            "</details>",
-            "",
-        ]
-    )
+    dense = [f"`{s.name}` ({s.reason})" for s in getattr(report, "skipped", ()) if s.wanted]
+    rows = {
+        "pattern": _patterns(weights),
+        "pruned": _share(weights, optimizer, parameters),
+        "method": method,
+        **(_run(optimizer) if optimizer is not None else {}),
+        **_convergence(optimizer, records),
+        "verification": _verdict(weights),
+        "asked for and left dense": ", ".join(dense),
+    }
+    table = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items() if value]
+    alike = Counter((starred(w.name), " × ".join(map(str, w.shape)), str(w.pattern)) for w in weights)
+    pruned = [f"| `{name}` | {shape} | {pattern} | {count} |" for (name, shape, pattern), count in alike.items()]
+    meaning = _MEANING + (_SKIPPED_BY_HARDWARE if all(implies(w.pattern, _HARDWARE) for w in weights) else "")
+    return _SECTION_TEXT.format(meaning=meaning, table="\n".join(table), pruned="\n".join(pruned))
 
 
 def write_model_card(
@@ -160,12 +170,8 @@ def write_model_card(
             f"{path} has {_BEGIN} without {_END}, or the reverse: put the missing one back, or delete both"
         )
     patterns = re.findall(r"\b\d+:\d+\b", next(iter(re.findall(r"^\| pattern \|.*$", section, re.MULTILINE)), ""))
-    wanted: dict[str, Any] = {"tags": ["sparsity", "admm_nxm", *patterns, *tags]}
-    if base_model is not None:
-        wanted["base_model"] = base_model
-    if library_name is not None:
-        wanted["library_name"] = library_name
-    head, body = _merge_metadata(path, text, wanted)
+    wanted = {"base_model": base_model, "library_name": library_name}
+    head, body = _merge_metadata(path, text, ["sparsity", "admm_nxm", *patterns, *tags], wanted)
     marked = f"{_BEGIN}\n{section.strip()}\n{_END}\n"
     if _BEGIN in body:
         before, after = body[: body.index(_BEGIN)], _SECTION.sub("", body[body.index(_BEGIN) :])
@@ -181,11 +187,9 @@ def _weights_of(report: object) -> list[WeightReport]:
     if not isinstance(report, Iterable):
         raise TypeError(f"report is a {type(report).__name__}; a SparsityReport is needed, as verify() returns it")
     weights = list(report)
-    for weight in weights:
-        if not isinstance(weight, WeightReport):
-            raise TypeError(
-                f"the report holds a {type(weight).__name__}; WeightReports are needed, as verify() makes them"
-            )
+    kinds = {type(weight).__name__ for weight in weights if not isinstance(weight, WeightReport)}
+    if kinds:
+        raise TypeError(f"the report holds a {min(kinds)}; WeightReports are needed, as verify() makes them")
     if not weights:
         raise ValueError("the report has no weight: there is nothing to say")
     return weights
@@ -195,13 +199,11 @@ def _weights_of(report: object) -> list[WeightReport]:
 
 
 def _patterns(weights: Sequence[WeightReport]) -> str:
-    counts: dict[str, int] = {}
-    for weight in weights:
-        counts[str(weight.pattern)] = counts.get(str(weight.pattern), 0) + 1
+    counts = Counter(weight.pattern for weight in weights)
     if len(counts) == 1:
         pattern = weights[0].pattern
         return f"{pattern} (at most {pattern.keep} of every {pattern.group} weights are not zero)"
-    return ", ".join(f"{spelling} ({count} weights)" for spelling, count in counts.items())
+    return ", ".join(f"{pattern} ({count} weights)" for pattern, count in counts.items())
 
 
 def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameters: int | None) -> str:
@@ -215,35 +217,23 @@ def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameter
     return f"{len(weights)} weights, {entries:,}{of_all}; {zeros / entries if entries else 0.0:.2%} of them are zero"
 
 
-def _run(optimizer: ADMMNxM) -> list[tuple[str, str]]:
+def _run(optimizer: ADMMNxM) -> dict[str, str]:
     now = optimizer.figures()
     planned = f" of {now.total_steps:,}" if now.total_steps not in (None, now.step) else ""
     pruned = f"pruned after step {now.frozen_at}" if now.frozen_at is not None else "not pruned yet"
     w_step = "in closed form" if optimizer.w_step == "exact" else f"by the optimizer, rho {now.rho:.4g} at the end"
-    return [
-        ("optimizer", f"{type(optimizer.inner).__name__}; w-step {w_step}"),
-        ("schedule", f"{now.step:,}{planned} optimizer steps, {pruned}"),
-    ]
+    return {
+        "optimizer": f"{type(optimizer.inner).__name__}; w-step {w_step}",
+        "schedule": f"{now.step:,}{planned} optimizer steps, {pruned}",
+    }
 
 
-def _convergence(optimizer: ADMMNxM | None, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    def last(key: str) -> float | None:
-        # Once the mask is frozen the residual is 0 by construction; what counts is the last before.
-        return next((float(row[key]) for row in reversed(records) if row.get(key, 0) > 0), None)
-
-    error = None if optimizer is None else optimizer.figures().model_error
-    error = last("admm/model_error") if error is None else error
-    residual, churn = last("admm/primal_residual"), last("admm/mask_churn")
-    rows = []
-    if error is not None:
-        rows.append(
-            ("model error", f"{error:.4f}: the loss by its quadratic model, as a share of that at zero weights")
-        )
-    if residual is not None:
-        rows.append(("primal residual", f"{residual:.1e} of the weights' norm, last logged before the freeze"))
-    if churn is not None:
-        rows.append(("mask churn", f"{churn:.2%} of the kept places changed in the last update of the mask"))
-    return rows
+def _convergence(optimizer: ADMMNxM | None, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    # Once the mask is frozen the residual is 0 by construction; what counts is the last before.
+    last = {key: float(value) for row in records for key, value in row.items() if key in _TOLD_LAST and value > 0}
+    if optimizer is not None and (error := optimizer.figures().model_error) is not None:
+        last["admm/model_error"] = error
+    return {name: text.format(last[key]) for key, (name, text) in _TOLD_LAST.items() if key in last}
 
 
 def _verdict(weights: Sequence[WeightReport]) -> str:
@@ -257,25 +247,10 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
     )
 
 
-# ---------------------------------------------------------------------- the weights
-
-
-def _table_of(weights: Sequence[WeightReport]) -> list[str]:
-    rows: dict[tuple[str, tuple[int, ...], str], int] = {}
-    for weight in weights:
-        key = (starred(weight.name), weight.shape, str(weight.pattern))
-        rows[key] = rows.get(key, 0) + 1
-    lines = ["| weight | shape | pattern | how many |", "|---|---|---|---:|"]
-    return lines + [
-        f"| `{name}` | {' × '.join(map(str, shape))} | {spelling} | {count} |"
-        for (name, shape, spelling), count in rows.items()
-    ]
-
-
 # ---------------------------------------------------------------------- the metadata
 
 
-def _merge_metadata(path: Path, text: str, wanted: Mapping[str, Any]) -> tuple[str, str]:
+def _merge_metadata(path: Path, text: str, tags: Sequence[str], wanted: Mapping[str, Any]) -> tuple[str, str]:
     """Return the front matter with what is missing added, and the rest of the text."""
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -290,14 +265,10 @@ def _merge_metadata(path: Path, text: str, wanted: Mapping[str, Any]) -> tuple[s
         data = dict(vars(hub.RepoCard(found.group().lstrip("\ufeff").lstrip()).data)) if found else {}
     except Exception as error:  # YAML has error types of its own
         raise ValueError(f"the metadata of {path} cannot be read; mend it: {error}") from error
-    merged = dict(data)
-    for key, value in wanted.items():
-        if key == "tags":
-            given = data.get("tags") or []
-            tags = [given] if isinstance(given, str) else list(given)
-            merged["tags"] = [*tags, *(tag for tag in dict.fromkeys(value) if tag not in tags)]
-        elif data.get(key) is None:
-            merged[key] = value
+    given = data.get("tags") or []
+    given = [given] if isinstance(given, str) else list(given)
+    merged = {**data, "tags": [*given, *(tag for tag in dict.fromkeys(tags) if tag not in given)]}
+    merged |= {key: value for key, value in wanted.items() if value is not None and data.get(key) is None}
     if found and merged == data:
         return found.group(), body  # as the user wrote it, comments and all
     return f"---\n{dump(merged, sort_keys=False).strip()}\n---\n", body

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..checks import at_least
-from ..distillation import Head, distillation_loss, hidden_state_loss
+from ..distillation import Head, check_temperature, distillation_loss, hidden_state_loss
 from ..selection import unwrap_model
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "DistillationTrainerMixin"]
@@ -50,9 +50,7 @@ class DistillationConfig:
         at_least("distillation_weight", self.distillation_weight, 0.0)
         if self.distillation_weight > 1:
             raise ValueError(f"distillation_weight={self.distillation_weight!r} must be at most 1: it is a share")
-        at_least("temperature", self.temperature, 0.0)
-        if self.temperature == 0:
-            raise ValueError("temperature=0 must be above 0; 1 leaves the distributions as they are")
+        check_temperature(self.temperature)
         at_least("hidden_weight", self.hidden_weight, 0.0)
         if self.head not in (None, *get_args(Head)):
             raise ValueError(f"head={self.head!r} must be one of {', '.join(map(repr, get_args(Head)))}")
@@ -112,31 +110,25 @@ class DistillationTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """Return the mixed loss in training, the model's own in evaluation."""
+        kwargs["num_items_in_batch"] = num_items_in_batch
         if not model.training:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
-            )
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         wanted, share = self.distillation_config, self.distillation_config.distillation_weight
         if self._heeds is None and num_items_in_batch is not None:
             self._heeds = self._own_loss_heeds(unwrap_model(model), inputs, num_items_in_batch)
         asked = {**inputs, "output_hidden_states": True} if wanted.hidden_weight else dict(inputs)
-        own, outputs = super().compute_loss(
-            model, asked, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
-        )
+        own, outputs = super().compute_loss(model, asked, return_outputs=True, **kwargs)
         taught = self._ask_teacher(inputs)
         pairs = _logits(outputs, taught)
-        soft = own.new_zeros((), dtype=torch.float32)
-        scale = self._scale(inputs, pairs[0][0], num_items_in_batch)
-        for student, teacher in pairs:
-            student, teacher, mask = _positions(model, student, teacher, inputs)
-            head = cast("Head", wanted.head) if wanted.head else _head_of(model, student)
-            loss = distillation_loss(
-                student, teacher, head=head, temperature=wanted.temperature, mask=mask, items=scale.items
-            )
-            soft = soft + loss * scale.soft / len(pairs)
-        loss = (1 - share) * own + share * soft
+        items, soft_factor, hidden_factor = self._scale(inputs, pairs[0][0], num_items_in_batch)
+        options: dict[str, Any] = {"temperature": wanted.temperature, "items": items}
+        loss = (1 - share) * own
+        for logits in pairs:
+            student, teacher, options["mask"] = _positions(model, *logits, inputs)
+            options["head"] = wanted.head or _head_of(model, student)
+            loss = loss + share * soft_factor / len(pairs) * distillation_loss(student, teacher, **options)
         if wanted.hidden_weight:
-            loss = loss + wanted.hidden_weight * scale.hidden * _hidden(outputs, taught, inputs)
+            loss = loss + wanted.hidden_weight * hidden_factor * _hidden(outputs, taught, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _ask_teacher(self, inputs: Mapping[str, Any]) -> Any:
@@ -153,32 +145,34 @@ class DistillationTrainerMixin(_Base):
         with torch.no_grad():
             return self.teacher(**given)
 
-    def _scale(self, inputs: Mapping[str, Any], logits: Tensor, num_items: Tensor | int | None) -> _Scale:
-        """Say how the teacher's part has to be scaled for gradient accumulation and several devices, so that it is
-        scaled as the model's own loss is, and the shares stay what they are."""
-        accumulated = max(1, int(getattr(self, "current_gradient_accumulation_steps", 1)))
+    def _scale(
+        self, inputs: Mapping[str, Any], logits: Tensor, num_items: Tensor | int | None
+    ) -> tuple[Tensor | None, float, float]:
+        """Return the divisor of the soft loss (None: its own number of positions), and factors of the soft and of the
+        hidden loss: with several batches a step, or several devices, they are scaled as the model's own loss is."""
+        each = 1 / max(1, int(getattr(self, "current_gradient_accumulation_steps", 1)))
         by_items = bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        usual = (by_items and num_items is not None) or self.compute_loss_func is not None
         said = getattr(self, "loss_is_scaled_for_ga", None)
-        scaled = (by_items and num_items is not None) or self.compute_loss_func is not None if said is None else said
-        if not scaled:
-            return _Scale(None, 1.0, 1.0)  # Trainer divides by the number of accumulated batches
+        if not (usual if said is None else said):
+            return None, 1.0, 1.0  # Trainer divides by the number of accumulated batches
         if num_items is None:
-            return _Scale(None, 1.0 / accumulated, 1.0 / accumulated)
-        multiplied = bool(self.args.average_tokens_across_devices and by_items)
+            return None, each, each
         n_gpu = max(1, int(self.args.n_gpu))
         ranks = self.accelerator.num_processes // getattr(self, "get_tp_size", lambda: 1)()
+        averaged = bool(self.args.average_tokens_across_devices and by_items)
+        factor = float((ranks if n_gpu == 1 else n_gpu) if averaged else 1)
         if not self._heeds:
             # A mean over each batch, which Trainer takes for a share of the whole: what it does to that, do likewise.
-            factor = float((ranks if n_gpu == 1 else n_gpu) if multiplied else 1)
-            return _Scale(None, factor, factor)
-        items = num_items.flatten()[0] if isinstance(num_items, Tensor) else torch.as_tensor(num_items)
+            return None, factor, factor
+        items = torch.as_tensor(num_items).flatten()[0]
         labels = inputs.get("labels")
         if logits.ndim == 2 and torch.is_tensor(labels) and labels.ndim == 2:
             items = items * labels.shape[0] / labels.numel()  # Trainer has counted each label of a row
         if n_gpu > 1:
             # DataParallel: the logits come from all devices already, and the loss is averaged over them.
-            return _Scale(items if multiplied else items * n_gpu, 1.0, 1.0 / accumulated)
-        return _Scale(items, float(ranks) if multiplied else 1.0, 1.0 / accumulated)
+            return items if averaged else items * n_gpu, 1.0, each
+        return items, factor, each
 
     @torch.no_grad()
     def _own_loss_heeds(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> bool:
@@ -199,15 +193,6 @@ class DistillationTrainer(DistillationTrainerMixin, Trainer):
     """Hugging Face's Trainer with a teacher; see :class:`DistillationTrainerMixin`."""
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Divisor of the soft loss (None: its own number of positions), and factors of the soft and the hidden loss."""
-
-    items: Tensor | None
-    soft: float
-    hidden: float
-
-
 def _parameters_of(model: nn.Module) -> set[str] | None:
     """Names that forward takes; None if it takes any."""
     model = unwrap_model(model)
@@ -219,17 +204,14 @@ def _parameters_of(model: nn.Module) -> set[str] | None:
 
 
 def _logits(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    named = [outputs if isinstance(outputs, Mapping) else {} for outputs in (student, teacher)]
     for keys in (("logits",), ("start_logits", "end_logits")):
-        if all(_has(student, key) and _has(teacher, key) for key in keys):
+        if all(torch.is_tensor(outputs.get(key)) for key in keys for outputs in named):
             return [(student[key], teacher[key]) for key in keys]
     raise ValueError(
         f"nothing to distil: the student returns {_keys(student)}, the teacher {_keys(teacher)}; both must return "
         "logits (or start_logits and end_logits), by name: leave return_dict at True"
     )
-
-
-def _has(outputs: Any, key: str) -> bool:
-    return isinstance(outputs, Mapping) and torch.is_tensor(outputs.get(key))
 
 
 def _keys(outputs: Any) -> str:
@@ -240,22 +222,20 @@ def _positions(
     model: nn.Module, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Leave out the positions that the model's own loss does not count."""
-    labels = inputs.get("labels")
     if student.ndim > 3:
         raise ValueError(
             f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); distil them "
             "in a compute_loss of your own with admm_nxm.distillation.distillation_loss"
         )
-    if student.ndim != 3:
-        return student, teacher, None
-    if torch.is_tensor(labels) and labels.shape == student.shape[:2]:
+    labels, attended = inputs.get("labels"), inputs.get("attention_mask")
+    positions = student.shape[:2] if student.ndim == 3 else None
+    if torch.is_tensor(labels) and labels.shape == positions:
         names = {cls.__name__ for cls in type(unwrap_model(model)).__mro__}
         if names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
             # Each position is scored on the next token.
             return student[:, :-1], teacher[:, :-1], labels[:, 1:] != _IGNORED
         return student, teacher, labels != _IGNORED
-    attended = inputs.get("attention_mask")
-    if torch.is_tensor(attended) and attended.shape == student.shape[:2]:
+    if torch.is_tensor(attended) and attended.shape == positions:
         return student, teacher, attended.bool()
     return student, teacher, None
 
@@ -272,17 +252,15 @@ def _head_of(model: nn.Module, student: Tensor) -> Head:
 
 def _hidden(student: Any, teacher: Any, inputs: Mapping[str, Any]) -> Tensor:
     masks = {"hidden_states": "attention_mask", "encoder_hidden_states": "attention_mask", "decoder_hidden_states": ""}
-    total: Tensor | None = None
+    losses = []
     for key, mask_name in masks.items():
-        if not (student.get(key) and teacher.get(key)):
-            continue
-        mask = inputs.get(mask_name)
-        fits = torch.is_tensor(mask) and mask.shape == student[key][0].shape[:2]
-        loss = hidden_state_loss(student[key], teacher[key], mask=mask.bool() if fits and mask is not None else None)
-        total = loss if total is None else total + loss
-    if total is None:
+        if student.get(key) and teacher.get(key):
+            mask = inputs.get(mask_name)
+            fits = isinstance(mask, Tensor) and mask.shape == student[key][0].shape[:2]
+            losses.append(hidden_state_loss(student[key], teacher[key], mask=mask if fits else None))
+    if not losses:
         raise ValueError(
             f"hidden_weight is set, but the student returns {_keys(student)} and the teacher {_keys(teacher)}: both "
             "must return hidden_states. Set hidden_weight=0"
         )
-    return total
+    return torch.stack(losses).sum()

@@ -89,18 +89,10 @@ class PackReport:
         return iter(self.weights)
 
     def __str__(self) -> str:
-        rows = [
-            (
-                w.name,
-                "x".join(map(str, w.shape)),
-                str(w.pattern),
-                str(w.dtype).removeprefix("torch."),
-                w.bytes_before,
-                w.bytes_after,
-                f"{w.ratio:.1%}",
-            )
-            for w in self.weights
-        ]
+        rows = []
+        for w in self.weights:
+            shape, dtype = "x".join(map(str, w.shape)), str(w.dtype).removeprefix("torch.")
+            rows.append((w.name, shape, str(w.pattern), dtype, w.bytes_before, w.bytes_after, f"{w.ratio:.1%}"))
         lines = [format_table(("weight", "shape", "pattern", "dtype", "bytes before", "bytes after", "ratio"), rows)]
         lines += [f"not packed: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
         packed = sum(w.bytes_after for w in self.weights) / max(sum(w.bytes_before for w in self.weights), 1)

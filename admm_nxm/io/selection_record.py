@@ -87,17 +87,7 @@ def selection_metadata(selection: Selection) -> dict[str, str]:
 
 
 def read_selection(checkpoint: Checkpoint) -> Selection | None:
-    """Return the selection that is recorded with a checkpoint.
-
-    Args:
-        checkpoint: an open one. Of a file in a folder with a record, the part that the file holds is returned.
-
-    Returns:
-        The selection, by the names that the files have; None if nothing is recorded.
-
-    Raises:
-        ValueError: the record is damaged, or names a weight that the checkpoint does not have.
-    """
+    """Return the selection that is recorded with a checkpoint, by the names of its files; None if there is none."""
     tensors = stand_ins(checkpoint)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(tensors).items()}
     found = [
@@ -123,44 +113,29 @@ def read_selection(checkpoint: Checkpoint) -> Selection | None:
 
 
 def selection_to_json(selection: Selection, *, indent: int | None = None) -> str:
-    """Return the text of a record.
-
-    Args:
-        selection: what to record.
-        indent: as for ``json.dumps``.
-    """
-    fields: dict[str, Any] = {"format": FORMAT, "version": VERSION, "weights": {}}
-    for weight in selection:
-        fields["weights"][weight.name] = {
-            "pattern": str(weight.pattern),
-            "shape": list(weight.shape),
-            "dim": weight.dim,
-        }
-        if weight.aliases:
-            fields.setdefault("aliases", {}).update(dict.fromkeys(weight.aliases, weight.name))
-    for entry in selection.skipped:
-        wanted = {"wanted": True} if entry.wanted else {}
-        dense = {"shape": list(entry.shape), "reason": entry.reason, **wanted}
-        fields.setdefault("left_dense", {})[entry.name] = dense
+    """Return the text of a record."""
+    weights = {w.name: {"pattern": str(w.pattern), "shape": list(w.shape), "dim": w.dim} for w in selection}
+    aliases = {alias: weight.name for weight in selection for alias in weight.aliases}
+    dense = {
+        entry.name: {"shape": list(entry.shape), "reason": entry.reason, **({"wanted": True} if entry.wanted else {})}
+        for entry in selection.skipped
+    }
+    fields: dict[str, Any] = {"format": FORMAT, "version": VERSION, "weights": weights}
+    fields |= {key: value for key, value in (("aliases", aliases), ("left_dense", dense)) if value}
     return json.dumps(fields, ensure_ascii=False, indent=indent, separators=(",", ":") if indent is None else None)
 
 
 def selection_from_json(text: str) -> Selection:
-    """Read the text of a record.
-
-    Raises:
-        ValueError: it is damaged, or of a version that is not known here.
-    """
+    """Read the text of a record."""
     weights, aliases, dense = read_record(text, FORMAT, VERSION, ("weights", "aliases", "left_dense"))
     names: dict[str, list[str]] = {name: [] for name in weights}
     for alias, name in aliases.items():
         if not isinstance(name, str) or name not in names or alias in names:
             raise ValueError(f"it calls {alias!r} another name of {name!r}")
         names[name].append(alias)
-    selected = []
-    for name, entry in weights.items():
-        shape, pattern, dim = read_weight(name, entry)
-        selected.append(SelectedWeight(name, shape, pattern, dim, tuple(names[name])))
+    selected = [
+        SelectedWeight(name, *read_weight(name, weights[name]), tuple(others)) for name, others in names.items()
+    ]
     skipped = []
     for name, entry in dense.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("reason"), str):
@@ -179,17 +154,16 @@ def _read(place: str, text: str | Path) -> Selection:
 
 def _of_packed(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Selection | None:
     """Return what a packed checkpoint says by itself; why the rest is dense is told by the default rules."""
-    aliases: dict[str, list[str]] = {}
-    for packed in checkpoint.packed.values():
-        for alias, name in packed.aliases.items():
-            aliases.setdefault(name, []).append(alias)
+    aliases = [pair for packed in checkpoint.packed.values() for pair in packed.aliases.items()]
     layouts = {name: layout for packed in checkpoint.packed.values() for name, layout in packed.weights.items()}
     if not layouts:
         return None
     clean = {id(t): name for name, t in reversed(named_tensors(tensors).items())}
     selected = tuple(
-        SelectedWeight(clean[id(tensors[name])], layout.shape, layout.pattern, layout.dim, tuple(aliases.get(name, ())))
-        for name, layout in layouts.items()
+        SelectedWeight(
+            clean[id(tensors[name])], lay.shape, lay.pattern, lay.dim, tuple(a for a, n in aliases if n == name)
+        )
+        for name, lay in layouts.items()
     )
     names = {weight.name for weight in selected}
     try:

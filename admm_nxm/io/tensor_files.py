@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,35 +41,15 @@ __all__ = [
 ]
 
 # In the order in which the library lays tensors out in a file, so that files come out as it would have written them.
-_CODES = {
-    "BOOL": "bool",
-    "F4": "",  # torch has it in pairs only
-    "F6_E2M3": "",
-    "F6_E3M2": "",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
+_ORDER = """
+    BOOL=bool F4= F6_E2M3= F6_E3M2= U8=uint8 I8=int8 F8_E5M2=float8_e5m2 F8_E4M3=float8_e4m3fn F8_E8M0=float8_e8m0fnu
+    F8_E4M3FNUZ=float8_e4m3fnuz F8_E5M2FNUZ=float8_e5m2fnuz I16=int16 U16=uint16 F16=float16 BF16=bfloat16 I32=int32
+    U32=uint32 F32=float32 C64=complex64 F64=float64 I64=int64 U64=uint64
+"""  # codes without a dtype are of less than a byte; torch has them in pairs only
+_CODES = dict(entry.split("=") for entry in _ORDER.split())
 _RANK = {code: rank for rank, code in enumerate(_CODES)}
 
-DTYPES: Mapping[str, torch.dtype] = {
-    code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)
-}
+DTYPES: Mapping[str, torch.dtype] = {c: getattr(torch, name) for c, name in _CODES.items() if hasattr(torch, name)}
 """The torch dtype of each safetensors code, where this torch has one of the same elements."""
 
 CODE_OF: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
@@ -215,21 +196,19 @@ def refusing(what: str) -> Iterator[None]:
 
 def read_json(text: str) -> Any:
     """Read JSON that says everything once."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"it has {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {key!r} twice")
-        found[key] = value
-    return found
 
 
 def read_record(text: str, name: str, version: int, parts: Iterable[str]) -> list[dict[str, Any]]:

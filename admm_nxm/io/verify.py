@@ -53,13 +53,7 @@ def verify(target: Target, pattern: Pattern | str | Select | Selection | None = 
 
 @dataclass(frozen=True)
 class OpenTarget:
-    """A model of any kind, open.
-
-    Args:
-        named: the module, or the tensors by name, which have no data where they are in a file.
-        read: returns one of the tensors with its data.
-        checkpoint: the file or folder; None if it is none.
-    """
+    """A model of any kind, open: its tensors, which have no data where they are in a file, and what reads one."""
 
     named: nn.Module | dict[str, Tensor]
     read: Callable[[Tensor], Tensor]
@@ -76,15 +70,7 @@ class OpenTarget:
 
 @contextmanager
 def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
-    """Open a model of any kind; a file is closed when the block ends.
-
-    Args:
-        target: as for :func:`verify`.
-        purpose: the verb for error messages.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as for :func:`verify`.
-    """
+    """Open a model of any kind, for what the purpose names in errors; a file is closed when the block ends."""
     if isinstance(target, nn.Module):
         yield OpenTarget(target, _as_it_is)
     elif isinstance(target, Mapping):

@@ -67,9 +67,10 @@ def _drawing() -> Iterator[None]:
     try:
         import matplotlib.figure
         import matplotlib.style
+        from cycler import cycler
     except ImportError as error:
         raise ImportError(f'pictures need matplotlib ({error}); run: pip install "admm-nxm[plots]"') from error
-    looks = matplotlib.cycler(color=_COLOURS * len(_DASHES), linestyle=_DASHES * len(_COLOURS))
+    looks = cycler(color=_COLOURS * len(_DASHES), linestyle=_DASHES * len(_COLOURS))
     with matplotlib.style.context(["default", _STYLE, {"axes.prop_cycle": looks}]):
         yield
 
@@ -181,13 +182,17 @@ def plot_history(history: History | Mapping[str, History], *, title: str | None 
     named = history if isinstance(history, Mapping) else {"": history}
     runs = {str(name): _rows(f"run {name!r}" if name else "the history", run) for name, run in named.items()}
     keys = [key for key in _PANELS if any(key in row for rows in runs.values() for row in rows)]
-    mosaic = [keys[first : first + 2] for first in range(0, len(keys), 2)]
+    mosaic: list[Any] = [keys[first : first + 2] for first in range(0, len(keys), 2)]
     mosaic[-1] *= 2 // len(mosaic[-1])  # the last one of an odd number is as wide as two
     with _drawing():
         figure = _new_figure(8.4, 1.75 * len(mosaic) + 0.7, title)
-        for key, axes in figure.subplot_mosaic(mosaic, sharex=True).items():
+        panels = figure.subplot_mosaic(mosaic)
+        for key, axes in panels.items():
+            if key != keys[0]:
+                axes.sharex(panels[keys[0]])
             _draw_panel(axes, key, runs)
-            axes.set_xlabel("step" if key in mosaic[-1] else "")
+            if key in mosaic[-1]:
+                axes.set_xlabel("step")
         _add_legend(figure)
     return figure
 
@@ -230,8 +235,9 @@ def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, A
         marker = "." if len(steps) <= 30 else ""
         (line,) = axes.plot(steps, values, marker=marker, markersize=4, linewidth=1.3, label=_visible(name) or "_run")
         if key == "loss" and any("eval_loss" in row for row in rows):
-            look = {"color": line.get_color(), "linestyle": "", "marker": "D", "markersize": 4, "mfc": "white"}
-            axes.plot(*_series(rows, "eval_loss"), label=_visible(f"{name}, evaluation".removeprefix(", ")), **look)
+            label = _visible(f"{name}, evaluation".removeprefix(", "))
+            look: dict[str, Any] = {"color": line.get_color(), "linestyle": "", "marker": "D", "markersize": 4}
+            axes.plot(*_series(rows, "eval_loss"), label=label, markerfacecolor="white", **look)
         if len(runs) == 1:
             _shade_phases(axes, rows)
         elif (frozen := _freeze(rows)) is not None:
