@@ -11,15 +11,7 @@ _OF_THE_EXTRA = {"click", "rich", "typer"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments, without the program's name; those of the process if left out.
-
-    Returns:
-        The exit status: 0, 1 if a pattern is violated, 2 on bad input, 70 on a defect of the program, 129 after SIGHUP,
-        130 after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
-    """
+    """Run the command line with these arguments, or those of the process, and return the exit status."""
     try:
         from .app import run
     except ImportError as error:

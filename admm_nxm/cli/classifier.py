@@ -26,11 +26,9 @@ _TOKENIZER_FILES = ("bpe", "merges", "sentencepiece", "spiece", "tokenizer", "vo
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers and our Trainer from reporting what is meant here: a new classifier on top, bars for seconds of
-    work, and how to go on with a run that is not kept."""
-    verbosity, bars = _logging.get_verbosity(), _logging.is_progress_bar_enabled()
+    """Keep libraries from reporting what is meant here: a new classifier, and a run that is not kept."""
     ours = python_logging.getLogger("admm_nxm")
-    level = ours.level
+    verbosity, bars, level = _logging.get_verbosity(), _logging.is_progress_bar_enabled(), ours.level
     ours.setLevel(python_logging.ERROR)
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
@@ -96,10 +94,7 @@ def length_limit(model: Any, tokenizer: Any) -> float:
 def load_classifier(
     name: str, labels: Sequence[str], tokenizer: Any, *, seed: int, max_length: int
 ) -> tuple[Any, list[str]]:
-    """Load a model with a new classifier, in float32: the same start in each call.
-
-    Also returned: the names of the weights below the classifier that start at random, as the checkpoint lacks them.
-    """
+    """Load a model with a new classifier, in float32, and name what lies below it that the checkpoint lacks."""
     torch.manual_seed(seed)
     with blaming(f"--model {name}", OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():
         model, info = AutoModelForSequenceClassification.from_pretrained(

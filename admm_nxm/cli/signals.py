@@ -24,11 +24,7 @@ class Ended(BaseException):
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Raise :class:`Ended` in the block where a signal would end the process without any clean-up.
-
-    A signal that is ignored, as under nohup, or that has a handler stays as it is, and so do all outside the main
-    thread, which alone can have handlers.
-    """
+    """Raise :class:`Ended` in the block where a signal would end the process without any clean-up."""
     first: list[Ended] = []
 
     def raise_once(number: int, _: FrameType | None) -> None:
@@ -37,10 +33,10 @@ def ending() -> Iterator[None]:
             raise first[0]
 
     ours: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # no other can have handlers
         for name in _NAMES:
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not ignored, as under nohup
                 ours[number] = signal.signal(number, raise_once)
     try:
         yield

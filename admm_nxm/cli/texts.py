@@ -165,11 +165,7 @@ def _first_of_each(keys: Sequence[Hashable]) -> list[int]:
 
 
 def split(keys: Sequence[Hashable], rows: Sequence[Row], names: Sequence[str], seed: int) -> Split:
-    """Hold out a quarter of the distinct texts of each label, for the test.
-
-    Alike after truncation is alike to the model: such a pair on both sides of the split would be a test on training
-    data. (BBC News repeats 100 articles word for word, and some more with changes further down.) The first stays.
-    """
+    """Hold out a quarter of the distinct texts of each label; of those that are alike after truncation one stays."""
     first = _first_of_each(keys)
     train: list[int] = []
     test: list[int] = []
@@ -185,10 +181,7 @@ def split(keys: Sequence[Hashable], rows: Sequence[Row], names: Sequence[str], s
 
 
 def held_out(keys: Sequence[Hashable], count: int, names: Sequence[str], rows: Sequence[Row]) -> Split:
-    """Split where the texts to test on are given: those from position ``count`` on.
-
-    A text on both sides is left out of the training.
-    """
+    """Split where the texts to test on are given: those from ``count`` on, which no text to train on is like."""
     first = _first_of_each(keys[count:])
     tested = {keys[count + i] for i in first}
     train = [i for i in _first_of_each(keys[:count]) if keys[i] not in tested]

@@ -1,8 +1,4 @@
-"""The model card: what was pruned and how, and how anybody can count it again.
-
-:func:`model_card` writes the section, :func:`write_model_card` puts it into a folder's ``README.md``, from where
-``push_to_hub`` takes it.
-"""
+"""The model card: what was pruned and how, and how anybody can count it again; ``push_to_hub`` takes it along."""
 
 from __future__ import annotations
 

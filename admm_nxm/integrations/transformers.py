@@ -1,8 +1,4 @@
-"""Sparse fine-tuning with Hugging Face's Trainer: another class name, one config, nothing else.
-
-Trainer makes its optimizer as it always does; the mixin wraps that in :class:`admm_nxm.ADMMNxM`, gives it the length of
-the run, logs where the run stands, chooses the best model among sparse ones, and finalizes when training ends.
-"""
+"""Sparse fine-tuning with Hugging Face's Trainer: another class name, one config, nothing else."""
 
 from __future__ import annotations
 
@@ -172,18 +168,13 @@ class ADMMTrainerMixin(_Base):
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
     """
 
-    sparsity_report: SparsityReport | None
-    _built: ADMMNxM | None
-    _configured: bool
-    _announced_steps: int
-
     def __init__(self, *args: Any, admm_config: ADMMConfig | None = None, **kwargs: Any) -> None:
         if admm_config is not None and not isinstance(admm_config, ADMMConfig):
             raise TypeError(f"admm_config={admm_config!r} must be an ADMMConfig, such as ADMMConfig(pattern='2:4')")
         self._configured = admm_config is not None
         self.admm_config = ADMMConfig() if admm_config is None else admm_config
-        self.sparsity_report = None
-        self._built = None
+        self.sparsity_report: SparsityReport | None = None
+        self._built: ADMMNxM | None = None
         self._announced_steps = 0
         super().__init__(*args, **kwargs)
         _check_parallelism(self)
@@ -368,26 +359,19 @@ class _Watch(TrainerCallback):
 
 
 def _last_complete(output_dir: str, ranks: int) -> str:
-    """Return the last checkpoint that was written to its end, by each of so many ranks.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if folder.is_dir() and step.isdigit():
-            found.append((int(step), folder))
-    broken = []
-    for _, folder in sorted(found, reverse=True):
-        if not _is_complete(folder, ranks):
-            broken.append(folder.name)
-            continue
-        if broken:
-            logger.warning("passing over %s: the writing was interrupted", ", ".join(broken))
-        return os.fspath(folder)
-    said = f"; {', '.join(broken)}: the writing was interrupted" if broken else ""
-    raise ValueError(f"no complete checkpoint in {output_dir}{said}. Start without resume_from_checkpoint")
+    """Return the last checkpoint that was written to its end, by each of so many ranks."""
+    steps = {
+        int(step): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and folder.is_dir()
+    }
+    for _, folder in sorted(steps.items(), reverse=True):
+        if _is_complete(folder, ranks):
+            return os.fspath(folder)
+        logger.warning("passing over %s: the writing was interrupted", folder.name)
+    raise ValueError(
+        f"no complete checkpoint in {output_dir} ({len(steps)} were begun). Start without resume_from_checkpoint"
+    )
 
 
 def _is_complete(folder: Path, ranks: int) -> bool:
@@ -401,16 +385,12 @@ def _is_complete(folder: Path, ranks: int) -> bool:
 
 
 def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "DeepSpeed partitions flattened parameters, which tears the groups of the pattern apart, and has an "
-            "optimizer of its own; use FSDP2 (fsdp_version: 2) or DDP"
-        )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+    old_fsdp = trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2
+    if trainer.is_deepspeed_enabled or old_fsdp:
         raise ValueError(
-            "FSDP1 flattens parameters, which tears the groups of the pattern apart; use FSDP2, "
-            "fsdp_config={'fsdp_version': 2, ...}"
+            f"{'FSDP1' if old_fsdp else 'DeepSpeed'} flattens parameters, which tears the groups of the pattern apart; "
+            "use DDP or FSDP2, fsdp_config={'fsdp_version': 2, ...}"
         )
 
 

@@ -62,30 +62,19 @@ class TensorInfo(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of one or more safetensors files, see :func:`open_checkpoint`.
-
-    Attributes:
-        path: what was opened.
-        files: the files, in order.
-        index: the index that named them, or None.
-        index_fields: what the index says; empty if there is none.
-        tensors: name -> what is known of the tensor; packed weights count as the weights that they are.
-        headers: file -> its header.
-        packed: file -> what it says of its packed weights; files without any are missing.
-    """
+    """The tensors of one or more safetensors files; packed weights count as the weights that they are."""
 
     def __init__(self, path: Path, purpose: str) -> None:
         self.path = path
         self.files, self.index = _find_files(path, purpose)
-        self.index_fields: dict[str, Any] = {}
+        self.index_fields: dict[str, Any] = {} if self.index is None else _read_index(self.index)
         named: dict[str, Path] = {}
         if self.index is not None:
-            self.index_fields = _read_index(self.index)
             named = {name: self.index.parent / file for name, file in self.index_fields["weight_map"].items()}
             self.files = sorted(set(named.values()))
         self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[Path, Header] = {}
-        self.packed: dict[Path, Packed] = {}
+        self.packed: dict[Path, Packed] = {}  # of the files that have packed weights
         self._handles: dict[Path, Any] = {}
         self._stack = ExitStack()
         for file in self.files:
@@ -100,9 +89,9 @@ class Checkpoint:
                     other = self.tensors[info.name].file
                     raise ValueError(f"{other} and {file} both hold {info.name!r}; name the file to {purpose}")
                 self.tensors[info.name] = info
-        held = {(tensor.name, file) for file, header in self.headers.items() for tensor in header.tensors}
+        held = {file: {tensor.name for tensor in header.tensors} for file, header in self.headers.items()}
         for name, file in named.items():
-            if (name, file) not in held:
+            if name not in held[file]:
                 raise ValueError(
                     f"{self.index} gives {name!r} to {file}, which does not hold it; copy the files of one save "
                     "together, or save the model again"
@@ -122,11 +111,7 @@ class Checkpoint:
             return unpack_tensor(PackedTensor(info.layout, {part: read(name + part) for part in info.layout.parts}))
 
     def others(self) -> list[Path]:
-        """Return the paths in the checkpoint's folder of the files that hold no weights, such as the config.
-
-        The index is none of them. What version control keeps (``.git``) and what interrupted writes of this package
-        left behind is passed over.
-        """
+        """Return the paths in the folder of all other files, such as the config, without ``.git`` and leftovers."""
         own = {*self.files, self.index}
         found = []
         for inner, folders, files in os.walk(self.path, onerror=_raise):
@@ -179,10 +164,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, purpose: str = "read") -> Checkpoint:
-    """Open a checkpoint of safetensors files; use it in a ``with`` statement.
-
-    No tensor is read before it is asked for. Nothing is ever unpickled.
-    """
+    """Open a checkpoint in a ``with`` statement: tensors are read when they are asked for, and nothing is unpickled."""
     return Checkpoint(Path(path), purpose)
 
 

@@ -182,14 +182,11 @@ def write_file(
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn every failure to read something into a ValueError that begins with these words and goes on with the cause.
-
-    The middle of a long cause is left out: a damaged file can hold any text in any place.
-    """
+    """Turn every failure to read something into a ValueError that begins with these words and ends with the cause."""
     try:
         yield
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        text = str(error)
+        text = str(error)  # a damaged file can hold any text in any place
         text = text if len(text) <= 600 else f"{text[:400]} … {text[-150:]}"
         raise ValueError(f"{what}: {text}") from error
 
