@@ -123,19 +123,11 @@ def read_selection(checkpoint: Checkpoint) -> Selection | None:
 
 
 def selection_to_json(selection: Selection, *, indent: int | None = None) -> str:
-    """Return the text of a record.
-
-    Args:
-        selection: what to record.
-        indent: as for ``json.dumps``.
-    """
+    """Return the text of a record; ``indent`` is that of ``json.dumps``."""
     fields: dict[str, Any] = {"format": FORMAT, "version": VERSION, "weights": {}}
     for weight in selection:
-        fields["weights"][weight.name] = {
-            "pattern": str(weight.pattern),
-            "shape": list(weight.shape),
-            "dim": weight.dim,
-        }
+        pruned = {"pattern": str(weight.pattern), "shape": list(weight.shape), "dim": weight.dim}
+        fields["weights"][weight.name] = pruned
         if weight.aliases:
             fields.setdefault("aliases", {}).update(dict.fromkeys(weight.aliases, weight.name))
     for entry in selection.skipped:
@@ -209,19 +201,19 @@ def _in_names_of(shapes: Mapping[str, tuple[int, ...]], selection: Selection, pl
     weights: list[SelectedWeight] = []
     renamed: dict[str, str] = {}
     for weight in selection:
-        name = next((name for name in (weight.name, *weight.aliases) if name in shapes), None)
+        name = weight.name_in(shapes)
         if name is None:
             old = next((old for old in renamed if weight.name.startswith(old)), None)
             if old is None:
-                missing = [w for w in selection if shapes.keys().isdisjoint((w.name, *w.aliases))]
+                missing = [w for w in selection if w.name_in(shapes) is None]
                 found = _new_beginning(weight, missing, shapes)
                 if found is None:
                     raise ValueError(
                         f"{place} records that {weight.name!r} was pruned, and the checkpoint has no such weight: it "
                         "was renamed or removed since. Give a pattern or rules, which are used in place of the record"
                     )
-                old = found[0]
-                renamed[old] = found[1]
+                old, new = found
+                renamed[old] = new
             name = renamed[old] + weight.name.removeprefix(old)
             weight = SelectedWeight(name, weight.shape, weight.pattern, weight.dim)
         weights.append(weight)
