@@ -14,11 +14,7 @@ __all__ = ["check_inner", "has_no_effect", "is_capturing", "load_or_restore", "r
 
 
 def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
-    """Refuse what cannot be wrapped.
-
-    Args:
-        inner: the optimizer that the user passed.
-        wrapper: the wrapping class, which cannot be wrapped again.
+    """Refuse what cannot be wrapped, the wrapper itself included.
 
     Raises:
         TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
@@ -30,7 +26,8 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         raise TypeError(f"optimizer is the class {inner.__name__}; pass an instance, {inner.__name__}(params, lr=...)")
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer is a {name}; a torch.optim.Optimizer is needed")
-    if any(isinstance(part, wrapper) for part in _nested(inner)):
+    nested = [getattr(inner, attribute, None) for attribute in ("optimizer", "base_optimizer", "_base_optimizer")]
+    if any(isinstance(part, wrapper) for part in (inner, *nested)):
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
     if any(key.startswith("admm_") for group in inner.param_groups for key in group):
         raise ValueError(
@@ -47,14 +44,13 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
             f"optimizer is a {name}, which keeps each parameter's state on one rank only; shard with FSDP2 "
             "(torch.distributed.fsdp.fully_shard) instead, and wrap a plain optimizer"
         )
-    closure = inspect.signature(type(inner).step).parameters.get("closure")
     # SAM and its kin step twice, with an evaluation between, whatever the default of their closure.
-    steps_twice = callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None))
-    if steps_twice:
+    if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
         raise TypeError(
             f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other "
             f"way round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
         )
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
     if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
             f"{name} needs to call the closure itself; ADMMNxM evaluates it once, first. "
@@ -70,11 +66,6 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         )
 
 
-def _nested(inner: Optimizer) -> list[object]:
-    """The optimizer, and one inside it."""
-    return [inner, *(getattr(inner, name, None) for name in ("optimizer", "base_optimizer", "_base_optimizer"))]
-
-
 def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
     """Let both optimizers hold the same step hooks, so that a hook fires once, around the whole step, whichever of
     the two it was registered on."""
@@ -85,12 +76,8 @@ def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
 def raw_step(inner: Optimizer, *, first: bool = False) -> None:
     """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them.
 
-    Args:
-        inner: the inner optimizer.
-        first: whether this is its first step of the run: an optimizer that cannot do without a closure shows it then.
-
     Raises:
-        TypeError: the first step failed, and the optimizer's ``step`` takes a closure.
+        TypeError: the first step of a run failed, and the optimizer's ``step`` takes a closure.
     """
     patched = inner.__dict__.get("step")
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
@@ -90,6 +90,10 @@ class SelectedWeight:
     aliases: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
+    def name_in(self, names: Container[str]) -> str | None:
+        """Return the first of its names that is among these; None if none is."""
+        return next((name for name in (self.name, *self.aliases) if name in names), None)
+
 
 @dataclass(frozen=True)
 class SkippedWeight:
@@ -124,7 +128,7 @@ class Selection:
     def __getitem__(self, name: str) -> SelectedWeight:
         """Return the prunable weight called ``name`` (or one of whose other names it is)."""
         for weight in self.weights:
-            if name == weight.name or name in weight.aliases:
+            if weight.name_in((name,)):
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.weights)}")
 

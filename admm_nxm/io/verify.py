@@ -56,7 +56,9 @@ class OpenTarget:
     """A model of any kind, open: its tensors, which have no data where they are in a file, and what reads one."""
 
     named: nn.Module | dict[str, Tensor]
-    read: Callable[[Tensor], Tensor]
+    """The module, or the tensors by name, which have no data where they are in a file."""
+    read: Callable[[Tensor], Tensor] = lambda t: t
+    """Returns one of the tensors with its data."""
     checkpoint: Checkpoint | None = None
 
     def cover(self, pattern: Pattern | str | Select | Selection | None) -> tuple[Selection, dict[str, Tensor]]:
@@ -72,9 +74,9 @@ class OpenTarget:
 def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
     """Open a model of any kind, for what the purpose names in errors; a file is closed when the block ends."""
     if isinstance(target, nn.Module):
-        yield OpenTarget(target, _as_it_is)
+        yield OpenTarget(target)
     elif isinstance(target, Mapping):
-        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)}, _as_it_is)
+        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)})
     elif isinstance(target, (str, PathLike)):
         with open_checkpoint(target, purpose=purpose) as checkpoint:
             tensors = stand_ins(checkpoint)
@@ -82,7 +84,3 @@ def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
             yield OpenTarget(tensors, lambda t: checkpoint.get(names[id(t)]), checkpoint)
     else:
         raise TypeError(f"cannot {purpose} a {type(target).__name__}; a module, a state dict or a path is needed")
-
-
-def _as_it_is(t: Tensor) -> Tensor:
-    return t

@@ -143,7 +143,7 @@ def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
             return ["weight"]
         select, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
     if isinstance(select, Selection):
-        wanted = [next((n for n in (w.name, *w.aliases) if n in tensors), w.name) for w in select]
+        wanted = [weight.name_in(tensors) or weight.name for weight in select]
     elif isinstance(select, str):
         try:
             wanted = [name for name, t in tensors.items() if t.is_floating_point() and re.fullmatch(select, name)]
