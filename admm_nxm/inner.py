@@ -14,13 +14,7 @@ __all__ = ["check_inner", "has_no_effect", "is_capturing", "load_or_restore", "r
 
 
 def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
-    """Refuse what cannot be wrapped, the wrapper itself included.
-
-    Raises:
-        TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
-            dict that cannot be extended.
-        ValueError: ``differentiable=True``, or another run's counters in its groups.
-    """
+    """Refuse what cannot be wrapped, the wrapper itself included."""
     name = type(inner).__name__
     if isinstance(inner, type) and issubclass(inner, Optimizer):
         raise TypeError(f"optimizer is the class {inner.__name__}; pass an instance, {inner.__name__}(params, lr=...)")
@@ -74,11 +68,7 @@ def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
 
 
 def raw_step(inner: Optimizer, *, first: bool = False) -> None:
-    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them.
-
-    Raises:
-        TypeError: the first step of a run failed, and the optimizer's ``step`` takes a closure.
-    """
+    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them."""
     patched = inner.__dict__.get("step")
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
         patched()  # somebody has put a step of their own on the instance
@@ -101,11 +91,7 @@ def raw_step(inner: Optimizer, *, first: bool = False) -> None:
 
 
 def load_or_restore(inner: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state dict into the inner optimizer; what fails half-way leaves it as it was.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """Load a state dict into the inner optimizer; what fails half-way leaves it as it was."""
     before: dict[str, Any] = {key: vars(inner)[key] for key in ("state", "param_groups") if key in vars(inner)}
     try:
         inner.load_state_dict(state_dict)

@@ -31,11 +31,7 @@ def is_plain(t: Tensor) -> bool:
 
 
 def plain(t: Tensor) -> Tensor:
-    """Return the values of a tensor (this rank's part): itself, detached, if it is plain, else a copy.
-
-    Raises:
-        TypeError: it is of a class that does not tell its values.
-    """
+    """Return the values of a tensor (this rank's part): itself, detached, if it is plain, else a copy."""
     part = local(t).detach()
     if is_plain(part):
         return part
