@@ -41,18 +41,7 @@ Ineligible = Literal["error", "skip"]
 
 # Components that wrappers put into parameter names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_HEADS = {
-    "classification_head",
-    "classifier",
-    "cls",
-    "head",
-    "heads",
-    "lm_head",
-    "pooler",
-    "qa_outputs",
-    "score",
-    "summary",
-}
+_HEADS = re.compile(r"(classification_|lm_)?head|heads|classifier|cls|pooler|qa_outputs|score|summary")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
 _EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^codebook$|^wte$|^wpe$|^shared$|relative_attention_bias")
@@ -511,7 +500,7 @@ def _default_reason(candidate: _Candidate) -> str | None:
     # A part of a block may be called a head; what has blocks may be one.
     block = next((prefix for prefix in candidate.blocks if title.startswith(prefix)), None)
     above = parts if block is None else block.split(".")[:-2]
-    if _HEADS.intersection(part.lower() for part in above):
+    if any(_HEADS.fullmatch(part.lower()) for part in above):
         return "head or pooler"
     if _ROUTERS.intersection(part.lower() for part in parts):
         return "router"

@@ -87,13 +87,9 @@ def selection_metadata(selection: Selection) -> dict[str, str]:
 
 
 def read_selection(checkpoint: Checkpoint) -> Selection | None:
-    """Return the selection that is recorded with a checkpoint.
+    """Return the selection that is recorded with an open checkpoint, by the names that its files have; None without one.
 
-    Args:
-        checkpoint: an open one. Of a file in a folder with a record, the part that the file holds is returned.
-
-    Returns:
-        The selection, by the names that the files have; None if nothing is recorded.
+    Of a file in a folder with a record, the part that the file holds is returned.
 
     Raises:
         ValueError: the record is damaged, or names a weight that the checkpoint does not have.

@@ -73,20 +73,17 @@ class _Side:
 def count_pairs(
     before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
 ) -> dict[str, Counts]:
-    """Count the weights of two models.
+    """Count the weights of two models, as :func:`admm_nxm.report.plots.plot_weights` documents.
 
     Args:
-        before: a module, a state dict, a tensor, or the path of a checkpoint.
-        after: the same model later, of any of these kinds.
-        select: which weights, see :func:`admm_nxm.report.plots.plot_weights`.
+        before: the one model.
+        after: the other.
+        select: which weights.
         label: name -> the picture that the weight belongs to.
-        bins: how many bins each picture has, between -4 and 4 times the root mean square of its non-zero entries.
+        bins: how many bins each picture has.
 
     Returns:
         Picture -> its counts, in the order of the weights.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
         # What was pruned stands with the model after.
