@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -105,11 +106,8 @@ def load_or_restore(inner: Optimizer, state_dict: dict[str, Any]) -> None:
 
 def _asks_for_closure(inner: Optimizer, error: BaseException) -> bool:
     """Whether a failed step took a closure and failed in its own code, not in what it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    own = trace is not None and trace.tb_frame.f_locals.get("self") is inner
-    return own and "closure" in inspect.signature(type(inner).step).parameters
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_locals.get("self") is inner and "closure" in inspect.signature(type(inner).step).parameters
 
 
 def has_no_effect(inner: Optimizer) -> bool:
@@ -118,11 +116,9 @@ def has_no_effect(inner: Optimizer) -> bool:
     torch.distributed.checkpoint makes such a step before it loads. The gradients are read only if the learning rates
     are zero, so an ordinary step does not wait for the device.
     """
-    rates = [group.get("lr") for group in inner.param_groups]
-    if not all(rate is not None and float(rate) == 0.0 for rate in rates):
+    if any(group.get("lr") is None or float(group["lr"]) != 0.0 for group in inner.param_groups):
         return False
-    gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool(gradient.any()) for gradient in gradients)
+    return not any(p.grad is not None and p.grad.any() for group in inner.param_groups for p in group["params"])
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -41,18 +41,7 @@ Ineligible = Literal["error", "skip"]
 
 # Components that wrappers put into parameter names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_HEADS = {
-    "classification_head",
-    "classifier",
-    "cls",
-    "head",
-    "heads",
-    "lm_head",
-    "pooler",
-    "qa_outputs",
-    "score",
-    "summary",
-}
+_HEADS = re.compile(r"(classification_|lm_)?head|heads|classifier|cls|pooler|qa_outputs|score|summary")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
 _EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^codebook$|^wte$|^wpe$|^shared$|relative_attention_bias")
@@ -268,7 +257,7 @@ def select_weights(
     candidates = _candidates(model)
     if trainable or select is None:
         _refuse_adapters(model, candidates, trainable)
-    rule_of = _explicit_rules(select, candidates) if select is not None else _default_rules(pattern)
+    rule_of = _rules(pattern, select, candidates)
     dim_rules = [(_compile("dims", expression, candidates), dim) for expression, dim in (dims or {}).items()]
     weights: list[SelectedWeight] = []
     skipped: list[SkippedWeight] = []
@@ -500,16 +489,6 @@ def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
 RuleOf = Callable[[_Candidate], "tuple[Pattern | None, str]"]
 
 
-def _default_rules(pattern: Pattern | str) -> RuleOf:
-    parsed = Pattern.parse(pattern)
-
-    def rule_of(candidate: _Candidate) -> tuple[Pattern | None, str]:
-        reason = _default_reason(candidate)
-        return (parsed, "") if reason is None else (None, reason)
-
-    return rule_of
-
-
 def _default_reason(candidate: _Candidate) -> str | None:
     """Why the default rules leave a parameter dense; None if they prune it."""
     title, owner = candidate.title, candidate.owner
@@ -521,7 +500,7 @@ def _default_reason(candidate: _Candidate) -> str | None:
     # A part of a block may be called a head; what has blocks may be one.
     block = next((prefix for prefix in candidate.blocks if title.startswith(prefix)), None)
     above = parts if block is None else block.split(".")[:-2]
-    if _HEADS.intersection(part.lower() for part in above):
+    if any(_HEADS.fullmatch(part.lower()) for part in above):
         return "head or pooler"
     if _ROUTERS.intersection(part.lower() for part in parts):
         return "router"
@@ -538,8 +517,16 @@ def _default_reason(candidate: _Candidate) -> str | None:
     return None
 
 
-def _explicit_rules(select: Select, candidates: list[_Candidate]) -> RuleOf:
-    """Return the user's rules; each that asks for a pattern has to match something."""
+def _rules(pattern: Pattern | str, select: Select | None, candidates: list[_Candidate]) -> RuleOf:
+    """Return the default rules or the user's; each of the user's that asks for a pattern has to match something."""
+    if select is None:
+        parsed = Pattern.parse(pattern)
+
+        def rule_by_default(candidate: _Candidate) -> tuple[Pattern | None, str]:
+            reason = _default_reason(candidate)
+            return (parsed, "") if reason is None else (None, reason)
+
+        return rule_by_default
     if isinstance(select, Mapping):
         rules = [
             (
@@ -651,15 +638,11 @@ def _named_conv1d(name: str, candidates: list[_Candidate]) -> bool:
     if _leaf(parent) not in _CONV1D_NAMES:
         return False
     shapes = {c.name: tuple(c.param.shape) for c in candidates}
-    oblong = {
-        module: shape
-        for module, shape in ((key.removesuffix(".weight"), shape) for key, shape in shapes.items())
-        if _leaf(module) in _CONV1D_NAMES and len(shape) == 2 and shape[0] != shape[1]
-    }
-    by_bias = {m: shapes[f"{m}.bias"] == shape[1:] for m, shape in oblong.items() if f"{m}.bias" in shapes}
-    by_attention = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_attn"}
-    by_mlp = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_fc"}
-    evidence = by_bias or by_attention or by_mlp
+    modules = {key.removesuffix(".weight"): shape for key, shape in shapes.items()}
+    oblong = {m: s for m, s in modules.items() if _leaf(m) in _CONV1D_NAMES and len(s) == 2 and s[0] != s[1]}
+    evidence = {m: shapes[f"{m}.bias"] == shape[1:] for m, shape in oblong.items() if f"{m}.bias" in shapes}
+    for leaf in ("c_attn", "c_fc"):
+        evidence = evidence or {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == leaf}
 
     def common_parts(module: str) -> int:
         pairs = zip(module.split("."), parent.split("."), strict=False)
@@ -693,17 +676,13 @@ def _ineligible(
     if trainable and not param.requires_grad:
         return "it is frozen (requires_grad=False)", "unfreeze it"
     if trainable and not is_plain(param) and not param.is_meta and not takes_zeros(param):
-        return (
-            f"it is a {type(param).__name__}, into which zeros cannot be written",
-            "keep this layer in a floating dtype",
-        )
+        kind = type(param).__name__
+        return f"it is a {kind}, into which zeros cannot be written", "keep this layer in a floating dtype"
     if held is not None and id(param) not in held:
         return "the inner optimizer does not hold it", "pass it to the inner optimizer"
     if param.shape[dim] % pattern.group:
-        return (
-            f"its width {param.shape[dim]} along dim {dim} is no multiple of {pattern.group}",
-            "choose another pattern",
-        )
+        width = param.shape[dim]
+        return f"its width {width} along dim {dim} is no multiple of {pattern.group}", "choose another pattern"
     return None
 
 

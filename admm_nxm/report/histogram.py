@@ -73,7 +73,18 @@ class _Side:
 def count_pairs(
     before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
 ) -> dict[str, Counts]:
-    """Count the weights of two models."""
+    """Count the weights of two models, as :func:`admm_nxm.report.plots.plot_weights` documents.
+
+    Args:
+        before: the one model.
+        after: the other.
+        select: which weights.
+        label: name -> the picture that the weight belongs to.
+        bins: how many bins each picture has.
+
+    Returns:
+        Picture -> its counts, in the order of the weights.
+    """
     with _open(before, "before") as old, _open(after, "after") as new:
         # What was pruned stands with the model after.
         names = _choose(old.tensors, new.opened.recorded() if select is None else select)

@@ -57,20 +57,6 @@ class Recorder:
 
     Raises:
         TypeError: there is no ADMMNxM in ``optimizer``.
-
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    >>> inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    >>> optimizer = ADMMNxM(inner, model, total_steps=20, calibration_steps=4)
-    >>> recorder = Recorder(optimizer)
-    >>> for step in range(1, 21):
-    ...     loss = model(torch.ones(3, 1, 8)).square().mean()
-    ...     loss.backward()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    ...     if step % 5 == 0:
-    ...         row = recorder.record(loss)
-    >>> [(row["step"], row["admm/phase"]) for row in recorder.rows]
-    [(5, 'dense'), (10, 'dense'), (15, 'calibration'), (20, 'frozen')]
     """
 
     rows: list[Row]

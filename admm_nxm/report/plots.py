@@ -37,20 +37,15 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "admm-nxm",  # ids of an SVG are random otherwise
     "svg.fonttype": "none",  # text as text: it can be searched, and the file is small
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "savefig.dpi": 150,
 }
@@ -203,10 +198,8 @@ def _rows(run: str, history: Any) -> list[Mapping[str, Any]]:
     elif isinstance(history, (str, PathLike)):
         history = load_history(history)
     if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
-        raise TypeError(
-            f"{run} is a {type(history).__name__}; trainer.state.log_history, a Recorder, its rows or the path of a "
-            "saved history is needed"
-        )
+        kind = type(history).__name__
+        raise TypeError(f"{run} is a {kind}; trainer.state.log_history, a Recorder, its rows or their file is needed")
     rows = [row for row in history if "step" in row]
     if not any("admm/phase" in row for row in rows):
         raise ValueError(
