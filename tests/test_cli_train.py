@@ -351,7 +351,7 @@ def test_what_is_read_is_not_deleted(arguments, model_folder, here, capsys, opti
     shutil.copytree(model_folder, kept / "model")
     files = sorted(path for path in (here / "project").rglob("*"))
     inside = "project/deep/model" if option == "--model" else "project/deep/texts.csv"
-    parts = [f"--output project holds what is read ({option} {inside})", "write to another folder"]
+    parts = [f"--output project: project holds what is read ({inside})", "write to another folder"]
     for flags in ((), ("--overwrite",)):
         fails_at_once(capsys, [*argv(arguments, *flags, output="project"), option, inside], parts)
     assert sorted(path for path in (here / "project").rglob("*")) == files
@@ -439,7 +439,7 @@ def fails_at_once(capsys, command, parts):
         ({"seed": -1}, ["'--seed': -1 is no whole number from 0"]),
         ({"max_length": 65}, ["--max-length 65 is more than", "give at most 64"]),
         ({"max_length": 2}, ["--max-length 2 leaves no room beside 2 special tokens"]),
-        ({"output": "texts.csv"}, ["--output texts.csv: texts.csv exists"]),
+        ({"output": "texts.csv"}, ["--output texts.csv: texts.csv holds what is read"]),
         ({"output": "no/such"}, ["there is no folder no"]),
     ],
 )

@@ -20,8 +20,6 @@ from .errors import InputError, reason_of
 from .signals import Ended, ending
 from .train import train
 
-__all__ = ["app", "run"]
-
 NAME = "admm-nxm"
 BAD_INPUT, DEFECT, INTERRUPTED, CLOSED_PIPE = 2, 70, 130, 141
 # ClickException, wherever this typer has it from.

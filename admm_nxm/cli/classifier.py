@@ -18,8 +18,6 @@ from .errors import InputError, blaming
 
 _logging: Any = logging  # not all of it has annotations
 
-__all__ = ["find_device", "length_limit", "load_classifier", "load_tokenizer", "quiet"]
-
 _NO_TOKENIZER = "has no tokenizer of its own; save one there: tokenizer.save_pretrained(...)"
 _TOKENIZER_FILES = ("bpe", "merges", "sentencepiece", "spiece", "tokenizer", "vocab")
 

@@ -18,8 +18,6 @@ from .console import Result, note
 from .errors import InputError
 from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
 
-__all__ = ["as_dict", "pack", "prune", "report", "unpack", "verify"]
-
 _BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
 
 

@@ -11,8 +11,6 @@ from typing import Any, TextIO
 
 import torch
 
-__all__ = ["Result", "note", "plain", "show"]
-
 
 @dataclass(frozen=True)
 class Result:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["InputError", "blaming", "reason_of"]
-
 
 class InputError(Exception):
     """Something the user can mend; its message is one line that says how."""

@@ -13,20 +13,6 @@ import typer
 from ..pattern import Pattern
 from .errors import InputError, blaming
 
-__all__ = [
-    "Json",
-    "Output",
-    "Overwrite",
-    "PatternText",
-    "Rules",
-    "Select",
-    "Source",
-    "a_count",
-    "a_rate",
-    "a_seed",
-    "rules_of",
-]
-
 Rules = dict[str, "str | None"]
 
 Source = Annotated[

@@ -11,8 +11,6 @@ from transformers import TrainerCallback, TrainerState
 
 from .console import note
 
-__all__ = ["StepProgress"]
-
 _LINES = 10
 
 

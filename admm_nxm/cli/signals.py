@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Ended", "ending"]
-
 _NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 

@@ -15,20 +15,6 @@ from typing import Any
 
 from .errors import InputError, blaming
 
-__all__ = [
-    "FILE_KINDS",
-    "Columns",
-    "Row",
-    "Split",
-    "count_labels",
-    "held_out",
-    "interval",
-    "label_names",
-    "read_file",
-    "row_of",
-    "split",
-]
-
 Row = tuple[str, ...]
 """One text, or two, and the label."""
 

@@ -11,18 +11,11 @@ from ..pattern import Pattern
 from .console import Result
 from .options import Json, Output, Overwrite, PatternText, Select, a_count, a_rate, a_seed, rules_of
 
-__all__ = ["train"]
-
 
 def train(
-    model: Annotated[
-        str, typer.Option("--model", metavar="M", show_default=False, help="A model folder, or a name of the hub.")
-    ],
+    model: Annotated[str, typer.Option(metavar="M", show_default=False, help="A model folder, or a name of the hub.")],
     data: Annotated[
-        Path,
-        typer.Option(
-            "--data", metavar="FILE", show_default=False, help="Labelled texts: a .csv, .tsv or .jsonl file in UTF-8."
-        ),
+        Path, typer.Option(metavar="FILE", show_default=False, help="Labelled texts: .csv, .tsv or .jsonl in UTF-8.")
     ],
     output: Output,
     pattern: PatternText = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import tempfile
 import time
@@ -43,8 +42,6 @@ from .errors import InputError, blaming
 from .options import Rules
 from .progress import StepProgress
 from .texts import Columns, Row, count_labels, held_out, interval, label_names, read_file, split
-
-__all__ = ["Settings", "train"]
 
 _LENGTH = 128
 _SHORTEST, _PASSES = 200, 3
@@ -88,12 +85,11 @@ def train(settings: Settings) -> Result:
     started = time.perf_counter()
     if not 1 <= len(settings.text_columns) <= 2:
         raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
-    _refuse_to_lose(settings)
     device = find_device(settings.device)
     with ExitStack() as stack:
-        source = settings.model if Path(settings.model).is_dir() else None
+        read = [place for place in (settings.data, settings.eval_data, settings.model) if place is not None]
         with blaming(f"--output {settings.output}", OSError, ValueError):
-            writer = atomic_folder(settings.output, overwrite=settings.overwrite, source=source)
+            writer = atomic_folder(settings.output, overwrite=settings.overwrite, source=read)
             folder = stack.enter_context(writer)
         facts = _fill(folder, settings, device)
     return _result(settings, facts, verify(settings.output), time.perf_counter() - started)
@@ -165,22 +161,6 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
 # ---------------------------------------------------------------------- before the training
 
 
-def _refuse_to_lose(settings: Settings) -> None:
-    """Refuse an output folder that holds what is read: it is replaced as a whole."""
-    if not settings.output.is_dir():
-        return
-    for option, given in (("--data", settings.data), ("--eval-data", settings.eval_data), ("--model", settings.model)):
-        if given is None or not Path(given).exists():
-            continue
-        # A link may lie there, or lead there; the folder may go by another name.
-        ways = [Path(os.path.abspath(given)), Path(os.path.realpath(given))]
-        if any(place.samefile(settings.output) for way in ways for place in (way, *way.parents)):
-            raise InputError(
-                f"--output {settings.output} holds what is read ({option} {given}), and a folder is replaced with all "
-                "it holds; write to another folder"
-            )
-
-
 def _encode(
     settings: Settings, rows: list[Row], tests: list[Row] | None, labels: list[str], model: Any, tokenizer: Any
 ) -> _Texts:
@@ -249,14 +229,12 @@ def _arguments(settings: Settings, steps: int, device: torch.device, scratch: st
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=64,
             learning_rate=settings.lr,
-            lr_scheduler_type="linear",
             warmup_steps=steps // 10,
             weight_decay=0.01,
             seed=settings.seed,
             logging_steps=max(1, steps // _READINGS),
             logging_first_step=True,
             save_strategy="no",
-            eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda",

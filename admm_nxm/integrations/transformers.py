@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
 
 
+def _option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ADMMConfig:
     """What :class:`ADMMTrainerMixin` gives to :class:`admm_nxm.ADMMNxM`; ``HfArgumentParser`` parses it.
@@ -59,25 +63,21 @@ class ADMMConfig:
             belongs to the paper's form without ``paper``.
     """
 
-    pattern: str = field(default="2:4", metadata={"help": "keep:group; 2:4 keeps 2 of every 4 weights"})
-    prune_at: int | None = field(default=None, metadata={"help": "step after which the weights are pruned"})
-    prune_ratio: float | None = field(
-        default=None, metadata={"help": "the same as a share of the run, 0.85 by default"}
-    )
-    calibration_steps: int | None = field(default=None, metadata={"help": "steps in which statistics are gathered"})
-    statistics_memory: int | None = field(default=None, metadata={"help": "bytes that the statistics may take"})
+    pattern: str = _option("keep:group; 2:4 keeps 2 of every 4 weights", "2:4")
+    prune_at: int | None = _option("step after which the weights are pruned")
+    prune_ratio: float | None = _option("the same as a share of the run, 0.85 by default")
+    calibration_steps: int | None = _option("steps in which statistics are gathered")
+    statistics_memory: int | None = _option("bytes that the statistics may take")
     select: dict[str, str | None] | str | None = field(
         default=None, metadata={"help": 'JSON: {"regular expression": "pattern" or null}, first match wins'}
     )
     dims: dict[str, int] | str | None = field(
         default=None, metadata={"help": 'JSON: {"regular expression": grouped dimension}'}
     )
-    ineligible: str = field(
-        default="error", metadata={"help": "error or skip, for chosen weights that cannot be pruned"}
-    )
-    paper: bool = field(default=False, metadata={"help": "the form of the paper"})
-    rho: float | None = field(default=None, metadata={"help": "penalty of the paper's form"})
-    update_every: int | None = field(default=None, metadata={"help": "steps between two z/u updates, in that form"})
+    ineligible: str = _option("error or skip, for chosen weights that cannot be pruned", "error")
+    paper: bool = _option("the form of the paper", False)
+    rho: float | None = _option("penalty of the paper's form")
+    update_every: int | None = _option("steps between two z/u updates, in that form")
 
     def __post_init__(self) -> None:
         _read_pattern("pattern", self.pattern)
@@ -369,9 +369,8 @@ def _last_complete(output_dir: str, ranks: int) -> str:
         if _is_complete(folder, ranks):
             return os.fspath(folder)
         logger.warning("passing over %s: the writing was interrupted", folder.name)
-    raise ValueError(
-        f"no complete checkpoint in {output_dir} ({len(steps)} were begun). Start without resume_from_checkpoint"
-    )
+    said = "".join(f"; {folder.name}: the writing was interrupted" for folder in steps.values())
+    raise ValueError(f"no complete checkpoint in {output_dir}{said}. Start without resume_from_checkpoint")
 
 
 def _is_complete(folder: Path, ranks: int) -> bool:

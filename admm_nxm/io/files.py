@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple, Union
 
@@ -20,19 +20,6 @@ from torch import Tensor
 
 from .packing import KEY, Layout, Packed, PackedTensor, unpack_tensor
 from .tensor_files import DTYPES, Header, read_header, read_json, refusing
-
-__all__ = [
-    "PACKED_SUFFIX",
-    "SUFFIX",
-    "Checkpoint",
-    "TensorInfo",
-    "atomic_file",
-    "atomic_folder",
-    "open_checkpoint",
-    "refuse_existing",
-    "stand_ins",
-    "written_anew",
-]
 
 SUFFIX = ".safetensors"
 PACKED_SUFFIX = ".packed.safetensors"
@@ -76,7 +63,6 @@ class Checkpoint:
         self.headers: dict[Path, Header] = {}
         self.packed: dict[Path, Packed] = {}  # of the files that have packed weights
         self._handles: dict[Path, Any] = {}
-        self._stack = ExitStack()
         for file in self.files:
             if self.index is not None and not file.exists():
                 raise ValueError(
@@ -103,8 +89,7 @@ class Checkpoint:
         name = info.alias_of or name
         with refusing(f"{info.file}: tensor {name!r} cannot be read"):
             if info.file not in self._handles:
-                handle = safetensors.safe_open(str(info.file), framework="pt")
-                self._handles[info.file] = self._stack.enter_context(handle)
+                self._handles[info.file] = safetensors.safe_open(str(info.file), framework="pt")
             read: Callable[[str], Tensor] = self._handles[info.file].get_tensor
             if info.layout is None:
                 return read(name)
@@ -131,8 +116,7 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handles.clear()
-        self._stack.close()
+        self._handles.clear()  # which closes the files
 
     def _contents(self, file: Path) -> Iterator[TensorInfo]:
         """Yield what a file holds: packed weights in the place of their parts, then the others, then further names."""
@@ -365,10 +349,12 @@ def _refuse_existing_folder(target: Path, overwrite: bool) -> None:
 def _refuse_to_replace(target: Path, sources: Iterable[Place]) -> None:
     place = Path(os.path.realpath(target))
     for source in sources:
+        source = Path(source)
         origin = Path(os.path.realpath(source))
         if not origin.exists():
             continue
-        if place == origin or place in origin.parents:
+        link = Path(os.path.realpath(source.absolute().parent), source.name)  # which may lie there and lead elsewhere
+        if any(place == way or place in way.parents for way in (origin, link)):
             raise ValueError(f"{target} holds what is read ({source}); write to another folder")
         if origin in place.parents:
             raise ValueError(f"{target} lies inside what is read ({source}); write to a folder beside it")

@@ -1,7 +1,6 @@
-"""Packed safetensors: a sparse model stored without its zeros, and restored bit for bit.
+"""Packed safetensors (:mod:`admm_nxm.io.packing`): a sparse model without its zeros, restored bit for bit.
 
-What a packed file looks like is in :mod:`admm_nxm.io.packing`. In a folder packed files end in ``.packed.safetensors``:
-a loader that does not know them finds no weights and says so, where it would otherwise start from random ones.
+In a folder packed files end in ``.packed.safetensors``: a loader that does not know them says that it finds no weights.
 """
 
 from __future__ import annotations
@@ -38,17 +37,7 @@ Source = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The size of one packed weight.
-
-    Args:
-        name: its name.
-        shape: its shape.
-        pattern: its pattern.
-        dim: the grouped dimension.
-        dtype: its dtype.
-        bytes_before: its size as it was.
-        bytes_after: its size packed.
-    """
+    """A packed weight, and its size in bytes as it was and packed; ``dim`` is the grouped dimension."""
 
     name: str
     shape: tuple[int, ...]
@@ -183,10 +172,7 @@ def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
         overwrite: whether to replace what is at ``output``.
 
     Raises:
-        FileExistsError: something is at ``output``.
-        FileNotFoundError: nothing is at ``source``, or there is no folder to write in.
-        ValueError: the source is damaged, or holds no packed weight, or the output is the source; nothing is written
-            then.
+        FileExistsError, FileNotFoundError, ValueError: as for :func:`pack`; or the source holds no packed weight.
     """
     with open_checkpoint(source, purpose="unpack") as checkpoint:
         _needs_packed(checkpoint)

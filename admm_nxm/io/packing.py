@@ -161,11 +161,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, name: str, entry: Any) -> Layout:
-        """Read an entry of the metadata, that of the weight of this name.
-
-        Raises:
-            ValueError: it is no such entry.
-        """
+        """Read the entry of the weight of this name; a damaged one raises a ValueError."""
         with refusing(f"the packed weight {name!r} is damaged"):
             shape, pattern, dim = read_weight(name, entry)
             dtype, places, signs = (entry.get(key) for key in ("dtype", "places", "signs"))
@@ -201,11 +197,7 @@ class Packed:
 
     @classmethod
     def from_json(cls, text: str) -> Packed:
-        """Read the entry.
-
-        Raises:
-            ValueError: it is damaged, or of a version that is not known here.
-        """
+        """Read the entry; a damaged one, or one of another version, raises a ValueError."""
         with refusing(f"its metadata entry {KEY!r} cannot be read"):
             weights, aliases = read_record(text, FORMAT, VERSION, ("weights", "aliases"))
             if not all(isinstance(name, str) for name in aliases.values()):
@@ -215,26 +207,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A packed weight.
-
-    Args:
-        layout: how it is packed.
-        parts: ending of the name -> tensor, as ``layout.parts`` says.
-    """
+    """A packed weight: its layout, and the tensors by ending of the name, as ``layout.parts`` says."""
 
     layout: Layout
     parts: Mapping[str, Tensor]
 
 
 def packed_layout(shape: tuple[int, ...], pattern: Pattern, dim: int, dtype: torch.dtype, signs: bool) -> Layout:
-    """Return the layout with the places told in the fewest bits.
-
-    Args:
-        shape: shape of the weight.
-        pattern: its pattern.
-        dim: the grouped dimension.
-        dtype: its dtype.
-        signs: whether signs of zeros are to be stored, see :func:`examine`.
+    """Return the layout with the places told in the fewest bits; the arguments are those of :class:`Layout`.
 
     Raises:
         ValueError: such a weight cannot be packed.
@@ -245,12 +225,7 @@ def packed_layout(shape: tuple[int, ...], pattern: Pattern, dim: int, dtype: tor
 
 
 def examine(t: Tensor, pattern: Pattern | str, dim: int = -1) -> tuple[int, bool]:
-    """Look at a weight before it is packed.
-
-    Args:
-        t: the weight, any dtype, shape and layout in memory.
-        pattern: a Pattern or its spelling.
-        dim: the grouped dimension.
+    """Look at a weight before it is packed; the arguments are those of :func:`pack_tensor`.
 
     Returns:
         How many groups have more than ``keep`` entries that are not zero; whether an entry that would not be kept is

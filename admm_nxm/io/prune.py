@@ -64,11 +64,9 @@ def prune(
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed; unpack it first")
         chosen, selection = _choose(checkpoint, pattern, select)
         with written_anew(checkpoint, output, overwrite=overwrite) as (place, targets):
-            record = {}
+            record = {} if place.is_dir() else selection_metadata(selection)
             if place.is_dir():
                 record_selection(place, selection)
-            else:
-                record = selection_metadata(selection)
             for file, target in targets.items():
                 header = checkpoint.headers[file]
                 kept = {key: value for key, value in header.metadata.items() if key != RECORD_KEY}

@@ -22,24 +22,6 @@ from torch import Tensor
 from ..memory import plain
 from ..pattern import Pattern
 
-__all__ = [
-    "CODE_OF",
-    "DTYPES",
-    "NO_ZERO",
-    "Header",
-    "Stored",
-    "bytes_in",
-    "bytes_of",
-    "is_shape",
-    "read_header",
-    "read_json",
-    "read_record",
-    "read_shape",
-    "read_weight",
-    "refusing",
-    "write_file",
-]
-
 # In the order in which the library lays tensors out in a file, so that files come out as it would have written them.
 _ORDER = """
     BOOL=bool F4= F6_E2M3= F6_E3M2= U8=uint8 I8=int8 F8_E5M2=float8_e5m2 F8_E4M3=float8_e4m3fn F8_E8M0=float8_e8m0fnu
