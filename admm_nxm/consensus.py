@@ -30,29 +30,14 @@ __all__ = [
 
 
 def initial(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
-    """Return the v that a run starts from, ``v = z = P(w)`` with ``u = 0``.
-
-    Args:
-        weight: w.
-        pattern: the NxM pattern.
-        dim: the grouped dimension.
-
-    Returns:
-        A new tensor of the weight's shape, dtype and memory layout.
-    """
+    """Return the v that a run starts from, ``v = z = P(w)`` with ``u = 0``, in the memory layout of the weight."""
     return torch.empty_like(weight).copy_(torch.where(keep_mask(weight, pattern, dim), weight, -0.0))
 
 
 def add_penalty(gradients: list[Tensor], weights: list[Tensor], consensus: list[Tensor], rho: float) -> None:
-    """Add the gradient of ``rho / 2 * ||w - v||^2``: ``g += rho * (w - v)``.
+    """Add the gradient of ``rho / 2 * ||w - v||^2``, in place: ``g += rho * (w - v)``; rho is negative to maximise.
 
     The difference is taken first, so that nothing is added where w = v and nothing cancels in 16-bit gradients.
-
-    Args:
-        gradients: one tensor a weight, changed in place.
-        weights: w.
-        consensus: v, of the weights' shapes.
-        rho: penalty, in units of the loss per squared weight; negative to maximise.
     """
     if gradients:
         torch._foreach_add_(gradients, torch._foreach_sub(weights, consensus), alpha=rho)
@@ -102,17 +87,7 @@ def dual(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
 
 
 def projected(weight: Tensor, consensus: Tensor, pattern: Pattern, dim: int) -> tuple[Tensor, Tensor]:
-    """Return ``P(w + u)`` and its mask.
-
-    Args:
-        weight: w.
-        consensus: v.
-        pattern: the NxM pattern.
-        dim: the grouped dimension.
-
-    Returns:
-        The projected weight, and the boolean mask.
-    """
+    """Return ``P(w + u)`` and its mask."""
     a = weight + dual(consensus, pattern, dim)
     kept = keep_mask(a, pattern, dim)
     return torch.where(kept, a, torch.zeros_like(a)), kept

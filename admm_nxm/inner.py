@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -14,24 +15,20 @@ __all__ = ["check_inner", "has_no_effect", "is_capturing", "load_or_restore", "r
 
 
 def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
-    """Refuse what cannot be wrapped.
-
-    Args:
-        inner: the optimizer that the user passed.
-        wrapper: the wrapping class, which cannot be wrapped again.
-
-    Raises:
-        TypeError: not an optimizer instance, already wrapped, in need of calling a closure itself, or with a state
-            dict that cannot be extended.
-        ValueError: ``differentiable=True``.
-    """
+    """Refuse what cannot be wrapped, the wrapper itself included."""
     name = type(inner).__name__
     if isinstance(inner, type) and issubclass(inner, Optimizer):
         raise TypeError(f"optimizer is the class {inner.__name__}; pass an instance, {inner.__name__}(params, lr=...)")
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer is a {name}; a torch.optim.Optimizer is needed")
-    if any(isinstance(part, wrapper) for part in _nested(inner)):
+    nested = [getattr(inner, attribute, None) for attribute in ("optimizer", "base_optimizer", "_base_optimizer")]
+    if any(isinstance(part, wrapper) for part in (inner, *nested)):
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
+    if any(key.startswith("admm_") for group in inner.param_groups for key in group):
+        raise ValueError(
+            f"this {name} was wrapped in ADMMNxM before, and its groups hold the counters of that run; call unwrap() "
+            "on that wrapper first, or build the inner optimizer again"
+        )
     if hasattr(inner, "step_was_skipped"):
         raise TypeError(
             f"optimizer is a {name}, which decides by itself whether a step happens; wrap the plain optimizer in "
@@ -42,14 +39,13 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
             f"optimizer is a {name}, which keeps each parameter's state on one rank only; shard with FSDP2 "
             "(torch.distributed.fsdp.fully_shard) instead, and wrap a plain optimizer"
         )
-    closure = inspect.signature(type(inner).step).parameters.get("closure")
     # SAM and its kin step twice, with an evaluation between, whatever the default of their closure.
-    steps_twice = callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None))
-    if steps_twice:
+    if callable(getattr(inner, "first_step", None)) and callable(getattr(inner, "second_step", None)):
         raise TypeError(
             f"{name} evaluates the closure itself, between two half-steps; let it drive ADMMNxM instead of the other "
             f"way round: give {name} ADMMNxM(AdamW(...), model, ...) as its base optimizer"
         )
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
     if isinstance(inner, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
         raise TypeError(
             f"{name} needs to call the closure itself; ADMMNxM evaluates it once, first. "
@@ -65,11 +61,6 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         )
 
 
-def _nested(inner: Optimizer) -> list[object]:
-    """The optimizer, and one inside it."""
-    return [inner, *(getattr(inner, name, None) for name in ("optimizer", "base_optimizer", "_base_optimizer"))]
-
-
 def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
     """Let both optimizers hold the same step hooks, so that a hook fires once, around the whole step, whichever of
     the two it was registered on."""
@@ -78,15 +69,7 @@ def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
 
 
 def raw_step(inner: Optimizer, *, first: bool = False) -> None:
-    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them.
-
-    Args:
-        inner: the inner optimizer.
-        first: whether this is its first step of the run: an optimizer that cannot do without a closure shows it then.
-
-    Raises:
-        TypeError: the first step failed, and the optimizer's ``step`` takes a closure.
-    """
+    """Call the inner optimizer's ``step`` without the wrapping that fires step hooks: the outer step fires them."""
     patched = inner.__dict__.get("step")
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
         patched()  # somebody has put a step of their own on the instance
@@ -109,11 +92,7 @@ def raw_step(inner: Optimizer, *, first: bool = False) -> None:
 
 
 def load_or_restore(inner: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state dict into the inner optimizer; what fails half-way leaves it as it was.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """Load a state dict into the inner optimizer; what fails half-way leaves it as it was."""
     before: dict[str, Any] = {key: vars(inner)[key] for key in ("state", "param_groups") if key in vars(inner)}
     try:
         inner.load_state_dict(state_dict)
@@ -127,11 +106,8 @@ def load_or_restore(inner: Optimizer, state_dict: dict[str, Any]) -> None:
 
 def _asks_for_closure(inner: Optimizer, error: BaseException) -> bool:
     """Whether a failed step took a closure and failed in its own code, not in what it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    own = trace is not None and trace.tb_frame.f_locals.get("self") is inner
-    return own and "closure" in inspect.signature(type(inner).step).parameters
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_locals.get("self") is inner and "closure" in inspect.signature(type(inner).step).parameters
 
 
 def has_no_effect(inner: Optimizer) -> bool:
@@ -140,11 +116,9 @@ def has_no_effect(inner: Optimizer) -> bool:
     torch.distributed.checkpoint makes such a step before it loads. The gradients are read only if the learning rates
     are zero, so an ordinary step does not wait for the device.
     """
-    rates = [group.get("lr") for group in inner.param_groups]
-    if not all(rate is not None and float(rate) == 0.0 for rate in rates):
+    if any(group.get("lr") is None or float(group["lr"]) != 0.0 for group in inner.param_groups):
         return False
-    gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
-    return not any(bool(gradient.any()) for gradient in gradients)
+    return not any(p.grad is not None and p.grad.any() for group in inner.param_groups for p in group["params"])
 
 
 def is_capturing(device: torch.device) -> bool:

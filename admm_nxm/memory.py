@@ -9,16 +9,14 @@ from .sharding import local
 
 __all__ = ["address", "is_plain", "plain", "takes_zeros"]
 
+_REFUSALS = (NotImplementedError, RuntimeError, TypeError, AttributeError)  # as a tensor class likes to say it
+
 
 def address(t: Tensor) -> int:
     """Return the address of a tensor's first byte (of this rank's part).
 
-    Args:
-        t: any tensor.
-
-    Returns:
-        The address; 0 if the tensor has none of its own, as on meta and in torchao's training wrappers. Two tensors
-        whose address is 0 have nothing to do with each other.
+    It is 0 if the tensor has none of its own, as on meta and in torchao's training wrappers: two tensors whose address
+    is 0 have nothing to do with each other.
     """
     try:
         return local(t).data_ptr()
@@ -33,34 +31,20 @@ def is_plain(t: Tensor) -> bool:
 
 
 def plain(t: Tensor) -> Tensor:
-    """Return the values of a tensor as a plain one.
-
-    Args:
-        t: any tensor; of a DTensor, this rank's part is read.
-
-    Returns:
-        The tensor itself, detached, if it is plain; else a copy of what it stands for.
-
-    Raises:
-        TypeError: it is of a class that does not tell its values.
-    """
+    """Return the values of a tensor (this rank's part): itself, detached, if it is plain, else a copy."""
     part = local(t).detach()
     if is_plain(part):
         return part
     try:
         return torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:  # as the class likes to say it
+    except _REFUSALS as error:
         raise TypeError(f"a tensor of class {type(part).__name__} cannot be read as plain values: {error}") from error
 
 
 def takes_zeros(t: Tensor) -> bool:
     """Try on a copy whether zeros can be written into a tensor while its other entries stay as they are.
 
-    Args:
-        t: a tensor of floating dtype that :func:`is_plain` denies.
-
-    Returns:
-        Whether they can. torchao's wrappers that quantise in the matrix product only do; its int8 weights do not.
+    torchao's wrappers that quantise in the matrix product only take them; its int8 weights do not.
     """
     with torch.no_grad():
         copy = local(t).detach().clone()
@@ -72,6 +56,6 @@ def takes_zeros(t: Tensor) -> bool:
             copy.mul_(~drop)
             copy.copy_(plain(copy))
             after = plain(copy)
-        except (NotImplementedError, RuntimeError, TypeError, AttributeError):  # as the class likes to say it
+        except _REFUSALS:
             return False
         return copy.is_meta or torch.equal(after.nan_to_num(), before.masked_fill(drop, 0).nan_to_num())

@@ -99,14 +99,7 @@ class Progress:
 
 
 def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the counters of a checkpoint; those that it lacks as they are at the start.
-
-    Args:
-        state_dict: of an optimizer.
-
-    Raises:
-        ValueError: a counter is no number that it can be.
-    """
+    """Return the counters of a checkpoint; those that it lacks as they are at the start."""
     found = {key: state_dict["param_groups"][0].get(key, value) for key, value in COUNTERS.items()}
     for key, value in found.items():
         # Loaders may have made a tensor of a number.

@@ -91,12 +91,7 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
 
 
 def zero_outside(t: Tensor, mask: Tensor) -> None:
-    """Set to +0.0, in place, what a mask does not keep, be it NaN or infinite.
-
-    Args:
-        t: any floating dtype of up to 64 bits.
-        mask: boolean, of the shape of ``t``, True = kept.
-    """
+    """Set to +0.0, in place, what a boolean mask does not keep, be it NaN or infinite."""
     # On the bits: a product would leave NaN where NaN was, and torch.where is many times slower on a CPU.
     integer = INTEGER_OF_SIZE[t.element_size()]
     t.view(integer).bitwise_and_(mask.to(integer).neg_())

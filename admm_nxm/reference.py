@@ -26,22 +26,21 @@ def round_to(dtype: torch.dtype, value: float) -> float:
 
 def keep_list(values: list[float], pattern: Pattern) -> list[bool]:
     """Mark the ``keep`` largest magnitudes of each group; ties to the lower index, NaN above everything."""
-    kept = [False] * len(values)
+
+    def rank(place: int) -> tuple[bool, float]:
+        value = values[place]
+        return (True, 0.0) if math.isnan(value) else (False, abs(value))
+
+    kept: set[int] = set()
     for first in range(0, len(values), pattern.group):
-        places = range(first, first + pattern.group)
-        ranked = sorted(places, key=lambda place: (not math.isnan(values[place]), -abs(_or_zero(values[place])), place))
-        for place in ranked[: pattern.keep]:
-            kept[place] = True
-    return kept
+        ranked = sorted(range(first, first + pattern.group), key=rank, reverse=True)  # which leaves equals in order
+        kept.update(ranked[: pattern.keep])
+    return [place in kept for place in range(len(values))]
 
 
 def project_list(values: list[float], pattern: Pattern) -> list[float]:
     """Keep the marked values, zero the rest."""
     return [value if kept else 0.0 for value, kept in zip(values, keep_list(values, pattern), strict=True)]
-
-
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 @dataclass
@@ -76,17 +75,13 @@ class ReferenceADMM:
 
     def step(self, gradient: list[float]) -> None:
         """Do one step of gradient descent and whatever the plan says comes after it."""
-        gradient = list(gradient)
-        for i in range(len(self.w)):
-            if self.mask is not None and not self.mask[i]:
-                gradient[i] = 0.0
-            elif self.mask is None and self.rho > 0:
+        for i, g in enumerate(gradient):
+            if self.mask is None and self.rho > 0:
                 # The penalty's gradient, rho (w - z + u).
                 away = self._r(self.w[i] - (self.z[i] - self.u[i]))
-                gradient[i] = self._plus_multiple(gradient[i], self.rho, away)
-            self.w[i] = self._r(self.w[i] - self.lr * gradient[i])
-            if self.mask is not None and not self.mask[i]:
-                self.w[i] = 0.0
+                g = self._plus_multiple(g, self.rho, away)
+            pruned = self.mask is not None and not self.mask[i]
+            self.w[i] = 0.0 if pruned else self._r(self.w[i] - self.lr * g)
         self.steps += 1
         if self.mask is not None:
             return
@@ -190,25 +185,22 @@ def solve_by_loops(
             break
         rho *= growth
 
-    def refitted(kept: list[bool]) -> tuple[list[float], float]:
+    def refitted(kept: list[bool]) -> list[float]:
         on = [p for p in size if kept[p]]
-        found = _eliminate([[metric[p][q] for q in on] for p in on], [pull[p] for p in on])
-        x = [0.0] * len(w0)
-        for p, value in zip(on, found, strict=True):
-            x[p] = value
-        return x, loss([x[p] - w0[p] for p in size])
+        found = iter(_eliminate([[metric[p][q] for q in on] for p in on], [pull[p] for p in on]))
+        return [next(found) if kept[p] else 0.0 for p in size]
 
     def loss(x: list[float]) -> float:
-        return sum(x[p] * metric[p][q] * x[q] for p in size for q in size)
+        away = [x[p] - w0[p] for p in size]
+        return sum(away[p] * metric[p][q] * away[q] for p in size for q in size)
 
     masks = [mask, keep_list([float(weight[i, j]) for i, j in places], pattern), keep_list(w0, pattern)]
-    solutions = [(*refitted(kept), kept) for kept in masks]
-    x, lost, kept = min(solutions, key=lambda solution: solution[1])
+    x, kept = min(((refitted(kept), kept) for kept in masks), key=lambda solution: loss(solution[0]))
     rows = range(height)
     return (
         [[x[i * width + j] / (t[i] * s[j]) for j in range(width)] for i in rows],
         [kept[i * width : (i + 1) * width] for i in rows],
-        lost / loss(w0),
+        loss(x) / loss([0.0] * len(w0)),
         done,
     )
 

@@ -43,19 +43,16 @@ class Residuals:
     per_weight: Mapping[str, WeightResidual]
 
     def __str__(self) -> str:
-        lines = [_line(f"all {len(self.per_weight)} weights", self)]
-        worst = sorted(self.per_weight, key=lambda name: -self.per_weight[name].primal)[:3]
-        lines.extend(_line(f"  {name}", self.per_weight[name]) for name in worst)
-        return "\n".join(lines)
+        worst = sorted(self.per_weight.items(), key=lambda entry: -entry[1].primal)[:3]
+        shown: list[tuple[str, WeightResidual | Residuals]] = [(f"all {len(self.per_weight)} weights", self)]
+        shown += [(f"  {name}", weight) for name, weight in worst]
+        return "\n".join(
+            f"{label}: primal {found.primal:.2%}, dual {found.dual:.2%} of the norm, "
+            f"{found.mask_churn:.2%} of the mask moved"
+            for label, found in shown
+        )
 
     __repr__ = __str__
-
-
-def _line(label: str, figures: WeightResidual | Residuals) -> str:
-    return (
-        f"{label}: primal {figures.primal:.2%}, dual {figures.dual:.2%} of the norm, "
-        f"{figures.mask_churn:.2%} of the mask moved"
-    )
 
 
 def measure(rows: Mapping[str, Sequence[float]]) -> Residuals:

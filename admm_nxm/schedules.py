@@ -28,17 +28,10 @@ __all__ = [
     "next_rho",
 ]
 
-PRUNE_AT_PERCENT = 85
-"""The share of a run after which the solve stands."""
-
-PAPER_PRUNE_AT_PERCENT = 70
-"""The same for the paper's form."""
-
-CALIBRATION_STEPS = 16
-"""Calibration steps of one window, where the run is long enough."""
-
-_FEW_CALIBRATION_STEPS = 8
-"""Below this many, a default gets a warning."""
+PRUNE_AT_PERCENT = 85  # the share of a run after which the solve stands
+PAPER_PRUNE_AT_PERCENT = 70  # the same for the paper's form
+CALIBRATION_STEPS = 16  # of one window, where the run is long enough
+_FEW_CALIBRATION_STEPS = 8  # below this many, a default gets a warning
 
 
 @dataclass(frozen=True)
@@ -85,9 +78,6 @@ def make_timeline(
         calibration_steps: calibration steps of each window, or None for 16, or for a fifth of a short run.
         windows: how many windows of weights there are.
 
-    Returns:
-        The timeline.
-
     Raises:
         TypeError, ValueError: neither length is given, a number is out of range, or the calibration does not fit.
     """
@@ -103,7 +93,7 @@ def make_timeline(
             "longer"
         )
     if calibration_steps is None:
-        fifth = (total_steps if total_steps is not None else prune_at) // 5
+        fifth = (total_steps or prune_at) // 5
         calibration_steps = min(CALIBRATION_STEPS, max(1, fifth // windows), prune_at // windows)
     elif windows * calibration_steps > prune_at:
         raise ValueError(
@@ -144,17 +134,15 @@ class Update(enum.IntEnum):
 
 
 class Schedule(Protocol):
-    """A penalty schedule: step -> rho, finite, at least 0."""
+    """A penalty schedule: step -> rho from that step on, finite, at least 0."""
 
-    def __call__(self, step: int, /) -> float:
-        """Return rho from ``step`` on."""
+    def __call__(self, step: int, /) -> float: ...  # noqa: D102
 
 
 class UpdateSchedule(Protocol):
     """An update schedule: step -> what moves once that many steps are done."""
 
-    def __call__(self, step: int, /) -> Update:
-        """Return what moves after step number ``step``."""
+    def __call__(self, step: int, /) -> Update: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -261,13 +249,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedules of one run of the paper's form.
-
-    Args:
-        rho: penalty schedule.
-        updates: update schedule.
-        prune_at: number of steps after which the mask freezes.
-    """
+    """The schedules of one run of the paper's form, and the number of steps after which its mask freezes."""
 
     rho: Schedule
     updates: UpdateSchedule
@@ -281,9 +263,6 @@ def make_plan(penalty: Penalty, total_steps: int | None, prune_at: int | None) -
         penalty: rho and the update schedule.
         total_steps: optimizer steps of the whole run, or None.
         prune_at: the step after which the mask freezes, or None for 70 % of ``total_steps``.
-
-    Returns:
-        The plan.
 
     Raises:
         TypeError, ValueError: a value out of range; the message names it, the range and the remedy.
@@ -320,20 +299,17 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
         current: rho of the w-step that ends here.
         dual_in_use: whether u may be non-zero.
 
-    Returns:
-        The new rho.
-
     Raises:
         TypeError: the schedule returns no number.
         ValueError: the schedule's value is negative or not finite, or it falls while the dual is in use. The scaled
             dual would then have to grow by ``current / new`` and outgrow the kept weights, and the single consensus
             buffer could no longer tell the two apart.
     """
-    value = plan.rho(step)
+    returned = plan.rho(step)
     try:
-        value = float(value)
+        value = float(returned)
     except (TypeError, ValueError):
-        raise TypeError(f"the rho schedule returns {value!r} at step {step}; let it return a number") from None
+        raise TypeError(f"the rho schedule returns {returned!r} at step {step}; let it return a number") from None
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"the rho schedule returns {value} at step {step}; let it return a finite number, at least 0")
     if dual_in_use and value < current:
@@ -345,15 +321,7 @@ def next_rho(plan: Plan, step: int, current: float, dual_in_use: bool) -> float:
 
 
 def check_update(update: Update, step: int) -> None:
-    """Refuse what an update schedule cannot ask for.
-
-    Args:
-        update: what the schedule returned.
-        step: number of finished steps, for the message.
-
-    Raises:
-        TypeError: not an Update.
-    """
+    """Refuse, with a TypeError, what an update schedule cannot ask for."""
     if not isinstance(update, Update):
         raise TypeError(
             f"the update schedule returns {update!r} at step {step}; return Update.NONE, Update.AUXILIARY or "
@@ -364,11 +332,8 @@ def check_update(update: Update, step: int) -> None:
 def _rehearse(plan: Plan) -> None:
     """Walk through the schedules of a whole run, so that a bad value is found before training starts."""
     rho, dual_in_use = next_rho(plan, 0, 0.0, False), False
-    every = plan.updates
-    # What moves nothing needs no look: a long run is not walked step by step where its interval is known.
-    first, interval = (every.start or every.interval, every.interval) if type(every) is Every else (1, 1)
-    for step in range(first, plan.prune_at + 1, interval):
-        update = every(step)
+    for step in range(1, plan.prune_at + 1):
+        update = plan.updates(step)
         check_update(update, step)
         if update is not Update.NONE:
             dual_in_use = dual_in_use or update is Update.AUXILIARY_AND_DUAL

@@ -6,15 +6,15 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .grouping import such_as
+from .grouping import grouped, such_as
 from .memory import is_plain, takes_zeros
 from .pattern import Pattern
 from .table import format_table
@@ -41,18 +41,7 @@ Ineligible = Literal["error", "skip"]
 
 # Components that wrappers put into parameter names.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_HEADS = {
-    "classification_head",
-    "classifier",
-    "cls",
-    "head",
-    "heads",
-    "lm_head",
-    "pooler",
-    "qa_outputs",
-    "score",
-    "summary",
-}
+_HEADS = re.compile(r"(classification_|lm_)?head|heads|classifier|cls|pooler|qa_outputs|score|summary")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
 _EMBEDDINGS = re.compile(r"embed|(^|_)embs?$|^codebook$|^wte$|^wpe$|^shared$|relative_attention_bias")
@@ -90,6 +79,10 @@ class SelectedWeight:
     aliases: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
+    def name_in(self, names: Container[str]) -> str | None:
+        """Return the first of its names that is among these; None if none is."""
+        return next((name for name in (self.name, *self.aliases) if name in names), None)
+
 
 @dataclass(frozen=True)
 class SkippedWeight:
@@ -124,7 +117,7 @@ class Selection:
     def __getitem__(self, name: str) -> SelectedWeight:
         """Return the prunable weight called ``name`` (or one of whose other names it is)."""
         for weight in self.weights:
-            if name == weight.name or name in weight.aliases:
+            if weight.name_in((name,)):
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.weights)}")
 
@@ -145,24 +138,13 @@ class Selection:
             f"{len(self.weights)} prunable weights, {total:,} of {total + rest:,} parameters",
             format_table(("weight", "shape", "pattern", "dim"), rows),
         ]
-        notes: dict[str, list[str]] = {}
-        for weight in self.weights:
-            if weight.note:
-                notes.setdefault(weight.note, []).append(weight.name)
-        lines += [f"{note}: {len(names)} weights ({such_as(names)})" for note, names in notes.items()]
-        reasons: dict[str, list[SkippedWeight]] = {}
-        for skipped in self.skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped)
-        if reasons:
+        notes = grouped((w for w in self.weights if w.note), lambda w: w.note)
+        lines += [f"{noted[0].note}: {len(noted)} weights ({such_as([w.name for w in noted])})" for noted in notes]
+        if self.skipped:
             lines.append(f"left dense: {len(self.skipped)} parameters")
             table = [
-                (
-                    reason,
-                    len(group),
-                    sum(math.prod(w.shape) for w in group),
-                    group[0].name + (", …" if group[1:] else ""),
-                )
-                for reason, group in reasons.items()
+                (group[0].reason, len(group), sum(math.prod(w.shape) for w in group), such_as([w.name for w in group]))
+                for group in grouped(self.skipped, lambda w: w.reason)
             ]
             lines.append(format_table(("reason", "tensors", "parameters", "such as"), table))
         return "\n".join(lines)
@@ -176,24 +158,43 @@ class _Holder:
     owner: nn.Module | None
     what: str
     remedy: str
-    largest: bool = True
-    """Whether this parameter is the one that stands for the weight; others are scales and the like."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A name of a parameter, the module that has it, and the weight that it holds for that module, if it is none."""
+
+    name: str
+    param: Tensor
+    owner: nn.Module | None = None
+    holder: _Holder | None = None
 
 
 @dataclass(frozen=True)
 class _Candidate:
     """A distinct parameter with every place where it stands in the model."""
 
-    param: Tensor
-    names: tuple[str, ...]
-    owners: tuple[nn.Module | None, ...]
+    places: tuple[_Place, ...]
     blocks: tuple[str, ...]
     """Prefixes of the repeated blocks that it is in, by any of its names; the outermost first."""
-    holder: _Holder | None = None
+    is_part: bool
+    """Whether it is a scale or the like of a weight, for which another parameter stands."""
+
+    @property
+    def param(self) -> Tensor:
+        return self.places[0].param
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(place.name for place in self.places)
 
     @property
     def name(self) -> str:
-        return self.names[0]
+        return self.places[0].name
+
+    @property
+    def holder(self) -> _Holder | None:
+        return self.places[0].holder
 
     @property
     def title(self) -> str:
@@ -201,13 +202,13 @@ class _Candidate:
         return self.name if self.holder is None else self.holder.weight
 
     @property
-    def known_as(self) -> tuple[str, ...]:
-        """The names that rules may use."""
-        return self.names if self.holder is None else (*self.names, self.holder.weight)
+    def owner(self) -> nn.Module | None:
+        """The module that computes with the weight."""
+        return self.places[0].owner if self.holder is None else self.holder.owner
 
-    @property
-    def places(self) -> Iterator[tuple[str, nn.Module | None]]:
-        return zip(self.names, self.owners, strict=True)
+    def matches(self, expression: re.Pattern[str]) -> bool:
+        """Whether a rule's expression matches one of its names."""
+        return any(expression.fullmatch(name) for name in (*self.names, self.title))
 
 
 Source = Union[nn.Module, Mapping[str, Tensor], Iterable[tuple[str, Tensor]]]  # noqa: UP007
@@ -256,7 +257,7 @@ def select_weights(
     candidates = _candidates(model)
     if trainable or select is None:
         _refuse_adapters(model, candidates, trainable)
-    rule_of = _explicit_rules(select, candidates) if select is not None else _default_rules(pattern)
+    rule_of = _rules(pattern, select, candidates)
     dim_rules = [(_compile("dims", expression, candidates), dim) for expression, dim in (dims or {}).items()]
     weights: list[SelectedWeight] = []
     skipped: list[SkippedWeight] = []
@@ -264,7 +265,7 @@ def select_weights(
     for candidate in candidates:
         shape = tuple(candidate.param.shape)
         _refuse_flattened(candidate)
-        rule, reason = rule_of(candidate)
+        rule, reason = (None, "part of a parametrization") if candidate.is_part else rule_of(candidate)
         if rule is None:
             skipped.append(SkippedWeight(candidate.name, shape, reason))
             continue
@@ -273,53 +274,42 @@ def select_weights(
             continue
         dim = _grouped_dim(candidate, candidates, dim_rules)
         problem = _ineligible(candidate, rule, dim, trainable, held)
-        if problem is not None and ineligible == "error":
-            raise ValueError(
-                f"weight {candidate.title!r} of shape {shape} cannot be pruned to {rule}: {problem[0]}; {problem[1]}, "
-                'or leave it dense by a select rule, or all such weights with ineligible="skip"'
-            )
         if problem is not None:
+            if ineligible == "error":
+                raise ValueError(
+                    f"weight {candidate.title!r} of shape {shape} cannot be pruned to {rule}: {problem[0]}; "
+                    f'{problem[1]}, or leave it dense by a select rule, or all such weights with ineligible="skip"'
+                )
             skipped.append(SkippedWeight(candidate.name, shape, problem[0], wanted=True))
             continue
         weights.append(SelectedWeight(candidate.name, shape, rule, dim, candidate.names[1:]))
         params[candidate.name] = candidate.param
-    selection = Selection(tuple(weights), tuple(skipped))
     if not weights:
         reasons = sorted({s.reason for s in skipped}) or ["the model has no parameters"]
         raise ValueError(
             f"no prunable weight among {len(skipped)} parameters ({'; '.join(reasons)}); name the weights to prune, "
             "for instance select={r'.*\\.weight': '2:4'}"
         )
-    return selection, params
+    return Selection(tuple(weights), tuple(skipped)), params
 
 
-def with_late_weights(
-    selection: Selection,
-    model: Source,
-    added: Collection[Tensor],
-    pattern: Pattern | str = "2:4",
-    select: Select | None = None,
-) -> Selection:
+def with_late_weights(selection: Selection, model: Source, added: Collection[Tensor]) -> Selection:
     """Return a selection that lists weights which came to the optimizer after the choice was made, as left dense.
 
     Args:
         selection: the choice.
         model: as for :func:`select_weights`.
         added: the parameters that were added.
-        pattern: as the choice was made with.
-        select: as the choice was made with.
 
     Returns:
-        The selection; each added weight that the rules ask for is among those skipped, as wanted.
+        The selection; each added weight that the default rules ask for is among those skipped, as wanted.
     """
     ids = {id(t) for t in added}
-    candidates = _candidates(model)
-    rule_of = _explicit_rules(select, candidates, strict=False) if select is not None else _default_rules(pattern)
     chosen = {name for weight in selection for name in (weight.name, *weight.aliases)}
     late = [
         SkippedWeight(c.name, tuple(c.param.shape), "added to the optimizer after construction", wanted=True)
-        for c in candidates
-        if id(c.param) in ids and c.param.ndim > 1 and chosen.isdisjoint(c.names) and rule_of(c)[0] is not None
+        for c in _candidates(model)
+        if id(c.param) in ids and chosen.isdisjoint(c.names) and not c.is_part and _default_reason(c) is None
     ]
     return selection.with_skipped(*late)
 
@@ -331,50 +321,44 @@ def named_tensors(model: Source) -> dict[str, Tensor]:
 
 def _candidates(model: Source) -> list[_Candidate]:
     if isinstance(model, nn.Module):
-        return _candidates_of_module(unwrap_model(model))
-    if isinstance(model, Mapping):
-        model = model.items()
+        model = unwrap_model(model)
+        places, blocks = _places_in(model), _block_prefixes(model)
+    else:
+        places = _places_by_name(model)
+        blocks = _blocks_by_name([place.name if place.holder is None else place.holder.weight for place in places])
+    held = [place for place in places if place.holder is not None]
+    # Of all that hold one weight the largest stands for it.
+    holders = grouped(held, lambda place: place.holder and place.holder.weight)
+    largest = {id(max(group, key=lambda place: place.param.numel()).param) for group in holders}
+    found = []
+    for same in grouped(places, lambda place: id(place.param)):
+        within = {prefix for prefix in blocks if any(place.name.startswith(prefix) for place in same)}
+        is_part = same[0].holder is not None and id(same[0].param) not in largest
+        found.append(_Candidate(tuple(same), tuple(sorted(within, key=len)), is_part))
+    return found
+
+
+def _places_by_name(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[_Place]:
     try:
-        pairs = list(model)
+        pairs = list(model.items() if isinstance(model, Mapping) else model)
     except TypeError:
         raise TypeError(
             f"model is a {type(model).__name__}; a torch.nn.Module or its named_parameters() is needed"
         ) from None
-    places: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and torch.is_tensor(pair[1])):
             raise TypeError(
                 f"model yields {type(pair).__name__}, not pairs of name and tensor; "
                 "pass the module itself or model.named_parameters()"
             )
-        tensors[id(pair[1])] = pair[1]
     # DistributedDataParallel puts the whole model under one name.
     wrapped = all(clean_name(name).startswith("module.") for name, _ in pairs)
-    known: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in pairs:
         name = clean_name(name).removeprefix("module." if wrapped else "")
-        if name not in known:
-            places.setdefault(id(tensor), []).append(name)
-        elif known[name] is not tensor:
+        if tensors.setdefault(name, tensor) is not tensor:
             raise ValueError(f"model yields two different tensors called {name!r}; give each its own name")
-        known[name] = tensor
-    holders = _holders_by_name(known)
-    prefixes = _blocks_by_name([holders[name].weight if name in holders else name for name in known])
-    return [
-        _candidate(tensors[key], tuple(names), (None,) * len(names), prefixes, holders) for key, names in places.items()
-    ]
-
-
-def _candidate(
-    param: Tensor,
-    names: tuple[str, ...],
-    owners: tuple[nn.Module | None, ...],
-    prefixes: Iterable[str],
-    holders: Mapping[str, _Holder],
-) -> _Candidate:
-    blocks = {prefix for prefix in prefixes for name in names if name.startswith(prefix)}
-    return _Candidate(param, names, owners, tuple(sorted(blocks, key=len)), holders.get(names[0]))
+    return [_Place(name, tensor, None, _holder_by_name(name, tensors)) for name, tensor in tensors.items()]
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -388,28 +372,18 @@ def unwrap_model(model: nn.Module) -> nn.Module:
             return model
 
 
-def _candidates_of_module(model: nn.Module) -> list[_Candidate]:
-    blocks = _block_prefixes(model)
-    places: dict[int, list[tuple[str, nn.Module]]] = {}
-    tensors: dict[int, Tensor] = {}
-    holders: dict[str, _Holder] = {}
-    modules: dict[str, nn.Module] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        modules[prefix] = module
-        for local_name, param in module._parameters.items():
-            if param is not None:
-                name = clean_name(f"{prefix}.{local_name}" if prefix else local_name)
-                places.setdefault(id(param), []).append((name, module))
-                tensors[id(param)] = param
-                if (holder := _holder(prefix, module, local_name, modules)) is not None:
-                    holders[name] = holder
-    holders = _with_the_largest(holders, {name: tensors[key] for key, found in places.items() for name, _ in found})
+def _places_in(model: nn.Module) -> list[_Place]:
+    modules = dict(model.named_modules(remove_duplicate=False))
     return [
-        _candidate(
-            tensors[key], tuple(name for name, _ in found), tuple(module for _, module in found), blocks, holders
-        )
-        for key, found in places.items()
+        _Place(clean_name(_join(prefix, name)), param, module, _holder(prefix, module, name, modules))
+        for prefix, module in modules.items()
+        for name, param in module._parameters.items()
+        if param is not None
     ]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[str, nn.Module]) -> _Holder | None:
@@ -431,7 +405,7 @@ def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[st
         what, remedy = "a hook of its module", "what made it"
         for kind in kinds & _REMEDIES.keys():
             what, remedy = f"torch.nn.utils.{kind}", _REMEDIES[kind].format(attribute)
-    return _Holder(clean_name(f"{owner_name}.{attribute}" if owner_name else attribute), owner, what, remedy)
+    return _Holder(clean_name(_join(owner_name, attribute)), owner, what, remedy)
 
 
 # By the module of torch.nn.utils that took the weight apart.
@@ -442,27 +416,13 @@ _REMEDIES = {
 }
 
 
-def _holders_by_name(tensors: Mapping[str, Tensor]) -> dict[str, _Holder]:
-    """Return name of a tensor -> the weight that it holds, by what torch's utilities call such tensors."""
-    found = {}
-    for name in tensors:
-        match = _PARAMETRIZED.fullmatch(name) or _SPLIT.fullmatch(name)
-        weight = None if match is None else (match["module"] or "") + match["attribute"]
-        if weight is not None and weight not in tensors and _leaf(weight) == "weight":
-            found[name] = _Holder(
-                weight, None, "parametrization", "torch's utility of that name, and save the model again"
-            )
-    return _with_the_largest(found, tensors)
-
-
-def _with_the_largest(holders: Mapping[str, _Holder], tensors: Mapping[str, Tensor]) -> dict[str, _Holder]:
-    """Mark of all parameters that hold one weight the largest."""
-    largest: dict[str, str] = {}
-    for name, holder in holders.items():
-        first = largest.setdefault(holder.weight, name)
-        if tensors[name].numel() > tensors[first].numel():
-            largest[holder.weight] = name
-    return {name: replace(holder, largest=largest[holder.weight] == name) for name, holder in holders.items()}
+def _holder_by_name(name: str, tensors: Mapping[str, Tensor]) -> _Holder | None:
+    """Return how a tensor holds a weight, told by what torch's utilities call such tensors."""
+    match = _PARAMETRIZED.fullmatch(name) or _SPLIT.fullmatch(name)
+    weight = None if match is None else (match["module"] or "") + match["attribute"]
+    if weight is None or weight in tensors or _leaf(weight) != "weight":
+        return None
+    return _Holder(weight, None, "parametrization", "torch's utility of that name, and save the model again")
 
 
 def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -480,7 +440,7 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
             continue
         for key, member in members.items():
             if any(child != "parametrizations" for child, _ in member.named_children()):
-                prefixes.append(clean_name(f"{name}.{key}" if name else key) + ".")
+                prefixes.append(clean_name(_join(name, key)) + ".")
     return tuple(prefixes)
 
 
@@ -529,36 +489,21 @@ def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
 RuleOf = Callable[[_Candidate], "tuple[Pattern | None, str]"]
 
 
-def _default_rules(pattern: Pattern | str) -> RuleOf:
-    parsed = Pattern.parse(pattern)
-
-    def rule_of(candidate: _Candidate) -> tuple[Pattern | None, str]:
-        if (holder := candidate.holder) is not None:
-            if not holder.largest:
-                return None, "part of a parametrization"
-            candidate = replace(candidate, names=(holder.weight,), owners=(holder.owner,))
-        reason = _default_reason(candidate)
-        return (parsed, "") if reason is None else (None, reason)
-
-    return rule_of
-
-
 def _default_reason(candidate: _Candidate) -> str | None:
     """Why the default rules leave a parameter dense; None if they prune it."""
-    for name, owner in candidate.places:
-        if is_embedding(name, owner):
-            return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
+    title, owner = candidate.title, candidate.owner
+    if is_embedding(title, owner) or any(is_embedding(place.name, place.owner) for place in candidate.places[1:]):
+        return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
     if candidate.param.ndim < 2:
         return "not a matrix"
-    parts = candidate.name.split(".")[:-1]
+    parts = title.split(".")[:-1]
     # A part of a block may be called a head; what has blocks may be one.
-    block = next((prefix for prefix in candidate.blocks if candidate.name.startswith(prefix)), None)
+    block = next((prefix for prefix in candidate.blocks if title.startswith(prefix)), None)
     above = parts if block is None else block.split(".")[:-2]
-    if _HEADS.intersection(part.lower() for part in above):
+    if any(_HEADS.fullmatch(part.lower()) for part in above):
         return "head or pooler"
     if _ROUTERS.intersection(part.lower() for part in parts):
         return "router"
-    owner = candidate.owners[0]
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "convolution: ask for it with select"
     if candidate.param.ndim > 2:
@@ -567,26 +512,33 @@ def _default_reason(candidate: _Candidate) -> str | None:
         return "outside the repeated blocks"
     if owner is not None and not isinstance(owner, nn.Linear) and not is_conv1d(owner):
         return f"not a Linear weight ({type(owner).__name__}): ask for it with select"
-    if candidate.name.rsplit(".", 1)[-1] != "weight":
+    if _leaf(title) != "weight":
         return "not a weight"
     return None
 
 
-def _explicit_rules(select: Select, candidates: list[_Candidate], *, strict: bool = True) -> RuleOf:
-    """Return the user's rules; if strict, each that asks for a pattern has to match something."""
+def _rules(pattern: Pattern | str, select: Select | None, candidates: list[_Candidate]) -> RuleOf:
+    """Return the default rules or the user's; each of the user's that asks for a pattern has to match something."""
+    if select is None:
+        parsed = Pattern.parse(pattern)
+
+        def rule_by_default(candidate: _Candidate) -> tuple[Pattern | None, str]:
+            reason = _default_reason(candidate)
+            return (parsed, "") if reason is None else (None, reason)
+
+        return rule_by_default
     if isinstance(select, Mapping):
         rules = [
-            (_compile("select", expression), None if rule is None else Pattern.parse(rule))
-            if rule is None or not strict
-            else (_compile("select", expression, candidates), Pattern.parse(rule))
+            (
+                _compile("select", expression, candidates, unused=rule is None),
+                None if rule is None else Pattern.parse(rule),
+            )
             for expression, rule in select.items()
         ]
 
         def rule_by_name(candidate: _Candidate) -> tuple[Pattern | None, str]:
-            if candidate.holder is not None and not candidate.holder.largest:
-                return None, "part of a parametrization"
             for expression, rule in rules:
-                if any(expression.fullmatch(name) for name in candidate.known_as):
+                if candidate.matches(expression):
                     return rule, "" if rule is not None else f"left dense by select rule {expression.pattern!r}"
             return None, "no select rule matches"
 
@@ -595,24 +547,19 @@ def _explicit_rules(select: Select, candidates: list[_Candidate], *, strict: boo
         raise TypeError(f"select is a {type(select).__name__}; a mapping or a callable (name, module) is needed")
 
     def rule_by_call(candidate: _Candidate) -> tuple[Pattern | None, str]:
-        name, owner, holder = candidate.name, candidate.owners[0], candidate.holder
-        if holder is not None:
-            if not holder.largest:
-                return None, "part of a parametrization"
-            name, owner = holder.weight, holder.owner
-        rule = select(name, owner)
+        rule = select(candidate.title, candidate.owner)
         return (None, "left dense by select") if rule is None else (Pattern.parse(rule), "")
 
     return rule_by_call
 
 
-def _compile(kind: str, expression: str, candidates: list[_Candidate] | None = None) -> re.Pattern[str]:
-    """Compile the expression of a rule, which has to match one of the candidates, if they are given."""
+def _compile(kind: str, expression: str, candidates: list[_Candidate], *, unused: bool = False) -> re.Pattern[str]:
+    """Compile the expression of a rule, which has to match one of the candidates unless it may be unused."""
     try:
         compiled = re.compile(expression)
     except (re.error, TypeError) as error:
         raise ValueError(f"{kind} rule {expression!r} is no regular expression: {error}") from None
-    if candidates is not None and not any(compiled.fullmatch(name) for c in candidates for name in c.known_as):
+    if not unused and not any(candidate.matches(compiled) for candidate in candidates):
         raise ValueError(
             f"{kind} rule {expression!r} matches no parameter; the expression must match the whole name, such as "
             f"{candidates[0].name if candidates else 'encoder.layer.0.weight'!r}"
@@ -639,14 +586,14 @@ def _grouped_dim(
 ) -> int:
     ndim = candidate.param.ndim
     for expression, dim in dim_rules:
-        if any(expression.fullmatch(name) for name in candidate.known_as):
+        if candidate.matches(expression):
             if not -ndim <= dim < ndim:
                 raise ValueError(
                     f"dims rule {expression.pattern!r} gives dimension {dim} to {candidate.name!r} of shape "
                     f"{tuple(candidate.param.shape)}; allowed are {-ndim} to {ndim - 1}"
                 )
             return dim % ndim
-    found = {_input_dim(name, owner, candidate.param, candidates) % ndim for name, owner in candidate.places}
+    found = {_input_dim(place, candidates) % ndim for place in candidate.places}
     if len(found) > 1:
         raise ValueError(
             f"tied weight {' = '.join(candidate.names)} has its inputs along different dimensions {sorted(found)}; "
@@ -655,8 +602,9 @@ def _grouped_dim(
     return found.pop()
 
 
-def _input_dim(name: str, owner: nn.Module | None, param: Tensor, candidates: list[_Candidate]) -> int:
-    """The dimension of ``param`` along which the inputs run, as its module computes."""
+def _input_dim(place: _Place, candidates: list[_Candidate]) -> int:
+    """The dimension of a weight along which the inputs run, as its module computes."""
+    name, param, owner = place.name, place.param, place.owner
     if owner is None and param.ndim == 2:
         return 0 if _named_conv1d(name, candidates) else -1
     if owner is None and param.ndim > 3:
@@ -690,22 +638,18 @@ def _named_conv1d(name: str, candidates: list[_Candidate]) -> bool:
     if _leaf(parent) not in _CONV1D_NAMES:
         return False
     shapes = {c.name: tuple(c.param.shape) for c in candidates}
-    oblong = {
-        module: shape
-        for module, shape in ((key.removesuffix(".weight"), shape) for key, shape in shapes.items())
-        if _leaf(module) in _CONV1D_NAMES and len(shape) == 2 and shape[0] != shape[1]
-    }
-    by_bias = {m: shapes[f"{m}.bias"] == shape[1:] for m, shape in oblong.items() if f"{m}.bias" in shapes}
-    by_attention = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_attn"}
-    by_mlp = {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == "c_fc"}
-    evidence = by_bias or by_attention or by_mlp
-    nearest = max(evidence, key=lambda module: _common_parts(module, parent), default=None)
+    modules = {key.removesuffix(".weight"): shape for key, shape in shapes.items()}
+    oblong = {m: s for m, s in modules.items() if _leaf(m) in _CONV1D_NAMES and len(s) == 2 and s[0] != s[1]}
+    evidence = {m: shapes[f"{m}.bias"] == shape[1:] for m, shape in oblong.items() if f"{m}.bias" in shapes}
+    for leaf in ("c_attn", "c_fc"):
+        evidence = evidence or {m: rows < columns for m, (rows, columns) in oblong.items() if _leaf(m) == leaf}
+
+    def common_parts(module: str) -> int:
+        pairs = zip(module.split("."), parent.split("."), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    nearest = max(evidence, key=common_parts, default=None)
     return nearest is not None and evidence[nearest]
-
-
-def _common_parts(a: str, b: str) -> int:
-    pairs = zip(a.split("."), b.split("."), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _leaf(module_name: str) -> str:
@@ -732,17 +676,13 @@ def _ineligible(
     if trainable and not param.requires_grad:
         return "it is frozen (requires_grad=False)", "unfreeze it"
     if trainable and not is_plain(param) and not param.is_meta and not takes_zeros(param):
-        return (
-            f"it is a {type(param).__name__}, into which zeros cannot be written",
-            "keep this layer in a floating dtype",
-        )
+        kind = type(param).__name__
+        return f"it is a {kind}, into which zeros cannot be written", "keep this layer in a floating dtype"
     if held is not None and id(param) not in held:
         return "the inner optimizer does not hold it", "pass it to the inner optimizer"
     if param.shape[dim] % pattern.group:
-        return (
-            f"its width {param.shape[dim]} along dim {dim} is no multiple of {pattern.group}",
-            "choose another pattern",
-        )
+        width = param.shape[dim]
+        return f"its width {width} along dim {dim} is no multiple of {pattern.group}", "choose another pattern"
     return None
 
 
@@ -780,19 +720,14 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
 
 def _refuse_flattened(candidate: _Candidate) -> None:
     """Refuse parameters that no longer have the weight's shape: groups cannot be found in them."""
-    param, owner = candidate.param, candidate.owners[0]
+    param, owner = candidate.param, candidate.places[0].owner
     if hasattr(param, "ds_id"):
         raise ValueError(
             f"weight {candidate.name!r} is a DeepSpeed ZeRO-3 partition of shape {tuple(param.shape)}: its groups are "
             "torn apart. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
         )
-    flattened = type(param).__name__ == "FlatParameter" or (
-        isinstance(owner, nn.Linear)
-        and candidate.name.endswith("weight")
-        and param.ndim == 1
-        and param.is_floating_point()
-    )
-    if flattened:
+    is_flat = isinstance(owner, nn.Linear) and candidate.name.endswith("weight") and param.ndim == 1
+    if type(param).__name__ == "FlatParameter" or (is_flat and param.is_floating_point()):
         raise ValueError(
             f"weight {candidate.name!r} is a flattened parameter of shape {tuple(param.shape)}, as FSDP1 makes them: "
             "its groups are torn apart. Shard with FSDP2 (torch.distributed.fsdp.fully_shard; in Accelerate, "

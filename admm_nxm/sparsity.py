@@ -125,12 +125,8 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     Args:
         selection: what to count, and by which pattern.
         get: name -> tensor; called for one weight after the other.
-
-    Returns:
-        The report.
     """
-    likes: list[Tensor] = []
-    counts: list[Tensor] = []
+    likes, counts = [], []
     for weight in selection:
         t = get(weight.name).detach()
         _check_countable(weight, t)
@@ -141,8 +137,8 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     totals = reduce_sums([count.to(device) for count in counts], likes).tolist()
     return SparsityReport(
         tuple(
-            WeightReport(weight.name, weight.shape, weight.pattern, weight.dim, groups, bad, zeros)
-            for weight, (groups, bad, zeros) in zip(selection, totals, strict=True)
+            WeightReport(weight.name, weight.shape, weight.pattern, weight.dim, *counted)
+            for weight, counted in zip(selection, totals, strict=True)
         ),
         tuple(skipped for skipped in selection.skipped if skipped.wanted),
     )
@@ -150,18 +146,17 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
 
 def _check_countable(weight: SelectedWeight, t: Tensor) -> None:
     """Refuse a weight whose groups cannot be counted, as a selection made by hand may name one."""
-    problem = None
     if not -t.ndim <= weight.dim < t.ndim:
         problem = f"it has no dimension {weight.dim}"
     elif t.shape[weight.dim] % weight.pattern.group:
         problem = f"its width {t.shape[weight.dim]} along dim {weight.dim} is no multiple of {weight.pattern.group}"
     elif t.layout != torch.strided or t.is_quantized or t.is_meta or t.dtype in _UNCOUNTABLE:
         problem = f"it is {t.dtype} of layout {t.layout} on {t.device}"
-    if problem is not None:
-        raise ValueError(
-            f"weight {weight.name!r} of shape {tuple(t.shape)} cannot be counted: {problem}; leave it out of the "
-            "selection"
-        )
+    else:
+        return
+    raise ValueError(
+        f"weight {weight.name!r} of shape {tuple(t.shape)} cannot be counted: {problem}; leave it out of the selection"
+    )
 
 
 def _count(t: Tensor, pattern: Pattern, dim: int) -> Tensor:
@@ -182,17 +177,13 @@ def _count(t: Tensor, pattern: Pattern, dim: int) -> Tensor:
 def cover(
     named: nn.Module | dict[str, Tensor], pattern: Pattern | str | Select | Selection | None
 ) -> tuple[Selection, dict[str, Tensor]]:
-    """Choose the weights to count.
-
-    Args:
-        named: a module, or tensors by name (meta tensors will do).
-        pattern: as for :func:`admm_nxm.verify`.
+    """Choose the weights to count among those of a module, or tensors by name (meta tensors will do).
 
     Returns:
         The weights, and the tensor of each by name.
 
     Raises:
-        TypeError, ValueError: as in :func:`admm_nxm.verify`.
+        TypeError, ValueError: as in :func:`admm_nxm.verify`, of which the pattern is.
     """
     if isinstance(pattern, Selection):
         if not pattern.weights:
@@ -200,12 +191,11 @@ def cover(
         tensors = named_tensors(named)
         found = {}
         for weight in pattern:
-            name = next((name for name in (weight.name, *weight.aliases) if name in tensors), None)
+            name = weight.name_in(tensors)
+            there = "no such weight" if name is None else f"shape {tuple(tensors[name].shape)}"
             if name is None or tuple(tensors[name].shape) != weight.shape:
-                shape = None if name is None else tuple(tensors[name].shape)
                 raise ValueError(
-                    f"the selection names weight {weight.name!r} of shape {weight.shape}; the target has "
-                    f"{'no such weight' if shape is None else f'shape {shape}'}"
+                    f"the selection names weight {weight.name!r} of shape {weight.shape}; the target has {there}"
                 )
             found[weight.name] = tensors[name]
         return pattern, found

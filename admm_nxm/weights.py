@@ -34,7 +34,7 @@ _Link = tuple[dict[str, Any], str, Any]
 """A dictionary of a module, a key in it, and what it held there."""
 
 
-@dataclass
+@dataclass(eq=False)  # one object a weight, told by identity
 class Weight:
     """A prunable weight, its present parameter object, and its state.
 

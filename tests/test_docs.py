@@ -11,6 +11,7 @@ import builtins
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import admm_nxm
 
@@ -155,8 +157,32 @@ def test_code_blocks_of_a_page_run_one_after_the_other(
             exec(code, module.__dict__)
 
 
+def test_no_mask_is_better_than_that_of_the_worked_example() -> None:
+    """Least squares on each of its masks, with the explicit Kronecker matrix."""
+    page: dict[str, Any] = {}
+    exec(of_language(ROOT / "docs" / "algorithm.md", "python")[0].text, page)
+    dense = page["dense"].double().flatten()
+    metric = torch.kron(page["G"].double(), page["A"].double())
+    least = 1.0
+    for rows in itertools.product(itertools.combinations(range(4), 2), repeat=4):
+        kept = [4 * row + column for row, columns in enumerate(rows) for column in columns]
+        change = -dense
+        change[kept] += torch.linalg.solve(metric[kept][:, kept], (metric @ dense)[kept])
+        least = min(least, float(change @ metric @ change / (dense @ metric @ dense)))
+    assert page["errors"]["A and G"] == pytest.approx(least, rel=0.01)
+
+
 def test_pages_with_code_are_found() -> None:
-    expected = {"README.md", "choosing.md", "deploy.md", "extending.md", "faq.md", "howto.md", "index.md"}
+    expected = {
+        "README.md",
+        "algorithm.md",
+        "choosing.md",
+        "deploy.md",
+        "extending.md",
+        "faq.md",
+        "howto.md",
+        "index.md",
+    }
     assert expected <= {page.name for page in pages_with("python")}
 
 

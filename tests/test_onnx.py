@@ -178,6 +178,19 @@ def test_shared_unused_and_convolved_weights(exported: tuple[Path, Any]) -> None
     assert json.loads(json.dumps(report.to_dict()))["ok"] is True
 
 
+def test_weights_have_their_torch_names_in_the_file_and_go_straight_into_their_products(
+    exported: tuple[Path, Any],
+) -> None:
+    import onnx
+
+    path, report = exported
+    graph = onnx.load(str(path)).graph
+    names = {weight.name for weight in report.sparsity}
+    readers = {name: node.op_type for node in graph.node for name in node.input if name in names}
+    assert readers == {name: "Conv" if name == "conv.weight" else "MatMul" for name in names}
+    assert names <= {tensor.name for tensor in graph.initializer}
+
+
 def test_the_patterns_of_the_export_are_noted_in_the_file(exported: tuple[Path, Any]) -> None:
     path, report = exported
     assert verify_onnx(path) == report.sparsity
@@ -370,6 +383,23 @@ def test_the_attention_of_each_config_is_switched_and_restored(
 def test_a_dense_model_is_refused_before_the_export(tmp_path: Path) -> None:
     net = make_net()
     with pytest.raises(SparsityViolation, match=r"blocks\.0\.up\.weight: .* Call optimizer\.finalize\(\)"):
+        export_onnx(net, torch.randn(2, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_loses_the_pattern_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    pruned(net)
+    whole = importlib.import_module("admm_nxm.export.onnx")._optimize
+
+    def losing(program: Any, *rest: Any) -> Selection:
+        selection: Selection = whole(program, *rest)
+        value = program.model.graph.initializers["blocks.1.up.weight"]
+        value.const_value = importlib.import_module("onnx_ir").tensor(value.const_value.numpy() + 1)
+        return selection
+
+    monkeypatch.setattr("admm_nxm.export.onnx._optimize", losing)
+    with pytest.raises(SparsityViolation, match=r"blocks\.1\.up\.weight: 32 of 32 groups exceed 2:4"):
         export_onnx(net, torch.randn(2, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

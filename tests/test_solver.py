@@ -149,7 +149,8 @@ def test_identity_is_the_projection(seed: int, pattern: str, size: float) -> Non
 @given(seed=st.integers(0, 10**6), size=st.floats(1e-6, 1e6))
 def test_outputs_of_one_size_are_no_outputs(seed: int, size: float) -> None:
     weight, a, _ = problem(seed)
-    alone, both = solve(weight, "2:4", a), solve(weight, "2:4", a, size * torch.eye(6))
+    # To convergence: rows that are coupled stop together, and others each for itself.
+    alone, both = (solve(weight, "2:4", a, g, tolerance=1e-7) for g in (None, size * torch.eye(6)))
     assert torch.equal(alone.mask, both.mask)
     torch.testing.assert_close(alone.weight, both.weight, rtol=1e-3, atol=1e-3)
 

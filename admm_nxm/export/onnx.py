@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Union
 
@@ -68,19 +68,14 @@ class OnnxReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, fit for JSON."""
+        counted = {"weights": len(self.sparsity.weights), "sparsity": self.sparsity.sparsity, "ok": self.sparsity.ok}
         return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "path": str(self.path),
-            "opset": self.opset,
             "inputs": {name: list(sizes) for name, sizes in self.inputs.items()},
             "outputs": list(self.outputs),
-            "bytes": self.bytes,
-            "max_abs_difference": self.max_abs_difference,
-            "max_rel_difference": self.max_rel_difference,
-            "tolerance": self.tolerance,
             "compared": [{name: list(sizes) for name, sizes in case.items()} for case in self.compared],
-            "weights": len(self.sparsity.weights),
-            "sparsity": self.sparsity.sparsity,
-            "ok": self.sparsity.ok,
+            **counted,
         }
 
     def __str__(self) -> str:
@@ -289,11 +284,13 @@ def export_onnx(
     refuse_existing(path, overwrite)
     model = unwrap_model(model)
     selection, _ = cover(model, pattern)
-    if not (dense := verify(model, selection)).ok:
+    try:
+        verify(model, selection).raise_if_violated()
+    except SparsityViolation as error:
         raise SparsityViolation(
-            f"the model is not sparse: {_violations(dense)}. Call optimizer.finalize() before the export, or name the "
-            "pattern and the weights that were pruned (pattern=optimizer.selection)"
-        )
+            f"the model is not sparse: {error}. Call optimizer.finalize() before the export, or name the pattern and "
+            "the weights that were pruned (pattern=optimizer.selection)"
+        ) from None
     limit = _limit(model, tolerance)
     inputs = _inputs_of(model, example)
     axes = _axes_of(inputs, dynamic)
@@ -319,8 +316,7 @@ def export_onnx(
         program.save(str(draft), external_data=external_data)
         graph = read_graph(draft)
         report = _count(path, graph, selection)
-        if not report.ok:
-            raise ValueError(f"the export has lost the pattern, and {path} is not written: {_violations(report)}")
+        report.raise_if_violated()
         differences = [_compare(draft, case, want, limit) for case, want in zip(cases, expected, strict=True)]
         total = sum(file.stat().st_size for file in folder.iterdir())
         if draft_of_data.is_file():
@@ -345,12 +341,6 @@ def export_onnx(
         compared=tuple({name: tuple(t.shape) for name, t in case.items()} for case in cases),
         sparsity=report,
     )
-
-
-def _violations(report: SparsityReport) -> str:
-    first, *more = report.violations
-    also = f", and {len(more)} more of {len(report.weights)} weights" if more else ""
-    return f"{first.name}: {first.bad_groups} of {first.groups} groups exceed {first.pattern}{also}"
 
 
 def _limit(model: nn.Module, tolerance: float | None) -> float:
@@ -461,12 +451,10 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
 def _configs_of(model: nn.Module) -> list[Any]:
     """Return the configs of all modules, and those that are a part of these, each once."""
     found: dict[int, Any] = {}
-    pending: list[Any] = [
-        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "__dict__")
-    ]
+    pending: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     while pending:
         config = pending.pop()
-        if config is not None and id(config) not in found:
+        if hasattr(config, "__dict__") and id(config) not in found:
             found[id(config)] = config
             pending += [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
     return list(found.values())

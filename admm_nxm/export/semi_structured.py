@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -73,6 +72,7 @@ class _Place:
         return self.attribute == "weight" and (isinstance(self.module, nn.Linear) or is_conv1d(self.module))
 
 
+@dataclass(eq=False, repr=False)
 class SemiStructured:
     """What :func:`to_semi_structured` has done to a model; prints as tables.
 
@@ -84,17 +84,10 @@ class SemiStructured:
         left: the linear weights that stay dense, and why.
     """
 
-    def __init__(
-        self,
-        converted: tuple[ConvertedWeight, ...],
-        left: tuple[SkippedWeight, ...],
-        dense: list[tuple[_Place, nn.Parameter]],
-        hooks: list[RemovableHandle],
-    ) -> None:
-        self.converted = converted
-        self.left = left
-        self._dense = dense
-        self._hooks = hooks
+    converted: tuple[ConvertedWeight, ...]
+    left: tuple[SkippedWeight, ...]
+    _dense: list[tuple[_Place, nn.Parameter]]
+    _hooks: list[RemovableHandle]
 
     def undo(self) -> None:
         """Put the dense weights back, the very same parameters. A second call does nothing."""
@@ -107,9 +100,7 @@ class SemiStructured:
     def __enter__(self) -> SemiStructured:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     def __str__(self) -> str:

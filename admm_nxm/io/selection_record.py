@@ -182,19 +182,19 @@ def _in_names_of(shapes: Mapping[str, tuple[int, ...]], selection: Selection, pl
     weights: list[SelectedWeight] = []
     renamed: dict[str, str] = {}
     for weight in selection:
-        name = next((name for name in (weight.name, *weight.aliases) if name in shapes), None)
+        name = weight.name_in(shapes)
         if name is None:
             old = next((old for old in renamed if weight.name.startswith(old)), None)
             if old is None:
-                missing = [w for w in selection if shapes.keys().isdisjoint((w.name, *w.aliases))]
+                missing = [w for w in selection if w.name_in(shapes) is None]
                 found = _new_beginning(weight, missing, shapes)
                 if found is None:
                     raise ValueError(
                         f"{place} records that {weight.name!r} was pruned, and the checkpoint has no such weight: it "
                         "was renamed or removed since. Give a pattern or rules, which are used in place of the record"
                     )
-                old = found[0]
-                renamed[old] = found[1]
+                old, new = found
+                renamed[old] = new
             name = renamed[old] + weight.name.removeprefix(old)
             weight = SelectedWeight(name, weight.shape, weight.pattern, weight.dim)
         weights.append(weight)

@@ -56,7 +56,7 @@ class OpenTarget:
     """A model of any kind, open: its tensors, which have no data where they are in a file, and what reads one."""
 
     named: nn.Module | dict[str, Tensor]
-    read: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor] = lambda t: t
     checkpoint: Checkpoint | None = None
 
     def cover(self, pattern: Pattern | str | Select | Selection | None) -> tuple[Selection, dict[str, Tensor]]:
@@ -72,9 +72,9 @@ class OpenTarget:
 def open_target(target: Target, purpose: str) -> Iterator[OpenTarget]:
     """Open a model of any kind, for what the purpose names in errors; a file is closed when the block ends."""
     if isinstance(target, nn.Module):
-        yield OpenTarget(target, lambda t: t)
+        yield OpenTarget(target)
     elif isinstance(target, Mapping):
-        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)}, lambda t: t)
+        yield OpenTarget({name: t for name, t in target.items() if torch.is_tensor(t)})
     elif isinstance(target, (str, PathLike)):
         with open_checkpoint(target, purpose=purpose) as checkpoint:
             tensors = stand_ins(checkpoint)

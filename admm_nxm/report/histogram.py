@@ -7,19 +7,19 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..io.verify import open_target
+from ..grouping import grouped
+from ..io.verify import OpenTarget, Target, open_target
 from ..selection import Selection, named_tensors, select_weights
 from ..sharding import is_sharded
 
 __all__ = ["Chosen", "Counts", "Weights", "count_pairs"]
 
-Weights = Union[nn.Module, Mapping[str, Tensor], Tensor, str, "PathLike[str]"]
+Weights = Union[Target, Tensor]  # noqa: UP007 - evaluated at run time
 Chosen = Union[Selection, str, Collection[str], None]  # noqa: UP007 - evaluated at run time
 
 _PART = 1 << 22  # entries counted at a time: 32 MiB in float64
@@ -48,16 +48,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two models; ``like`` knows shapes only, where the tensors are read from a file."""
+    """One of the two models; its tensors have shapes only, where they are read from a file."""
 
     name: str
-    like: Mapping[str, Tensor]
-    get: Callable[[str], Tensor]
-    recorded: Callable[[], Selection | None] = lambda: None
+    tensors: Mapping[str, Tensor]
+    opened: OpenTarget
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """Yield the entries of a weight, some at a time, as float64 on the CPU."""
-        tensor = self.get(name).detach()
+        tensor = self.opened.read(self.tensors[name]).detach()
         if is_sharded(tensor):
             raise ValueError(
                 f"weight {name!r} is sharded over processes; save a full state dict and give its path, or pass full "
@@ -74,35 +73,28 @@ class _Side:
 def count_pairs(
     before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
 ) -> dict[str, Counts]:
-    """Count the weights of two models.
+    """Count the weights of two models, as :func:`admm_nxm.report.plots.plot_weights` documents.
 
     Args:
-        before: a module, a state dict, a tensor, or the path of a checkpoint.
-        after: the same model later, of any of these kinds.
-        select: which weights, see :func:`admm_nxm.report.plots.plot_weights`.
+        before: the one model.
+        after: the other.
+        select: which weights.
         label: name -> the picture that the weight belongs to.
-        bins: how many bins each picture has, between -4 and 4 times the root mean square of its non-zero entries.
+        bins: how many bins each picture has.
 
     Returns:
         Picture -> its counts, in the order of the weights.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: see :func:`admm_nxm.report.plots.plot_weights`.
     """
     with _open(before, "before") as old, _open(after, "after") as new:
-        if select is None:
-            select = new.recorded()  # what was pruned stands with the model after
-        names = _choose(old.like, select)
+        # What was pruned stands with the model after.
+        names = _choose(old.tensors, new.opened.recorded() if select is None else select)
         for name in names:
-            shape, there = tuple(old.like[name].shape), new.like.get(name)
+            shape, there = tuple(old.tensors[name].shape), new.tensors.get(name)
             if there is None:
                 raise ValueError(f"weight {name!r} is in before and not in after; two states of one model are needed")
             if tuple(there.shape) != shape:
                 raise ValueError(f"weight {name!r} has shape {shape} before and {tuple(there.shape)} after")
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(label(name), []).append(name)
-        return {key: _count(members, (old, new), bins) for key, members in groups.items()}
+        return {label(members[0]): _count(members, (old, new), bins) for members in grouped(names, label)}
 
 
 def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
@@ -131,52 +123,36 @@ def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
                 found.counts[number].add_(counted)
                 found.zeros[number] += part.numel() - values.numel()
                 found.beyond[number] += values.numel() - int(counted.sum())
-    found.total = sum(math.prod(sides[0].like[name].shape) for name in names)
+    found.total = sum(math.prod(sides[0].tensors[name].shape) for name in names)
     return found
 
 
 @contextmanager
 def _open(target: Weights, name: str) -> Iterator[_Side]:
-    if isinstance(target, Tensor):
-        yield _Side(name, {"weight": target}, {"weight": target}.__getitem__)
-        return
-    if not isinstance(target, (nn.Module, Mapping, str, PathLike)):
-        raise TypeError(
-            f"{name} is a {type(target).__name__}; a module, a state dict, a tensor or the path of a model is needed"
-        )
-    with open_target(target, "plot") as opened:
+    with open_target({"weight": target} if isinstance(target, Tensor) else target, "plot") as opened:
         # Files may have the names of torch.compile or of DistributedDataParallel, which selections have not.
-        tensors = named_tensors(opened.named)
-        yield _Side(name, tensors, lambda weight: opened.read(tensors[weight]), opened.recorded)
+        yield _Side(name, named_tensors(opened.named), opened)
 
 
 def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
-    floating = [name for name, t in tensors.items() if t.is_floating_point()]
     if select is None:
-        if set(tensors) != {"weight"}:
-            selection, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
-            return [weight.name for weight in selection]
-        if not floating:
-            raise ValueError(
-                f"there is nothing to count: before is {tensors['weight'].dtype}; a tensor of floating dtype is needed"
-            )
-        return floating
+        if set(tensors) == {"weight"}:
+            return ["weight"]
+        select, _ = select_weights(tensors, "1:1", ineligible="skip", trainable=False)
     if isinstance(select, Selection):
-        wanted = [next((n for n in (w.name, *w.aliases) if n in tensors), w.name) for w in select]
+        wanted = [weight.name_in(tensors) or weight.name for weight in select]
     elif isinstance(select, str):
         try:
-            wanted = [name for name in floating if re.fullmatch(select, name)]
+            wanted = [name for name, t in tensors.items() if t.is_floating_point() and re.fullmatch(select, name)]
         except re.error as error:
             raise ValueError(f"select={select!r} is no regular expression: {error}") from None
-        if not wanted:
-            raise ValueError(f"select={select!r} matches none of the {len(floating)} weights, such as {floating[:1]}")
     elif isinstance(select, Collection):
         wanted = list(select)
     else:
         raise TypeError(f"select={select!r} must be a regular expression, names, or a Selection")
+    if not wanted:
+        raise ValueError(f"select={select!r} matches none of the {len(tensors)} weights, such as {[*tensors][:1]}")
     missing = next((name for name in wanted if name not in tensors), None)
     if missing is not None:
         raise ValueError(f"select names weight {missing!r}, and before has no such weight")
-    if not wanted:
-        raise ValueError("select names no weight: there is nothing to count")
     return wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -38,17 +37,12 @@ def figures_row(optimizer: ADMMNxM) -> Row:
         paper's form ``admm/primal_residual``, ``admm/dual_residual``, ``admm/mask_churn`` and ``admm/rho``.
     """
     now = optimizer.figures()
-    row: Row = {"admm/phase": now.phase, "admm/sparsity": now.sparsity}
-    if now.model_error is not None:
-        row["admm/model_error"] = now.model_error
-    if now.frozen_at is not None:
-        row["admm/frozen_at"] = now.frozen_at
+    row: Row = {name: getattr(now, name) for name in ("phase", "sparsity", "model_error", "frozen_at")}
     if optimizer.w_step == "optimizer":
         far = optimizer.residuals()
-        measured = {"primal_residual": far.primal, "dual_residual": far.dual, "mask_churn": far.mask_churn}
-        row |= {f"admm/{name}": value for name, value in measured.items() if not math.isnan(value)}
-        row["admm/rho"] = now.rho
-    return row
+        row |= {"primal_residual": far.primal, "dual_residual": far.dual, "mask_churn": far.mask_churn, "rho": now.rho}
+    # What is not known yet is None, or NaN.
+    return {f"admm/{name}": value for name, value in row.items() if value is not None and value == value}
 
 
 class Recorder:
@@ -63,20 +57,6 @@ class Recorder:
 
     Raises:
         TypeError: there is no ADMMNxM in ``optimizer``.
-
-    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    >>> inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    >>> optimizer = ADMMNxM(inner, model, total_steps=20, calibration_steps=4)
-    >>> recorder = Recorder(optimizer)
-    >>> for step in range(1, 21):
-    ...     loss = model(torch.ones(3, 1, 8)).square().mean()
-    ...     loss.backward()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
-    ...     if step % 5 == 0:
-    ...         row = recorder.record(loss)
-    >>> [(row["step"], row["admm/phase"]) for row in recorder.rows]
-    [(5, 'dense'), (10, 'dense'), (15, 'calibration'), (20, 'frozen')]
     """
 
     rows: list[Row]
@@ -102,14 +82,14 @@ class Recorder:
             The row, which is also the last of :attr:`rows`.
 
         Raises:
-            TypeError: a figure is of another kind.
-            ValueError: a tensor has more than one entry, or a name is one of those that the recorder fills in.
+            TypeError: a figure is of another kind, such as a tensor with more than one entry.
+            ValueError: a name is one of those that the recorder fills in.
         """
-        for name in more:
-            if name == "step" or name.startswith("admm/"):
-                raise ValueError(f"{name!r} is filled in by the recorder; give the figure another name")
         given = {name: _plain(name, value) for name, value in {"loss": loss, **more}.items() if value is not None}
-        row: Row = {"step": self._optimizer.figures().step, **given, **figures_row(self._optimizer)}
+        measured = figures_row(self._optimizer)
+        if taken := given.keys() & {"step", *measured}:
+            raise ValueError(f"{min(taken)!r} is filled in by the recorder; give the figure another name")
+        row: Row = {"step": self._optimizer.figures().step, **given, **measured}
         self.rows.append(row)
         return row
 
@@ -147,53 +127,33 @@ def load_history(path: str | PathLike[str]) -> list[Row]:
         ValueError: the file holds something else; the message names the line.
     """
     path = Path(path)
+    place = str(path)
+    rows: list[Row] = []
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no history: it is not text in UTF-8 ({error.reason})") from None
-    if path.suffix == ".json":
-        return _rows_of_trainer_state(path, text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number} is no JSON object; a file written by Recorder.save, or Trainer's "
-                "trainer_state.json, is needed"
-            )
-        rows.append(row)
-    return rows
-
-
-def _rows_of_trainer_state(path: Path, text: str) -> list[Row]:
-    state = _parse(text)
-    rows = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        if path.suffix == ".json":
+            rows = [{**row} for row in json.loads(text)["log_history"]]
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                place = f"{path}, line {number}"
+                if line.strip():
+                    rows.append({**json.loads(line)})
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: brackets nested by the thousand
         raise ValueError(
-            f"{path} has no log_history; Trainer's trainer_state.json is needed, or the .jsonl of a Recorder"
-        )
+            f"{place} is no history ({error!r}); a file written by Recorder.save, or Trainer's trainer_state.json, is "
+            "needed"
+        ) from None
     return rows
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # the latter: brackets nested by the thousand
-        return None
 
 
 def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; one entry is needed: take its mean()")
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, (bool, int, float, str)):
         return value
     try:  # numpy's scalars, and whatever else calls itself a number
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name} is a {type(value).__name__}; a number, a tensor with one entry or a string is needed"
         ) from None

@@ -314,7 +314,7 @@ def sparsity_report(
             bad = f"{count.bad_groups} of {count.groups} groups exceed {count.pattern}: finalize or project it first"
             reasons = {backend: reason or bad for backend, reason in reasons.items()}
         of_count = {field.name: getattr(count, field.name) for field in fields(count)}
-        weights.append(ModelWeight(**of_count, dtype=dtype, flops=costs.of(key), tensor_cores=reasons))
+        weights.append(ModelWeight(**of_count, dtype=dtype, flops=costs.by_weight.get(key), tensor_cores=reasons))
     dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
     notes = [costs.note]
     uncounted = [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]
@@ -341,10 +341,6 @@ class _Costs:
     by_weight: Mapping[object, int]
     per: str
     note: str
-    missing: int | None = None
-
-    def of(self, key: object) -> int | None:
-        return self.by_weight.get(key, self.missing)
 
 
 _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
@@ -370,7 +366,7 @@ def _dense(named: _Named, selection: Selection, covered: set[object], costs: _Co
         key, shape = _identity(t), tuple(t.shape)
         if _is_weight(t) and key not in covered and key not in dense:
             why = known.get(key, SkippedWeight(name, shape, "not named by the selection"))
-            dense[key] = DenseWeight(name, shape, why.reason, why.wanted, costs.of(key))
+            dense[key] = DenseWeight(name, shape, why.reason, why.wanted, costs.by_weight.get(key))
     return tuple(dense.values())
 
 
@@ -394,10 +390,10 @@ def _count_flops(named: _Named, example: object) -> _Costs:
     assert isinstance(named, nn.Module)
     model = unwrap_model(named)
     total, by_id = count_forward(model, example)
-    by_weight = {_identity(p): by_id[id(p)] for p in model.parameters() if id(p) in by_id}
+    by_weight = {_identity(param): by_id.get(id(param), 0) for param in model.parameters()}
     share = 1 - sum(by_id.values()) / total if total else 0.0
     note = f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
-    return _Costs(total, by_weight, PER_PASS, note, missing=0)
+    return _Costs(total, by_weight, PER_PASS, note)
 
 
 def _flops_per_token(named: _Named) -> _Costs:

@@ -6,7 +6,7 @@ ground of their own, which reads well in light and dark pages, and tell things a
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from ..grouping import starred, such_as
 from ..io.files import atomic_file
 from ..sparsity import SparsityReport
 from .histogram import Chosen, Counts, Weights, count_pairs
@@ -33,29 +34,22 @@ History = Union[Recorder, Sequence[Mapping[str, Any]], str, "PathLike[str]"]
 # Colours that remain apart for colour-blind readers, and as many line styles as make each pair differ in both.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#222222", "#b8860b", "#56b4e9")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-_BEFORE, _AFTER = "#9a9a9a", "#0072b2"
-_BAD, _PLAIN, _GRID = "#d55e00", "#f4f4f4", "#dddddd"
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "admm-nxm",  # ids of an SVG are random otherwise
     "svg.fonttype": "none",  # text as text: it can be searched, and the file is small
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": _GRID,
+    "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    "figure.facecolor": "white",
-    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
     "savefig.dpi": 150,
 }
-_METADATA: dict[str, dict[str, Any]] = {
+_METADATA: dict[str, dict[str, Any]] = {  # without times and versions
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "png": {"Software": None},
@@ -68,9 +62,11 @@ def _drawing() -> Iterator[None]:
     try:
         import matplotlib.figure
         import matplotlib.style
+        from cycler import cycler
     except ImportError as error:
         raise ImportError(f'pictures need matplotlib ({error}); run: pip install "admm-nxm[plots]"') from error
-    with matplotlib.style.context(["default", _STYLE]):
+    looks = cycler(color=_COLOURS * len(_DASHES), linestyle=_DASHES * len(_COLOURS))
+    with matplotlib.style.context(["default", _STYLE, {"axes.prop_cycle": looks}]):
         yield
 
 
@@ -93,46 +89,58 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _METADATA:
         raise ValueError(f"{path} ends in {path.suffix!r}; a picture ends in .svg, .png or .pdf")
-    buffer = io.BytesIO()
-    with _drawing():
-        figure.savefig(buffer, format=kind, metadata=_METADATA[kind])
-    content = buffer.getvalue()
-    if kind == "svg":  # matplotlib ends some lines with a blank, which editors and hooks would take away
-        content = b"".join(line.rstrip() + b"\n" for line in content.splitlines())
-    with atomic_file(path, overwrite=True) as temporary:
-        temporary.write_bytes(content)
+    with _drawing(), atomic_file(path, overwrite=True) as temporary:
+        figure.savefig(temporary, format=kind, metadata=_METADATA[kind])
+        if kind == "svg":  # matplotlib ends some lines with a blank, which editors and hooks would take away
+            lines = temporary.read_bytes().splitlines()
+            temporary.write_bytes(b"".join(line.rstrip() + b"\n" for line in lines))
     return path
 
 
 def _new_figure(width: float, height: float, title: str | None) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height if title is None else height + 0.3))
     if title is not None:
         figure.suptitle(title, fontsize=11)
     return figure
 
 
+def _visible(label: str) -> str:
+    """Return a label that stands in the legend: matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
+def _add_legend(figure: Figure) -> None:
+    """Put one legend below all panels, with each label once."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)))
+
+
+def _zoom(axes: Axes, values: Iterable[float]) -> None:
+    """Take a logarithmic axis for what changes by orders of magnitude; within one, that has hardly a tick."""
+    positive = [value for value in values if 0 < value < math.inf]
+    if positive and max(positive) > 10 * min(positive):
+        axes.set_yscale("log", nonpositive="mask")
+    else:
+        axes.set_ylim(bottom=0)
+
+
 # ---------------------------------------------------------------------- curves
 
-
-@dataclass(frozen=True)
-class _Panel:
-    """One figure of a run over its steps."""
-
-    key: str
-    title: str
-    scale: Literal["log", "share", "plain"]
-
-
-_PANELS = (
-    _Panel("loss", "loss", "plain"),
-    _Panel("admm/sparsity", "share of zeros", "share"),
-    _Panel("admm/primal_residual", "primal residual", "log"),
-    _Panel("admm/dual_residual", "dual residual", "log"),
-    _Panel("admm/mask_churn", "mask churn", "share"),
-    _Panel("admm/rho", "penalty rho", "log"),
-)
+_PANELS = {
+    "loss": "loss",
+    "admm/sparsity": "share of zeros",
+    "admm/primal_residual": "primal residual",
+    "admm/dual_residual": "dual residual",
+    "admm/mask_churn": "mask churn",
+    "admm/rho": "penalty rho",
+}
+_SHARES = {"admm/sparsity", "admm/mask_churn"}
 
 # Ground and hatching of each phase.
 _PHASES = {
@@ -164,45 +172,34 @@ def plot_history(history: History | Mapping[str, History], *, title: str | None 
         ValueError: a history has no figures of ADMM, or a figure of it is no number.
         TypeError: a history is of another kind.
     """
-    runs = {name: _rows(name, rows) for name, rows in _named(history).items()}
-    panels = [panel for panel in _PANELS if any(_series(rows, panel.key)[0] for rows in runs.values())]
+    if history == {}:
+        raise ValueError("history is an empty mapping; a run at least is needed")
+    named = history if isinstance(history, Mapping) else {"": history}
+    runs = {str(name): _rows(f"run {name!r}" if name else "the history", run) for name, run in named.items()}
+    keys = [key for key in _PANELS if any(key in row for rows in runs.values() for row in rows)]
+    mosaic: list[Any] = [keys[first : first + 2] for first in range(0, len(keys), 2)]
+    mosaic[-1] *= 2 // len(mosaic[-1])  # the last one of an odd number is as wide as two
     with _drawing():
-        rows_of_panels = math.ceil(len(panels) / 2)
-        figure = _new_figure(8.4, 1.75 * rows_of_panels + 0.7 + 0.3 * (title is not None), title)
-        grid = figure.add_gridspec(rows_of_panels, 2)
-        first: Axes | None = None
-        for number, panel in enumerate(panels):
-            # The last one of an odd number is as wide as two.
-            alone = number == len(panels) - 1 and number % 2 == 0
-            place = grid[number // 2, :] if alone else grid[number // 2, number % 2]
-            axes = figure.add_subplot(place, sharex=first)
-            first = first or axes
-            _draw_panel(axes, panel, runs)
-            if number >= len(panels) - (1 if len(panels) % 2 else 2):
+        figure = _new_figure(8.4, 1.75 * len(mosaic) + 0.7, title)
+        panels = figure.subplot_mosaic(mosaic)
+        for key, axes in panels.items():
+            if key != keys[0]:
+                axes.sharex(panels[keys[0]])
+            _draw_panel(axes, key, runs)
+            if key in mosaic[-1]:
                 axes.set_xlabel("step")
         _add_legend(figure)
     return figure
 
 
-def _named(history: History | Mapping[str, History]) -> dict[str, History]:
-    if not isinstance(history, Mapping):
-        return {"": history}
-    if not history:
-        raise ValueError("history is an empty mapping; a run at least is needed")
-    return {str(name): run for name, run in history.items()}
-
-
-def _rows(name: str, history: Any) -> list[Mapping[str, Any]]:
-    run = f"run {name!r}" if name else "the history"
+def _rows(run: str, history: Any) -> list[Mapping[str, Any]]:
     if isinstance(history, Recorder):
         history = history.rows
     elif isinstance(history, (str, PathLike)):
         history = load_history(history)
     if not isinstance(history, Sequence) or not all(isinstance(row, Mapping) for row in history):
-        raise TypeError(
-            f"{run} is a {type(history).__name__}; trainer.state.log_history, a Recorder, its rows or the path of a "
-            "saved history is needed"
-        )
+        kind = type(history).__name__
+        raise TypeError(f"{run} is a {kind}; trainer.state.log_history, a Recorder, its rows or their file is needed")
     rows = [row for row in history if "step" in row]
     if not any("admm/phase" in row for row in rows):
         raise ValueError(
@@ -212,55 +209,45 @@ def _rows(name: str, history: Any) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    steps, values = [], []
-    for row in rows:
-        if key not in row:
-            continue
-        try:
-            steps.append(float(row["step"]))
-            values.append(float(row[key]))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"the row of step {row['step']!r} has {key!r} = {row[key]!r}; a number is needed"
-            ) from None
-    return steps, values
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Return the steps at which there is a figure, and the figures."""
+    there = [row for row in rows if key in row]
+    try:
+        return [float(row["step"]) for row in there], [float(row[key]) for row in there]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the history has a {key!r} or a step that is no number: {error}") from None
 
 
-def _draw_panel(axes: Axes, panel: _Panel, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
+def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     every: list[float] = []
-    for number, (name, rows) in enumerate(runs.items()):
-        colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
-        steps, values = _series(rows, panel.key)
+    for name, rows in runs.items():
+        steps, values = _series(rows, key)
         every += values
-        look = {"color": colour, "linestyle": dashes, "linewidth": 1.3, "markersize": 4}
-        axes.plot(steps, values, marker="." if len(steps) <= 30 else "", label=_visible(name) or "_run", **look)
-        if panel.key == "loss" and (evaluated := _series(rows, "eval_loss"))[0]:
-            look |= {"linestyle": "", "marker": "D", "markerfacecolor": "white"}
-            axes.plot(*evaluated, label=_visible(f"{name}, evaluation".removeprefix(", ")), **look)
+        marker = "." if len(steps) <= 30 else ""
+        (line,) = axes.plot(steps, values, marker=marker, markersize=4, linewidth=1.3, label=_visible(name) or "_run")
+        if key == "loss" and any("eval_loss" in row for row in rows):
+            label = _visible(f"{name}, evaluation".removeprefix(", "))
+            look: dict[str, Any] = {"color": line.get_color(), "linestyle": "", "marker": "D", "markersize": 4}
+            axes.plot(*_series(rows, "eval_loss"), label=label, markerfacecolor="white", **look)
         if len(runs) == 1:
             _shade_phases(axes, rows)
         elif (frozen := _freeze(rows)) is not None:
-            axes.axvline(frozen, color=colour, linestyle=dashes, linewidth=0.8, alpha=0.7, label="_freeze")
+            axes.axvline(frozen, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=0.8, label="_freeze")
     if len(runs) > 1 and any(_freeze(rows) is not None for rows in runs.values()):
         # Nothing but its entry in the legend.
         axes.plot([], [], color="#444444", linestyle="", marker="|", markersize=12, label="weights pruned")
-    axes.set_title(panel.title)
+    axes.set_title(_PANELS[key])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    positive = [value for value in every if 0 < value < math.inf]
-    # What changes by orders of magnitude would be a flat line and a cliff; within one, such an axis has hardly a tick.
-    if positive and panel.scale == "log" and max(positive) > 10 * min(positive):
-        axes.set_yscale("log", nonpositive="mask")
-    elif panel.scale == "share":
-        axes.set_ylim(0, max(1.1 * max(positive, default=0.0), 0.01))
+    if key in _SHARES:
+        axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    elif panel.scale == "log":
-        axes.set_ylim(0, 1.1 * max(positive, default=1.0))
+    elif key != "loss":
+        _zoom(axes, every)
 
 
-def _freeze(rows: Iterable[Mapping[str, Any]]) -> float | None:
+def _freeze(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the step after which the last weights were pruned."""
     return next((float(row["admm/frozen_at"]) for row in rows if "admm/frozen_at" in row), None)
 
@@ -310,45 +297,30 @@ def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -
     with _drawing():
         from matplotlib.ticker import MaxNLocator
 
-        figure = _new_figure(8.4, 3.6 + 0.3 * (title is not None), title)
-        axes = figure.add_subplot()
-        for number, ((stack, kind), blocks) in enumerate(lines.items()):
-            look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
+        figure = _new_figure(8.4, 3.6, title)
+        axes = figure.add_subplot(xlabel="block", ylabel="model error")
+        for (stack, kind), blocks in lines.items():
             means = {block: sum(values) / len(values) for block, values in sorted(blocks.items())}
-            if kind == _WHOLE:
-                axes.axhline(means[-1], label=_visible(stack), linewidth=1.0, **look)
+            if kind == _WHOLE:  # as axhline, with a look of its own
+                axes.plot([0, 1], [means[-1]] * 2, transform=axes.get_yaxis_transform(), label=_visible(stack))
             else:
                 label = kind if len(stacks) == 1 else f"{stack}: {kind}"
-                axes.plot(list(means), list(means.values()), marker=".", label=_visible(label), linewidth=1.3, **look)
-        positive = [error for error in errors.values() if 0 < error < math.inf]
-        if positive and max(positive) > 10 * min(positive):
-            axes.set_yscale("log", nonpositive="mask")
+                axes.plot(list(means), list(means.values()), marker=".", label=_visible(label))
+        _zoom(axes, errors.values())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("block")
-        axes.set_ylabel("model error")
         _add_legend(figure)
     return figure
-
-
-def _visible(label: str) -> str:
-    """Return a label that stands in the legend: matplotlib leaves out those that begin with an underscore."""
-    return f" {label}" if label.startswith("_") else label
-
-
-def _add_legend(figure: Figure) -> None:
-    """Put one legend below all panels, with each label once."""
-    found: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if found:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(4, len(found)))
 
 
 # ---------------------------------------------------------------------- map of the zeros
 
 _ROWS = 40  # of one column of the map: more stand beside it
 _WHOLE = "whole"  # the kind of what stands outside of all blocks
+_DENSE_LOOK: dict[str, Any] = {"facecolor": "#f4f4f4", "edgecolor": "#999999", "hatch": "///", "linewidth": 0.6}
+_BAD_LOOK: dict[str, Any] = {"fill": False, "edgecolor": "#d55e00", "linewidth": 2.0}
+_NO_LOOK: dict[str, Any] = {"facecolor": "none", "edgecolor": "none"}
+
+Row = tuple[str, int]  # a stack of blocks, and the number in it; -1 outside of the blocks
 
 
 @dataclass
@@ -391,41 +363,38 @@ def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure
         TypeError: not a report.
         ValueError: the report has no weight.
     """
-    cells = _cells(report)
+    every = _cells(report)
     # Embeddings and heads that no pattern covers would be rows with nothing in them: they are named below instead.
-    apart = [row[0] for (row, kind), cell in cells.items() if kind == _WHOLE and not cell.entries]
-    if len(apart) < len(cells):
-        cells = {(row, kind): cell for (row, kind), cell in cells.items() if kind != _WHOLE or cell.entries}
-    else:
-        apart = []
-    rows = _ordered([row for row, _ in cells])
-    kinds = [kind for kind in dict.fromkeys(kind for _, kind in cells) if kind != _WHOLE]
-    kinds += [_WHOLE] * any(kind == _WHOLE for _, kind in cells)
-    stacks = {stack for stack, _ in rows}
-    alone = next(iter(stacks)) if len(stacks) == 1 and rows[0][1] >= 0 else None
+    cells = {place: cell for place, cell in every.items() if place[1] != _WHOLE or cell.entries} or every
+    apart = [row[0] for row, kind in every if (row, kind) not in cells]
+    stacks = list(dict.fromkeys(stack for (stack, _), _ in cells))
+    # Stacks as they come, blocks by number (checkpoints may list 10 before 2), the rest last.
+    rows = sorted({row for row, _ in cells}, key=lambda row: (row[1] < 0, stacks.index(row[0]), row[1]))
+    kinds = sorted(dict.fromkeys(kind for _, kind in cells), key=lambda kind: kind == _WHOLE)
+    alone = stacks[0] if len(stacks) == 1 and rows[0][1] >= 0 else None
     names = [str(index) if alone else stack if index < 0 else f"{stack}.{index}" for stack, index in rows]
     columns = math.ceil(len(rows) / _ROWS)
-    per_column = math.ceil(len(rows) / columns)
+    height = math.ceil(len(rows) / columns)
     with _drawing():
         width = columns * (0.66 * len(kinds) + 0.075 * max(map(len, names)) + 0.5) + 0.3
-        height = 0.27 * per_column + 2.2 + 0.3 * (title is not None)
-        figure = _new_figure(max(width, 4.2), height, title)
+        figure = _new_figure(max(width, 4.2), 0.27 * height + 2.2, title)
         grid = figure.subplots(1, columns, squeeze=False)
         for number, axes in enumerate(grid.flat):
-            part = slice(number * per_column, (number + 1) * per_column)
-            _draw_map(axes, rows[part], kinds, cells, per_column)
+            part = slice(number * height, (number + 1) * height)
+            _draw_map(axes, rows[part], kinds, cells)
             axes.set_yticks(range(len(rows[part])), names[part])
+            axes.set_ylim(height - 0.5, -0.5)  # a shorter last column has blocks of the same height
         if alone:
             grid[0, 0].set_title(alone, fontsize=9)
-        _add_map_legend(figure, cells.values(), apart)
+        _add_map_legend(figure, list(cells.values()), apart)
     return figure
 
 
-def _cells(report: Any) -> dict[tuple[tuple[str, int], str], _Cell]:
-    """Return (row, kind) -> cell, in the order of the report; a row is (stack of blocks, number in it)."""
+def _cells(report: Any) -> dict[tuple[Row, str], _Cell]:
+    """Return (row, kind) -> cell, in the order of the report."""
     if not isinstance(report, SparsityReport):
         raise TypeError(f"report is a {type(report).__name__}; what admm_nxm.verify or finalize() returns is needed")
-    cells: dict[tuple[tuple[str, int], str], _Cell] = {}
+    cells: dict[tuple[Row, str], _Cell] = {}
     for weight in report.weights:
         cell = cells.setdefault(_place(weight.name), _Cell())
         cell.zeros += weight.zeros
@@ -440,29 +409,17 @@ def _cells(report: Any) -> dict[tuple[tuple[str, int], str], _Cell]:
     return cells
 
 
-def _place(name: str) -> tuple[tuple[str, int], str]:
+def _place(name: str) -> tuple[Row, str]:
     """Return where a weight stands: its block, and which of the block's weights it is."""
     # "bert.encoder.layer.0.output.dense.weight" is "output.dense" of block 0 of "bert.encoder.layer".
+    name = name.removesuffix(".weight")
     match = re.match(r"(?:(.+?)\.)?(\d+)\.(.+)", name)
     if match is None:
-        return (name.removesuffix(".weight"), -1), _WHOLE
-    stack, index, kind = match[1] or "block", int(match[2]), match[3].removesuffix(".weight")
-    return (stack, index), re.sub(r"(?<![^.])\d+(?![^.])", "*", kind)
+        return (name, -1), _WHOLE
+    return (match[1] or "block", int(match[2])), starred(match[3])
 
 
-def _ordered(rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return each row once: stacks as they come, blocks by number (checkpoints may list 10 before 2), the rest last."""
-    stacks = list(dict.fromkeys(stack for stack, _ in rows))
-    return sorted(set(rows), key=lambda row: (row[1] < 0, stacks.index(row[0]), row[1]))
-
-
-def _draw_map(
-    axes: Axes,
-    rows: Sequence[tuple[str, int]],
-    kinds: Sequence[str],
-    cells: Mapping[tuple[tuple[str, int], str], _Cell],
-    height: int,
-) -> None:
+def _draw_map(axes: Axes, rows: Sequence[Row], kinds: Sequence[str], cells: Mapping[tuple[Row, str], _Cell]) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -470,53 +427,40 @@ def _draw_map(
     for (row, kind), cell in cells.items():
         if row not in rows:
             continue
-        x, y = kinds.index(kind) - 0.5, rows.index(row) - 0.5
+        x, y = kinds.index(kind), rows.index(row)
         share = cell.zeros / cell.entries if cell.entries else 0.0
         # Up to 0.75 of the map's range, which gets too dark to tell apart after that.
-        shade = shades(0.08 + 0.7 * share) if cell.entries else "white"
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="white", linewidth=1.5))
-        if not cell.entries:
-            axes.add_patch(_dense_patch(Rectangle, (x + 0.04, y + 0.06), 0.92, 0.88))
+        shade: dict[str, Any] = {"facecolor": shades(0.08 + 0.7 * share), "edgecolor": "white", "linewidth": 1.5}
+        axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, **(shade if cell.entries else _DENSE_LOOK)))
         if cell.bad:
-            axes.add_patch(_bad_patch(Rectangle, (x + 0.05, y + 0.08), 0.9, 0.84))
+            axes.add_patch(Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, **_BAD_LOOK))
         ink = "white" if share > 0.6 else "black"
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8} if not cell.entries else None
-        axes.text(x + 0.5, y + 0.5, cell.text, ha="center", va="center_baseline", fontsize=7.5, color=ink, bbox=box)
+        box = None if cell.entries else {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.text(x, y, cell.text, ha="center", va="center_baseline", fontsize=7.5, color=ink, bbox=box)
     axes.set_xlim(-0.5, len(kinds) - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)  # a shorter last column has blocks of the same height
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", rotation_mode="anchor")
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def _dense_patch(make: Any, corner: tuple[float, float], width: float, height: float) -> Any:
-    return make(corner, width, height, facecolor=_PLAIN, edgecolor="#999999", hatch="///", linewidth=0.6)
-
-
-def _bad_patch(make: Any, corner: tuple[float, float], width: float, height: float) -> Any:
-    return make(corner, width, height, fill=False, edgecolor=_BAD, linewidth=2.0)
-
-
-def _add_map_legend(figure: Figure, cells: Iterable[_Cell], apart: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
+def _add_map_legend(figure: Figure, cells: Sequence[_Cell], apart: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    cells = list(cells)
-    handles: list[Any] = [Patch(facecolor="#86bcdc", label="share of zeros")]
-    if bad := sum(cell.bad > 0 for cell in cells):
-        handles.append(Patch(fill=False, edgecolor=_BAD, linewidth=2.0, label=f"× violates its pattern ({bad})"))
-    if dense := sum(not cell.entries for cell in cells):
-        label = f"left dense ({dense})"
-        handles.append(Patch(facecolor=_PLAIN, edgecolor="#999999", hatch="///", linewidth=0.6, label=label))
-    if any(cell.dense and cell.entries for cell in cells):
-        handles.append(Line2D([], [], linestyle="", label="* some of them left dense"))
-    if unfit := sum(cell.unfit > 0 for cell in cells):
-        handles.append(Line2D([], [], linestyle="", label=f"† not for sparse tensor cores ({unfit})"))
+    bad = sum(cell.bad > 0 for cell in cells)
+    dense = sum(not cell.entries for cell in cells)
+    partly = sum(cell.dense and cell.entries for cell in cells)
+    unfit = sum(cell.unfit > 0 for cell in cells)
+    entries = [
+        (1, "share of zeros", {"facecolor": "#86bcdc"}),
+        (bad, f"× violates its pattern ({bad})", _BAD_LOOK),
+        (dense, f"left dense ({dense})", _DENSE_LOOK),
+        (partly, "* some of them left dense", _NO_LOOK),
+        (unfit, f"† not for sparse tensor cores ({unfit})", _NO_LOOK),
+    ]
     if apart:
-        names = f"{apart[0]}, …" if apart[1:] else apart[0]
-        handles.append(Line2D([], [], linestyle="", label=f"left dense outside of the blocks: {len(apart)} ({names})"))
+        entries.append((1, f"left dense outside of the blocks: {len(apart)} ({such_as(apart)})", _NO_LOOK))
+    handles = [Patch(label=label, **look) for count, label, look in entries if count]
     figure.legend(handles=handles, loc="outside lower left", fontsize=8)
 
 
@@ -580,17 +524,13 @@ def plot_weights(
         columns = min(3, len(found))
         rows = math.ceil(len(found) / columns)
         width, height = (7.2, 3.6) if len(found) == 1 else (3.3 * columns, 2.3 * rows)
-        figure = _new_figure(width, height + 0.4 + 0.3 * (title is not None), title)
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for number, axes in enumerate(grid.flat):
-            if number >= len(found):
-                axes.remove()
-        for axes, (name, counts) in zip(grid.flat, found.items(), strict=False):
+        figure = _new_figure(width, height + 0.4, title)
+        for number, (name, counts) in enumerate(found.items(), 1):
+            axes = figure.add_subplot(rows, columns, number)
             _draw_histogram(axes, counts, labels)
             size = f"{len(counts.names)} weights, {counts.total:,} entries"
             axes.set_title(size if by == "all" else f"{name}\n{size}" if by == "kind" else name, fontsize=9)
-        for axes in grid[:, 0]:
-            axes.set_ylabel("share of all weights, per bin")
+        figure.supylabel("share of all weights, per bin", fontsize="medium")
         _add_legend(figure)
     return figure
 
@@ -600,12 +540,10 @@ def _draw_histogram(axes: Axes, counts: Counts, labels: tuple[str, str]) -> None
 
     total = max(1, counts.total)
     edges = counts.edges.tolist()
-    shares = [(side.double() / total).tolist() for side in counts.counts]
-    axes.stairs(shares[0], edges, fill=True, color="#cfcfcf", label=_visible(labels[0]))
-    axes.stairs(shares[0], edges, color=_BEFORE, linewidth=0.8, label="_outline")
-    axes.stairs(shares[1], edges, color=_AFTER, linewidth=1.4, label=_visible(labels[1]))
-    highest = max(map(max, shares)) or 1.0
-    axes.set_ylim(0, 1.35 * highest)  # room for what is written about the zeros
+    before, after = [(side.double() / total).tolist() for side in counts.counts]
+    axes.stairs(before, edges, fill=True, facecolor="#cfcfcf", edgecolor="#9a9a9a", label=_visible(labels[0]))
+    axes.stairs(after, edges, color="#0072b2", linewidth=1.4, label=_visible(labels[1]))
+    axes.set_ylim(0, 1.35 * (max(before + after) or 1.0))  # room for what is written about the zeros
     axes.set_xlim(edges[0], edges[-1])
     lines = []
     for label, zeros, beyond in zip(labels, counts.zeros, counts.beyond, strict=True):
@@ -615,16 +553,14 @@ def _draw_histogram(axes: Axes, counts: Counts, labels: tuple[str, str]) -> None
             lines.append(f"{label}: {_percent(beyond / total)} beyond the axis")
     if any(counts.zeros):
         axes.axvline(0, color="#222222", linestyle="--", linewidth=1.3, label="exactly zero, in no bin")
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
-    said = "\n".join(lines)
-    axes.text(0.015, 0.975, said, transform=axes.transAxes, ha="left", va="top", fontsize=7.5, bbox=box)
+    axes.annotate("\n".join(lines), (0.015, 0.975), xycoords="axes fraction", va="top", fontsize=7.5)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.locator_params(axis="x", nbins=7)
 
 
 def _percent(share: float) -> str:
-    """Return a share in percent, so that what is little does not read as nothing, nor nearly all as all."""
-    for digits in range(1, 6):
-        if 10.0**-digits <= 100 * share <= 100 - 10.0**-digits or share == 1:
-            return f"{share:.{digits}%}" if share != 1 else "100%"
-    return "<0.00001%" if share < 0.5 else ">99.99999%"
+    """Return a share above 0 in percent, so that what is little does not read as nothing, nor nearly all as all."""
+    if share == 1:
+        return "100%"
+    texts = (f"{share:.{digits}%}" for digits in itertools.count(1))
+    return next(text for text in texts if float(text[:-1]) not in (0, 100))

@@ -153,7 +153,7 @@ def check_ddp_equals_one_process_whatever_is_prepared_first(folder: Path) -> Non
 
     for form in FORMS:
         expected = alone(form)
-        for order in (together, the_other_way, one_by_one):
+        for order in (together, the_other_way, one_by_one) if form == "exact" else (together,):
             a = accelerator()
             net = small_net()
             optimizer = wrap(net, form)
@@ -387,12 +387,12 @@ def check_trainer_ddp_equals_one_process(folder: Path) -> None:
         schedule.step()
         its.zero_grad()
     its.finalize()
-    for name in its.masks():
-        p, q = made.model.get_parameter(name), plain.get_parameter(name)
-        assert (p - q).norm() < 0.05 * q.norm(), name
-    # Float32 leaves a rare mask open.
-    same = [(admm.masks()[name] == mask).float().mean() for name, mask in its.masks().items()]
-    assert min(same) > 0.98, same
+    for name, mask in its.masks().items():
+        assert torch.equal(admm.masks()[name], mask), name
+    for (name, p), (_, q) in zip(made.model.named_parameters(), plain.named_parameters(), strict=True):
+        # Biases of keys have no gradient but rounding, and what the solve leaves open is as in close().
+        if not name.endswith("key.bias"):
+            assert (p - q).norm() < (0.1 if name in its.masks() else 1e-3) * q.norm(), name
 
 
 def check_trainer_ddp_resumes_with_the_same_bits(folder: Path) -> None:

@@ -1,17 +1,18 @@
-"""Time and model error of the solver beside SparseGPT's update, on the weights of a model with statistics of real passes.
+"""Time and model error of the solver beside SparseGPT's update, on a model's weights with statistics of real passes.
 
     python examples/benchmarks/solver/speed.py              # MiniLM, 36 matrices
     python examples/benchmarks/solver/speed.py --bert       # BERT-base, 72 matrices, random weights
     python examples/benchmarks/solver/speed.py --smollm     # SmolLM2-135M, 210 matrices; needs the package gguf
 
 Texts are BBC articles. Times are processor seconds of one thread, which other work on the machine disturbs little.
-Weights that share their input share the factorisation of A, and SparseGPT's Cholesky factors are counted per weight as in
-its own code.
+Weights that share their input share the factorisation of A; SparseGPT's Cholesky factors are made for each weight, as
+in its own code.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import random
 import time
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from quality import sparsegpt
 from torch import Tensor, nn
 
 from admm_nxm.pattern import Pattern
 from admm_nxm.solver import INPUT_DAMPING, OUTPUT_DAMPING, factorise, model_error, solve
+from quality import sparsegpt
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         return model, transformers.AutoTokenizer.from_pretrained(folder, **where)
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     if args.bert:
-        config = transformers.BertConfig(num_labels=5, num_hidden_layers=args.layers or 12)
+        config = transformers.BertConfig(num_labels=5, num_hidden_layers=args.layers or 12)  # type: ignore[call-arg]
         return transformers.BertForSequenceClassification(config), tokenizer
     return transformers.AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=5), tokenizer
 
@@ -78,7 +79,7 @@ def gather(model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> dict[s
                 both = (x[seen].T @ x[seen], g[seen].T @ g[seen])
                 moments[name] = tuple(map(torch.add, moments[name], both)) if name in moments else both  # type: ignore[assignment]
 
-            output.register_hook(backward)
+            output.register_hook(backward)  # type: ignore[no-untyped-call]
 
         return forward
 
@@ -117,6 +118,7 @@ def peak_of(work: Callable[[], object]) -> int | None:
         return int(line.split()[1]) * 1024
 
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed before must not hide what is taken now
         reset.write_text("5")
         before = read("VmRSS:")
     except OSError:
