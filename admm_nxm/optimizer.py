@@ -39,6 +39,12 @@ _HOOKS_OF_ITS_OWN = (
 )
 
 
+def _inner_attribute(name: str, doc: str) -> Any:
+    return property(
+        lambda self: getattr(self.inner, name), lambda self, value: setattr(self.inner, name, value), doc=doc
+    )
+
+
 class ConvergenceWarning(UserWarning):
     """The weights were pruned before the run had prepared them for it."""
 
@@ -183,32 +189,9 @@ class ADMMNxM(Optimizer):
 
     # ------------------------------------------------------------------ the contract of torch.optim.Optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's own parameter groups."""
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's own per-parameter state."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.inner.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's own defaults."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.inner.defaults = value
+    param_groups = _inner_attribute("param_groups", "The inner optimizer's own parameter groups.")
+    state = _inner_attribute("state", "The inner optimizer's own per-parameter state.")
+    defaults = _inner_attribute("defaults", "The inner optimizer's own defaults.")
 
     def __getattr__(self, name: str) -> Any:
         # Called for what neither the instance nor the class has. Pickle asks before there is an inner optimizer.

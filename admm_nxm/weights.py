@@ -190,8 +190,18 @@ class Weights:
         for weight in self.each:
             group = groups.get(id(weight.param))
             if group is None:
-                self._refuse_unheld(weight, inner)
-            weight.maximize = bool(group.get("maximize", False))  # type: ignore[union-attr]
+                raise ValueError(
+                    f"the inner {type(inner).__name__} no longer holds prunable weight {weight.name!r}: it was taken "
+                    "out of param_groups, or the model was given another tensor (load_state_dict with assign=True, a "
+                    "replaced layer, sharding after the optimizer was built). Put the model's present parameter back "
+                    "into the inner optimizer, or build both optimizers again"
+                    + (
+                        ""
+                        if self.model is not None
+                        else "; with names and tensors alone, pass the model itself instead"
+                    )
+                )
+            weight.maximize = bool(group.get("maximize", False))
             if tuple(weight.param.shape) != weight.spec.shape:
                 raise ValueError(
                     f"weight {weight.name!r} had shape {weight.spec.shape} at construction and now has "
@@ -203,20 +213,6 @@ class Weights:
                     f"weight {weight.name!r} has a {weight.param.grad.layout} gradient, to which no mask can be "
                     "applied; let its layer make dense gradients (sparse=False), or leave it dense by a select rule"
                 )
-
-    def _refuse_unheld(self, weight: Weight, inner: Optimizer) -> None:
-        if self.model is None:
-            why = (
-                "its parameter object was exchanged, and ADMMNxM was built from names and tensors, so it cannot find "
-                "the new one; pass the model itself"
-            )
-        else:
-            why = (
-                "it was taken out of param_groups, or the model was given another tensor (load_state_dict with "
-                "assign=True, a replaced layer, sharding after the optimizer was built). Put the model's present "
-                "parameter back into the inner optimizer, or build both optimizers again"
-            )
-        raise ValueError(f"the inner {type(inner).__name__} no longer holds prunable weight {weight.name!r}: {why}")
 
     def check_placement(self) -> None:
         """Refuse a weight whose groups lie on several ranks."""
