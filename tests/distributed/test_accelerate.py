@@ -15,6 +15,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+# One launch serves many tests: they stay in one process of pytest-xdist.
+pytestmark = pytest.mark.xdist_group("launched")
+
 HERE = Path(__file__).parent
 CHECKS = re.findall(r"^def check_(\w+)", (HERE / "launched.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
 # Accelerate and Trainer configure themselves once per process: each kind has its own launch.

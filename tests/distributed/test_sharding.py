@@ -29,7 +29,10 @@ from admm_nxm.sharding import check_sharding, local, part_of, reduce_sums, wrap_
 from tests.helpers import CALIBRATION, DENSE, FORMS, FROZEN, STEPS, Net, every_form
 
 # Older torch warns of random numbers on a CPU mesh, which nothing here draws.
-pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support:UserWarning"),
+    pytest.mark.xdist_group("two ranks"),  # one pair of processes serves many tests
+]
 
 WORLD = 2
 SHAPES = {"even": (6, 16), "uneven": (5, 16), "one-row": (1, 16), "wide": (4, 32), "narrow": (4, 24)}
