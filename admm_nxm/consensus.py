@@ -57,8 +57,7 @@ def advance(
         dual_scale: factor on u for a rho that has risen, ``rho_old / rho_new``, at most 1.
 
     Returns:
-        float32 tensor of 4: ``||z_new - z_old||^2``, ``||w||^2``, how many places the mask gained, and how many it
-        keeps.
+        float32, (4,): ``||z_new - z_old||^2``, ``||w||^2``, how many places the mask gained, how many it keeps.
 
     Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes.
     """

@@ -27,9 +27,8 @@ def distillation_loss(
 ) -> Tensor:
     """Return how far the student's outputs are from the teacher's.
 
-    - ``"classification"`` (of sequences, tokens or next tokens): the divergence KL(teacher || student) of the class
-      distributions softened by the temperature, times its square, so that its gradient keeps the size of the hard
-      loss's.
+    - ``"classification"`` (of sequences, tokens or next tokens): KL(teacher || student) of the class distributions
+      softened by the temperature, times its square, so that its gradient keeps the size of the hard loss's.
     - ``"multi_label"``: the same for one yes-or-no distribution per label, summed over the labels.
     - ``"regression"``: the squared difference, averaged over the outputs; the temperature plays no part.
 
@@ -53,8 +52,8 @@ def distillation_loss(
     if student.ndim == 0 or student.shape != teacher.shape:
         raise ValueError(
             f"the student's outputs have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: they must "
-            "be the same. Give both the same batch, in the same order and padding, and use a teacher that was trained "
-            "for the same labels, or with the same tokenizer and its logits cut or padded to one vocabulary size"
+            "be the same. Give both the same batch, and use a teacher trained for the same labels, or with the same "
+            "tokenizer and its logits cut or padded to one vocabulary size"
         )
     s, t = student.float(), teacher.detach().to(student.device).float()
     if head == "regression":
@@ -78,19 +77,14 @@ def check_temperature(temperature: float) -> None:
         raise ValueError("temperature=0 must be above 0; 1 leaves the distributions as they are, 2 softens them")
 
 
-def hidden_state_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    *,
-    mask: Tensor | None = None,
-) -> Tensor:
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared difference of hidden states, averaged over the student's layers.
 
     A student with fewer layers is compared with evenly spaced layers of the teacher, the first and last included.
 
     Args:
         student: the embeddings' output and that of each layer, shape (batch, length, width).
-        teacher: the same of the teacher; its width must be the student's.
+        teacher: the same of the teacher, as wide.
         mask: boolean, shape (batch, length): which positions count; all by default.
 
     Returns:
@@ -104,8 +98,8 @@ def hidden_state_loss(
     layers, known = len(student) - 1, len(teacher) - 1
     if layers < 1 or known < layers:
         raise ValueError(
-            f"the student has {layers} layers, the teacher {known}: the student needs one at least, and the teacher no "
-            "fewer than that. Leave the hidden states out (a weight of 0)"
+            f"the student has {layers} layers, the teacher {known}: the student needs one, the teacher no fewer than it. "
+            "Leave the hidden states out (a weight of 0)"
         )
     total = student[0].new_zeros((), dtype=torch.float32)
     for layer, s in enumerate(student):

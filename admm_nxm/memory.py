@@ -13,10 +13,9 @@ _REFUSALS = (NotImplementedError, RuntimeError, TypeError, AttributeError)  # as
 
 
 def address(t: Tensor) -> int:
-    """Return the address of a tensor's first byte (of this rank's part).
+    """Return the address of the first byte of a tensor (this rank's part of it).
 
-    It is 0 if the tensor has none of its own, as on meta and in torchao's training wrappers: two tensors whose address
-    is 0 have nothing to do with each other.
+    It is 0 if there is none, as on meta and in torchao's training wrappers: tensors at 0 are not the same memory.
     """
     try:
         return local(t).data_ptr()

@@ -14,16 +14,14 @@ _SPELLING = re.compile(r"\s*(\d+)\s*([:x])\s*(\d+)\s*", re.IGNORECASE)
 class Pattern:
     """At most ``keep`` non-zero weights in every ``group`` consecutive weights.
 
-    Groups run along the reduction (input) dimension of a weight. The pattern of sparse tensor cores is
-    ``Pattern(keep=2, group=4)``.
+    Groups run along the reduction (input) dimension of a weight. Sparse tensor cores take ``Pattern(keep=2, group=4)``.
 
     Args:
-        keep: how many weights of a group may stay non-zero, ``1 <= keep <= group``.
+        keep: from 1 to ``group``.
         group: how many consecutive weights form a group.
 
     Raises:
-        TypeError: ``keep`` or ``group`` is not an integer.
-        ValueError: ``keep`` or ``group`` is below 1, or ``keep`` is above ``group``.
+        TypeError, ValueError: not integers, or out of range.
 
     Source: NxMTransformer (arXiv 2110.15766), section 3.1, where N is ``group`` and M is ``keep``.
 
@@ -39,15 +37,9 @@ class Pattern:
     def __post_init__(self) -> None:
         for name, value in (("keep", self.keep), ("group", self.group)):
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"Pattern {name}={value!r} is a {type(value).__name__}; an int is needed, "
-                    "as in Pattern(keep=2, group=4)"
-                )
+                raise TypeError(f"Pattern {name}={value!r} is a {type(value).__name__}; an int is needed, such as 4")
         if self.keep < 1:
-            raise ValueError(
-                f"Pattern keep={self.keep} is below 1: a group with nothing kept removes the weight altogether; "
-                "choose keep >= 1"
-            )
+            raise ValueError(f"Pattern keep={self.keep} is below 1: nothing would be left; choose keep >= 1")
         if self.group < 1:
             raise ValueError(f"Pattern group={self.group} is below 1: choose group >= keep, such as group=4")
         if self.keep > self.group:
@@ -58,18 +50,13 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Read a pattern from ``"keep:group"`` or ``"NxM"``.
+        """Read a pattern from ``"2:4"`` (keep:group, as hardware vendors write) or ``"4x2"`` (NxM, as in the paper).
 
         Args:
-            text: ``"2:4"`` (keep:group, the order of hardware vendors), ``"4x2"`` (NxM, the order of the paper) or
-                a :class:`Pattern`, which is returned as it is.
-
-        Returns:
-            The pattern.
+            text: the spelling, or a :class:`Pattern`, which is returned as it is.
 
         Raises:
-            TypeError: ``text`` is neither a string nor a Pattern.
-            ValueError: the spelling is unknown, or its two numbers stand in the other notation's order.
+            TypeError, ValueError: another type, an unknown spelling, or its numbers in the other notation's order.
         """
         if isinstance(text, Pattern):
             return text

@@ -28,16 +28,15 @@ def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     """Mark the ``keep`` entries of largest magnitude in each group.
 
     Ties go to the lower index. Magnitudes are compared as bit patterns without the sign, so denormals keep their
-    order whatever the flush mode, both zeros are equal, and NaNs, all alike, rank above infinity: they are never pruned
-    unseen.
+    order, both zeros are equal, and NaNs, all alike, rank above infinity: they are never pruned unseen.
 
     Args:
-        w: weights, any floating dtype, shape and memory layout.
+        w: any floating dtype, shape and memory layout.
         pattern: a Pattern or its spelling.
-        dim: the grouped dimension; ``w.shape[dim]`` must be a multiple of ``pattern.group``.
+        dim: the grouped dimension, a multiple of ``pattern.group`` wide.
 
     Returns:
-        Boolean tensor of the shape and device of ``w``, True = kept, exactly ``keep`` True in each group.
+        Boolean tensor like ``w``, exactly ``keep`` True in each group.
 
     Raises:
         TypeError: ``w`` is not a dense floating-point tensor.
@@ -71,13 +70,12 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     """Return the nearest point of the NxM set, ``argmin_z ||z - w||  s.t.  z`` has at most ``keep`` non-zeros a group.
 
     Args:
-        w: weights, any floating dtype, shape and memory layout; never modified.
+        w: as in :func:`keep_mask`, like the rest; never modified.
         pattern: a Pattern or its spelling.
-        dim: the grouped dimension; ``w.shape[dim]`` must be a multiple of ``pattern.group``.
+        dim: the grouped dimension.
 
     Returns:
-        A new tensor like ``w``: the entries marked by :func:`keep_mask`, and +0.0 elsewhere. Differentiable in the
-        kept entries.
+        A new tensor: the entries marked by :func:`keep_mask`, in which it is differentiable, and +0.0 elsewhere.
 
     Raises:
         TypeError, IndexError, ValueError: as in :func:`keep_mask`.
@@ -123,10 +121,7 @@ def by_group(t: Tensor, group: int, dim: int) -> Tensor:
 
 
 def _magnitude_key(w: Tensor) -> Tensor:
-    """Integers in the order of ``|w|``: the bits of ``w`` without the sign (IEEE 754 orders them alike).
-
-    All NaNs are one: which of their many bit patterns an operation leaves is not the same everywhere.
-    """
+    """Return integers in the order of ``|w|``: its bits without the sign (so orders IEEE 754), all NaNs as one."""
     if w.element_size() == 1:
         w = w.to(torch.float32)  # 8-bit floats disagree on what NaN and zero look like; float32 holds them all
     dtype = INTEGER_OF_SIZE[w.element_size()]

@@ -1,8 +1,7 @@
-"""The whole algorithm on one tensor in plain loops: the oracle of the tests.
+"""The algorithms on one tensor in plain loops: the oracle of the tests.
 
-Two buffers (z and u), one weight after the other, every operation rounded to the buffers' dtype as the tensor
-operations of torch round it. Slow, and independent of the fast paths: it sorts where they count, and keeps z and u
-where they keep v.
+Every operation is rounded as the tensor operations of torch round it. Slow, and independent of the fast paths: it sorts
+where they count, and keeps z and u where they keep v.
 """
 
 from __future__ import annotations
@@ -26,14 +25,12 @@ def round_to(dtype: torch.dtype, value: float) -> float:
 
 def keep_list(values: list[float], pattern: Pattern) -> list[bool]:
     """Mark the ``keep`` largest magnitudes of each group; ties to the lower index, NaN above everything."""
-
-    def rank(place: int) -> tuple[bool, float]:
-        value = values[place]
-        return (True, 0.0) if math.isnan(value) else (False, abs(value))
-
+    rank = [(True, 0.0) if math.isnan(value) else (False, abs(value)) for value in values]
     kept: set[int] = set()
     for first in range(0, len(values), pattern.group):
-        ranked = sorted(range(first, first + pattern.group), key=rank, reverse=True)  # which leaves equals in order
+        ranked = sorted(
+            range(first, first + pattern.group), key=rank.__getitem__, reverse=True
+        )  # equals keep their order
         kept.update(ranked[: pattern.keep])
     return [place in kept for place in range(len(values))]
 
@@ -48,10 +45,10 @@ class ReferenceADMM:
     """Scaled ADMM of the paper's form on one weight, with plain gradient descent as the w-step.
 
     Args:
-        weight: of any shape, grouped along its last dimension. Read once; what the model holds is in :attr:`w`.
+        weight: of any shape, grouped along its last dimension; only read.
         pattern: the NxM pattern.
         plan: schedules, as :class:`admm_nxm.ADMMNxM` uses them.
-        lr: step size of the gradient descent.
+        lr: of the gradient descent.
 
     Source: Boyd et al. 2011, section 3.1.1, with section 3.4.1 for a rho that changes; NxMTransformer, section 3.2.
     """
@@ -68,6 +65,7 @@ class ReferenceADMM:
 
     def __post_init__(self) -> None:
         self.dtype = self.weight.dtype
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32  # in which torch multiplies scalars
         self.w = [float(value) for value in self.weight.detach().flatten().tolist()]
         self.z = project_list(self.w, self.pattern)
         self.u = [0.0] * len(self.w)
@@ -114,14 +112,12 @@ class ReferenceADMM:
         return [self._r(w + u) for w, u in zip(self.w, self.u, strict=True)]
 
     def _times(self, value: float, factor: float) -> float:
-        """Multiply as torch does a tensor by a Python number: both in float32 for dtypes up to that."""
-        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self._r(round_to(compute, value * round_to(compute, factor)))
+        """Multiply as torch does a tensor by a Python number."""
+        return self._r(round_to(self.wide, value * round_to(self.wide, factor)))
 
     def _plus_multiple(self, value: float, factor: float, other: float) -> float:
         """Add a multiple as torch does with ``alpha``."""
-        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self._r(round_to(compute, value + round_to(compute, round_to(compute, factor) * other)))
+        return self._r(round_to(self.wide, value + round_to(self.wide, round_to(self.wide, factor) * other)))
 
     def _r(self, value: float) -> float:
         return round_to(self.dtype, value)
@@ -143,18 +139,18 @@ def solve_by_loops(
 ) -> tuple[list[list[float]], list[list[bool]], float, int]:
     """Solve the layer problem in plain loops, with the Kronecker matrix of both moments written out.
 
-    Two buffers (z and u), every linear system by Gaussian elimination, everything in double precision.
+    Everything is in double precision.
 
     Args:
         weight: W0, 2-D and small (up to some 6 x 8), grouped along its columns.
         pattern: the NxM pattern.
-        inputs: A, columns x columns.
-        outputs: G, rows x rows.
-        input_damping: the share of A's mean diagonal that is added to it.
-        output_damping: the same for G.
+        inputs: A.
+        outputs: G.
+        input_damping: as of :func:`admm_nxm.solver.solve`, like all that follow.
+        output_damping: of G.
         rho: the first penalty.
-        growth: its growth from round to round.
-        rounds: at most so many.
+        growth: of rho.
+        rounds: at most.
         relaxation: over-relaxation of the w-step.
         telling: a mask that stands still ends the rounds from this rho on.
 

@@ -60,10 +60,8 @@ def measure(rows: Mapping[str, Sequence[float]]) -> Residuals:
 
     Args:
         rows: name -> ``||w - z||^2``, ``||w||^2``, then of the last z-step ``||z_new - z_old||^2``, ``||w||^2``, how
-            many places the mask gained and how many it keeps; NaN where it is not known.
-
-    Returns:
-        The residuals of each, and of all together; there, a weight whose z has not moved counts as standing still.
+            many places the mask gained and how many it keeps; NaN where it is not known, which counts as standing still
+            in the total.
     """
 
     def figures(row: Sequence[float]) -> tuple[float, float, float]:
@@ -71,10 +69,8 @@ def measure(rows: Mapping[str, Sequence[float]]) -> Residuals:
         return ratio(gap, norm), ratio(moved, norm_then), gained / kept if kept else 0.0
 
     known = any(not math.isnan(row[2]) for row in rows.values())
-    total = [
-        sum(0.0 if known and math.isnan(value) else value for value in column)
-        for column in zip(*rows.values(), strict=True)
-    ]
+    columns = zip(*rows.values(), strict=True)
+    total = [sum(0.0 if known and math.isnan(value) else value for value in column) for column in columns]
     return Residuals(*figures(total), {name: WeightResidual(*figures(row)) for name, row in rows.items()})
 
 

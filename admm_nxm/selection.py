@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
@@ -54,7 +54,12 @@ _ADAPTERS = re.compile(r"(^|\.)(base_layer|modules_to_save|lora_\w+)\.")
 # Where only names are at hand, these are transformers' Conv1D in GPT-2 and its kin, stored as (input, output), or a
 # Linear in other families.
 _CONV1D_NAMES = {"c_attn", "c_fc", "c_proj", "q_attn"}
-
+# By the module of torch.nn.utils that took the weight apart.
+_REMEDIES = {
+    "prune": 'torch.nn.utils.prune.remove(module, "{}")',
+    "weight_norm": 'torch.nn.utils.remove_weight_norm(module, "{}")',
+    "spectral_norm": 'torch.nn.utils.remove_spectral_norm(module, "{}")',
+}
 
 TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,12 +69,12 @@ class SelectedWeight:
     """A prunable weight.
 
     Args:
-        name: its name in the model.
-        shape: its (global) shape.
+        name: in the model.
+        shape: global, where the weight is sharded.
         pattern: the NxM pattern.
         dim: the grouped dimension, counted from the front.
-        aliases: further names of the same tensor, if it is tied.
-        note: what is special about how it is pruned, for the printout.
+        aliases: further names of the same tensor.
+        note: what is special about its pruning, for the printout.
     """
 
     name: str
@@ -89,8 +94,8 @@ class SkippedWeight:
     """A parameter that stays dense.
 
     Args:
-        name: its name in the model.
-        shape: its shape.
+        name: in the model.
+        shape: of the parameter.
         reason: why it stays dense.
         wanted: whether the rules asked for it and it could not be pruned.
     """
@@ -122,11 +127,7 @@ class Selection:
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.weights)}")
 
     def with_skipped(self, *weights: SkippedWeight) -> Selection:
-        """Return a selection with further parameters that stay dense.
-
-        Args:
-            weights: what stays dense; each replaces the entry of its name.
-        """
+        """Return a selection where these stay dense besides; each replaces the entry of its name."""
         new = {weight.name for weight in weights}
         return Selection(self.weights, (*(s for s in self.skipped if s.name not in new), *weights))
 
@@ -169,42 +170,27 @@ class _Place:
     owner: nn.Module | None = None
     holder: _Holder | None = None
 
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A distinct parameter with every place where it stands in the model."""
-
-    places: tuple[_Place, ...]
-    blocks: tuple[str, ...]
-    """Prefixes of the repeated blocks that it is in, by any of its names; the outermost first."""
-    is_part: bool
-    """Whether it is a scale or the like of a weight, for which another parameter stands."""
-
-    @property
-    def param(self) -> Tensor:
-        return self.places[0].param
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(place.name for place in self.places)
-
-    @property
-    def name(self) -> str:
-        return self.places[0].name
-
-    @property
-    def holder(self) -> _Holder | None:
-        return self.places[0].holder
-
     @property
     def title(self) -> str:
         """The name of the weight, be it a parameter or not."""
         return self.name if self.holder is None else self.holder.weight
 
-    @property
-    def owner(self) -> nn.Module | None:
+
+class _Candidate:
+    """A distinct parameter with every place where it stands in the model.
+
+    ``blocks`` are prefixes of the repeated blocks that it is in, by any of its names; the outermost first. ``is_part``
+    says that it is a scale or the like of a weight, for which another parameter stands.
+    """
+
+    def __init__(self, places: Sequence[_Place], blocks: Collection[str], is_part: bool) -> None:
+        first = places[0]
+        self.places, self.is_part = places, is_part
+        self.blocks = sorted(blocks, key=len)
+        self.names = tuple(place.name for place in places)
+        self.param, self.name, self.title, self.holder = first.param, first.name, first.title, first.holder
+        self.owner = first.owner if first.holder is None else first.holder.owner
         """The module that computes with the weight."""
-        return self.places[0].owner if self.holder is None else self.holder.owner
 
     def matches(self, expression: re.Pattern[str]) -> bool:
         """Whether a rule's expression matches one of its names."""
@@ -232,25 +218,22 @@ def select_weights(
 
     Args:
         model: a module, or pairs of name and tensor.
-        pattern: pattern of the default rules.
-        select: regular expression (matched against the whole parameter name, first match wins) -> Pattern, its
-            spelling, or None to leave dense; or a callable ``(name, module) -> Pattern | str | None``. It replaces the
-            default rules.
+        pattern: of the default rules.
+        select: replaces the default rules: regular expression (of the whole name, first match wins) -> Pattern, its
+            spelling, or None to leave dense; or a callable ``(name, module)`` that returns one of these.
         dims: regular expression -> grouped dimension, where it is not that of the module's input.
-        ineligible: what to do with a weight that the rules ask for and that cannot be pruned (frozen, not held by
-            the optimizer, held by a parametrization, a width that is no multiple of the group, not floating point,
-            a tensor class that takes no zeros): ``"error"``, or ``"skip"`` to leave it dense and say so in the
-            selection.
-        trainable: whether the weights are going to be trained; False accepts frozen ones.
-        held: ids of the parameters that the optimizer holds; None accepts all.
+        ineligible: ``"error"``, or ``"skip"`` to leave dense what the rules ask for and cannot be pruned (frozen, not
+            held by the optimizer, parametrized, of a width that is no multiple of the group, not floating point, of a
+            class that takes no zeros) and say so in the selection.
+        trainable: False accepts frozen weights.
+        held: ids of the optimizer's parameters; None accepts all.
 
     Returns:
         The selection, and the tensor of each prunable weight by name.
 
     Raises:
-        TypeError: ``model`` has no names, or ``select`` is of the wrong kind.
-        ValueError: nothing to prune, an ineligible weight, a rule that matches nothing, a flattened parameter, two
-            tensors of one name, adapters of PEFT.
+        TypeError, ValueError: no names, nothing to prune, an ineligible weight, a wrong or unused rule, a flattened
+            parameter, two tensors of one name, adapters of PEFT.
     """
     if ineligible not in ("error", "skip"):
         raise ValueError(f'ineligible={ineligible!r} must be "error" or "skip"')
@@ -266,11 +249,8 @@ def select_weights(
         shape = tuple(candidate.param.shape)
         _refuse_flattened(candidate)
         rule, reason = (None, "part of a parametrization") if candidate.is_part else rule_of(candidate)
-        if rule is None:
-            skipped.append(SkippedWeight(candidate.name, shape, reason))
-            continue
-        if candidate.param.ndim < 2:
-            skipped.append(SkippedWeight(candidate.name, shape, "not a matrix"))
+        if rule is None or len(shape) < 2:
+            skipped.append(SkippedWeight(candidate.name, shape, reason if rule is None else "not a matrix"))
             continue
         dim = _grouped_dim(candidate, candidates, dim_rules)
         problem = _ineligible(candidate, rule, dim, trainable, held)
@@ -294,16 +274,7 @@ def select_weights(
 
 
 def with_late_weights(selection: Selection, model: Source, added: Collection[Tensor]) -> Selection:
-    """Return a selection that lists weights which came to the optimizer after the choice was made, as left dense.
-
-    Args:
-        selection: the choice.
-        model: as for :func:`select_weights`.
-        added: the parameters that were added.
-
-    Returns:
-        The selection; each added weight that the default rules ask for is among those skipped, as wanted.
-    """
+    """Return the selection, where added parameters that the default rules ask for are skipped, as wanted."""
     ids = {id(t) for t in added}
     chosen = {name for weight in selection for name in (weight.name, *weight.aliases)}
     late = [
@@ -325,16 +296,15 @@ def _candidates(model: Source) -> list[_Candidate]:
         places, blocks = _places_in(model), _block_prefixes(model)
     else:
         places = _places_by_name(model)
-        blocks = _blocks_by_name([place.name if place.holder is None else place.holder.weight for place in places])
-    held = [place for place in places if place.holder is not None]
+        blocks = _blocks_by_name([place.title for place in places])
     # Of all that hold one weight the largest stands for it.
-    holders = grouped(held, lambda place: place.holder and place.holder.weight)
+    holders = grouped((place for place in places if place.holder is not None), lambda place: place.title)
     largest = {id(max(group, key=lambda place: place.param.numel()).param) for group in holders}
     found = []
     for same in grouped(places, lambda place: id(place.param)):
         within = {prefix for prefix in blocks if any(place.name.startswith(prefix) for place in same)}
         is_part = same[0].holder is not None and id(same[0].param) not in largest
-        found.append(_Candidate(tuple(same), tuple(sorted(within, key=len)), is_part))
+        found.append(_Candidate(same, within, is_part))
     return found
 
 
@@ -408,14 +378,6 @@ def _holder(prefix: str, module: nn.Module, local_name: str, modules: Mapping[st
     return _Holder(clean_name(_join(owner_name, attribute)), owner, what, remedy)
 
 
-# By the module of torch.nn.utils that took the weight apart.
-_REMEDIES = {
-    "prune": 'torch.nn.utils.prune.remove(module, "{}")',
-    "weight_norm": 'torch.nn.utils.remove_weight_norm(module, "{}")',
-    "spectral_norm": 'torch.nn.utils.remove_spectral_norm(module, "{}")',
-}
-
-
 def _holder_by_name(name: str, tensors: Mapping[str, Tensor]) -> _Holder | None:
     """Return how a tensor holds a weight, told by what torch's utilities call such tensors."""
     match = _PARAMETRIZED.fullmatch(name) or _SPLIT.fullmatch(name)
@@ -464,29 +426,22 @@ def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
                 members.setdefault(".".join(parts[: depth + 1]) + ".", set()).add(".".join(parts[depth + 1 :]))
     prefixes: list[str] = []
     for (above, stem), members in sorted(lists.items(), key=lambda entry: -len(entry[0][0].split("."))):
-        composite = {prefix: {n for n in inside if "." in n} for prefix, inside in members.items()}
+        composite = {prefix: inside for prefix, names in members.items() if (inside := {n for n in names if "." in n})}
         uses = Counter(name for inside in composite.values() for name in inside)
         twins = Counter(map(frozenset, composite.values()))
         alike = {prefix for prefix, inside in composite.items() if any(uses[name] > 1 for name in inside)}
-        wrappers = {
-            prefix for prefix, inside in composite.items() if inside and any(p.startswith(prefix) for p in prefixes)
-        }
+        wrappers = {prefix for prefix in composite if any(p.startswith(prefix) for p in prefixes)}
         for prefix, inside in composite.items():
-            if not inside:
-                continue
+            lone = prefix in alike or len(members) == 1
             if stem:
                 is_block = prefix in alike
             elif above:
-                is_block = prefix in alike or len(members) == 1 or not wrappers - alike
+                is_block = lone or not wrappers - alike
             else:
-                lone = prefix in alike or len(members) == 1
                 is_block = twins[frozenset(inside)] > 1 or (lone and prefix not in wrappers)
             if is_block:
                 prefixes.append(prefix)
     return tuple(prefixes)
-
-
-RuleOf = Callable[[_Candidate], "tuple[Pattern | None, str]"]
 
 
 def _default_reason(candidate: _Candidate) -> str | None:
@@ -517,7 +472,9 @@ def _default_reason(candidate: _Candidate) -> str | None:
     return None
 
 
-def _rules(pattern: Pattern | str, select: Select | None, candidates: list[_Candidate]) -> RuleOf:
+def _rules(
+    pattern: Pattern | str, select: Select | None, candidates: list[_Candidate]
+) -> Callable[[_Candidate], tuple[Pattern | None, str]]:
     """Return the default rules or the user's; each of the user's that asks for a pattern has to match something."""
     if select is None:
         parsed = Pattern.parse(pattern)
@@ -528,13 +485,10 @@ def _rules(pattern: Pattern | str, select: Select | None, candidates: list[_Cand
 
         return rule_by_default
     if isinstance(select, Mapping):
-        rules = [
-            (
-                _compile("select", expression, candidates, unused=rule is None),
-                None if rule is None else Pattern.parse(rule),
-            )
-            for expression, rule in select.items()
-        ]
+        rules = []
+        for text, rule in select.items():
+            expression = _compile("select", text, candidates, unused=rule is None)
+            rules.append((expression, None if rule is None else Pattern.parse(rule)))
 
         def rule_by_name(candidate: _Candidate) -> tuple[Pattern | None, str]:
             for expression, rule in rules:
@@ -607,15 +561,10 @@ def _input_dim(place: _Place, candidates: list[_Candidate]) -> int:
     name, param, owner = place.name, place.param, place.owner
     if owner is None and param.ndim == 2:
         return 0 if _named_conv1d(name, candidates) else -1
-    if owner is None and param.ndim > 3:
-        return 1  # the weight of a convolution
     if is_conv1d(owner) or isinstance(owner, nn.modules.conv._ConvTransposeNd):
         return 0
-    if isinstance(owner, nn.modules.conv._ConvNd):
-        return 1
-    if param.ndim == 3 and _experts_transposed(name, owner, candidates):
-        return 1
-    return -1
+    convolution = isinstance(owner, nn.modules.conv._ConvNd) or (owner is None and param.ndim > 3)
+    return 1 if convolution or (param.ndim == 3 and _experts_transposed(name, owner, candidates)) else -1
 
 
 def _experts_transposed(name: str, owner: nn.Module | None, candidates: list[_Candidate]) -> bool:
@@ -623,7 +572,7 @@ def _experts_transposed(name: str, owner: nn.Module | None, candidates: list[_Ca
     parent = name.rpartition(".")[0]
     shapes = {c.name: tuple(c.param.shape) for c in candidates if c.param.ndim == 3}
     up, down = shapes.get(f"{parent}.gate_up_proj"), shapes.get(f"{parent}.down_proj")
-    if up is not None and down is not None:
+    if up and down:
         return up[1:] == (down[2], 2 * down[1])
     return getattr(owner, "is_transposed", False)
 
@@ -709,8 +658,7 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
         found = None if name is None else f"it has {name!r}"
     if found is not None:
         unfreeze = (
-            "; then unfreeze what peft has frozen: for p in model.parameters(): p.requires_grad_(True); and build the "
-            "inner optimizer after that"
+            "; then for p in model.parameters(): p.requires_grad_(True); and build the inner optimizer after that"
         )
         raise ValueError(
             f"the model has PEFT adapters ({found}), and zeros in an adapter or in the weight below it are gone when "
@@ -721,15 +669,14 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
 def _refuse_flattened(candidate: _Candidate) -> None:
     """Refuse parameters that no longer have the weight's shape: groups cannot be found in them."""
     param, owner = candidate.param, candidate.places[0].owner
-    if hasattr(param, "ds_id"):
-        raise ValueError(
-            f"weight {candidate.name!r} is a DeepSpeed ZeRO-3 partition of shape {tuple(param.shape)}: its groups are "
-            "torn apart. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
-        )
     is_flat = isinstance(owner, nn.Linear) and candidate.name.endswith("weight") and param.ndim == 1
-    if type(param).__name__ == "FlatParameter" or (is_flat and param.is_floating_point()):
-        raise ValueError(
-            f"weight {candidate.name!r} is a flattened parameter of shape {tuple(param.shape)}, as FSDP1 makes them: "
-            "its groups are torn apart. Shard with FSDP2 (torch.distributed.fsdp.fully_shard; in Accelerate, "
-            "fsdp_version: 2) instead"
-        )
+    if hasattr(param, "ds_id"):
+        kind = "a DeepSpeed ZeRO-3 partition"
+    elif type(param).__name__ == "FlatParameter" or (is_flat and param.is_floating_point()):
+        kind = "a flattened parameter"
+    else:
+        return
+    raise ValueError(
+        f"weight {candidate.name!r} is {kind} of shape {tuple(param.shape)}: its groups are torn apart. Shard with "
+        "FSDP2 (torch.distributed.fsdp.fully_shard; in Accelerate, fsdp_version: 2), not with FSDP1 or ZeRO-3"
+    )

@@ -54,10 +54,10 @@ class Factor:
     Make it once with :func:`factorise` for weights that share their input, such as those of query, key and value.
 
     Args:
-        scale: roots of the damped diagonal, (d,), up to a power of two that is common to all.
-        matrix: the damped moment divided by ``scale`` on both sides, (d, d); None if it is the identity.
-        values: eigenvalues of ``matrix``, (d,), none below zero; ones if it is the identity.
-        vectors: its eigenvectors as columns, (d, d); None if it is the identity.
+        scale: roots of the damped diagonal, (d,), up to a common power of two.
+        matrix: the damped moment divided by ``scale`` on both sides, (d, d); None for the identity.
+        values: its eigenvalues, (d,), none below zero.
+        vectors: its eigenvectors as columns, (d, d); None for the identity.
     """
 
     scale: Tensor
@@ -67,13 +67,9 @@ class Factor:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factor:
         """Return the factor on ``device`` in ``dtype``."""
-
-        def moved(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device, dtype)
-
-        return Factor(
-            self.scale.to(device, dtype), moved(self.matrix), self.values.to(device, dtype), moved(self.vectors)
-        )
+        matrix = None if self.matrix is None else self.matrix.to(device, dtype)
+        vectors = None if self.vectors is None else self.vectors.to(device, dtype)
+        return Factor(self.scale.to(device, dtype), matrix, self.values.to(device, dtype), vectors)
 
 
 @dataclass(frozen=True)
@@ -81,11 +77,10 @@ class Solved:
     """The outcome of :func:`solve`.
 
     Args:
-        weight: the pruned weight, in the shape, dtype and device of the dense one; zero off the mask.
+        weight: the pruned weight, like the dense one; zero off the mask.
         mask: True = kept, exactly ``keep`` in each group.
-        error: the model error in the damped metric, the one that was minimised: the quadratic loss at the pruned
-            weight as a share of the loss at zero. 0 if nothing is lost.
-        rounds: rounds of ADMM.
+        error: the model error in the damped metric, which was minimised; see :func:`model_error`.
+        rounds: of ADMM.
     """
 
     weight: Tensor
@@ -98,20 +93,19 @@ def factorise(moment: Tensor, damping: float) -> Factor:
     """Damp a second moment, scale it to a unit diagonal, and eigendecompose it.
 
     Args:
-        moment: symmetric positive semidefinite matrix, (d, d), of any floating dtype; float64 is factorised as such,
-            anything else in float32. Its overall size does not matter: a sum over tokens serves as well as a mean.
+        moment: symmetric positive semidefinite, (d, d); float64 is factorised as such, other floating dtypes in
+            float32. A sum over tokens serves as well as a mean.
         damping: the share of the mean diagonal that is added to the diagonal.
 
     Returns:
         The factor. A moment that is zero tells nothing, and counts as the identity.
 
     Raises:
-        ValueError: ``moment`` is no square matrix, not symmetric, not finite, or has a negative diagonal;
-            ``damping`` is not a positive number; or no eigendecomposition could be had, with more damping neither.
+        ValueError: ``moment`` is no second moment, ``damping`` is not positive, or no eigendecomposition could be had.
     """
     if not (math.isfinite(damping) and damping > 0):
         raise ValueError(f"damping={damping!r} is not above zero; choose a small share, such as {INPUT_DAMPING}")
-    _check_moment(moment, "the moment")
+    _check_moment(moment)
     moment = moment.detach()
     dtype = _compute_dtype(moment.dtype)
     diagonal = moment.diagonal().to(dtype)
@@ -122,7 +116,7 @@ def factorise(moment: Tensor, damping: float) -> Factor:
     exponent = -math.frexp(largest)[1]
     diagonal = _times_power_of_two(diagonal, exponent)
     mean = float(diagonal.mean(dtype=torch.float64))
-    if _is_diagonal(moment):
+    if bool(torch.count_nonzero(moment) == torch.count_nonzero(moment.diagonal())):
         return _identity((diagonal + damping * mean).sqrt())
     failure: RuntimeError | None = None
     for more in _MORE_DAMPING:
@@ -151,14 +145,14 @@ def model_error(
     """Measure the quadratic loss at ``pruned`` as a share of the loss at zero, ``tr(G D A D^T) / tr(G W A W^T)``.
 
     Args:
-        weight: the dense weight W, 2-D (of any shape if both moments are None).
-        pruned: the pruned weight of the same shape; D is the difference.
-        inputs: A, the second moment along ``dim``; None for the identity.
-        outputs: G, the second moment along the other dimension; None for the identity.
+        weight: the dense weight W, 2-D; with neither moment, of any shape.
+        pruned: of the same shape; D is the difference.
+        inputs: A, the second moment along ``dim``, without damping; None for the identity.
+        outputs: G, the second moment along the other dimension, likewise.
         dim: the grouped dimension.
 
     Returns:
-        The model error in the raw moments, without damping: 0 if nothing is lost, 1 if all is.
+        0 if nothing is lost, 1 if all is.
 
     Raises:
         ValueError: shapes do not fit.
@@ -206,22 +200,19 @@ def solve(
         input_damping: the share of A's mean diagonal that is added to it, if it comes raw.
         output_damping: the same for G.
         rho: the first penalty, in the scaling where A and G have unit diagonals.
-        growth: the factor by which rho grows from round to round.
-        rounds: at most so many rounds; they end before where the mask stands still.
+        growth: of rho from round to round.
+        rounds: at most; they end before where the mask stands still.
         settled: the mask stands still when a round changes at most this share of it.
-        tolerance: the least-squares problem on the mask is solved until an iteration gains less than this share of
-            the loss that remains.
+        tolerance: least squares ends when an iteration gains less than this share of the loss that remains.
 
     Returns:
         The pruned weight with its mask, never worse in the damped metric than least squares on the masks of magnitude
         and of magnitude times ``sqrt(diag A)`` (in a weight of more than 16,384 entries these are left out where they
-        lose over a tenth more than ours already before least squares). With neither moment: exactly
-        :func:`admm_nxm.project`.
+        lose over a tenth more than ours before least squares). With neither moment: exactly :func:`admm_nxm.project`.
 
     Raises:
-        TypeError: ``weight`` is no floating-point tensor.
-        IndexError: ``dim`` is out of range.
-        ValueError: shapes do not fit, the weight or a moment is not finite, or an option is out of range.
+        TypeError, IndexError, ValueError: as in :func:`admm_nxm.project`; shapes that do not fit, values that are not
+            finite, or an option out of range.
 
     Source: see the head of this module.
     """
@@ -231,7 +222,8 @@ def solve(
         dense = weight.detach()
         by_magnitude = keep_mask(dense, pattern, dim)
         _check_weight(dense, dim, inputs, outputs)
-        projected = torch.where(by_magnitude, dense, torch.zeros((), dtype=dense.dtype, device=dense.device))
+        zero = torch.zeros((), dtype=dense.dtype, device=dense.device)
+        projected = torch.where(by_magnitude, dense, zero)
         if not bool(torch.isfinite(dense).all()):
             raise ValueError(f"the weight of shape {tuple(dense.shape)} holds values that are not finite")
         if torch.equal(projected, dense):
@@ -251,7 +243,7 @@ def solve(
             # Nothing couples two weights: what is kept stays as it is.
             mask = keep_mask(normal * (a.scale / a.scale.max()), pattern)
             error = _share_lost(normal * a.scale * g.scale[:, None], mask)
-            best, count = torch.where(mask, dense, torch.zeros((), dtype=dense.dtype, device=dense.device)), 0
+            best, count = torch.where(mask, dense, zero), 0
         else:
             problem = _Problem(normal.mul_(a.scale).mul_(g.scale[:, None]), a, g)
             mask, start, count = _admm(problem, pattern, rho, growth, rounds, settled, _RELAXATION)
@@ -287,10 +279,7 @@ class _Problem:
         return x if self.g.matrix is None else self.g.matrix @ x
 
     def pull(self, x: Tensor, spare: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-        """Return y with ``G y A + rho y = rho x``, by way of the eigenbasis.
-
-        Both buffers are overwritten. The result lies in the first tensor returned; the other is free again.
-        """
+        """Return y with ``G y A + rho y = rho x``, and the buffer that is free again; both buffers are overwritten."""
         a, g = self.a, self.g
         if a.vectors is not None:
             x, spare = torch.mm(x, a.vectors, out=spare), x
@@ -356,11 +345,8 @@ def _admm(
 
 
 def _refit(problem: _Problem, mask: Tensor, start: Tensor, tolerance: float, rival: Tensor | None = None) -> _Candidate:
-    """Solve the least-squares problem on ``mask`` by conjugate gradients, from ``start`` on.
-
-    The diagonal of the metric is one here, so that these are conjugate gradients with its diagonal as preconditioner.
-    With the loss of a ``rival`` they end as soon as what they still gain would not reach it.
-    """
+    """Solve the least squares on ``mask`` by conjugate gradients from ``start``; give up where a rival's loss is out of
+    reach. The diagonal of the metric is one: it needs no preconditioner."""
     kept = mask.to(start.dtype)
     x = start * kept
     direction = problem.weight - x
@@ -378,9 +364,8 @@ def _refit(problem: _Problem, mask: Tensor, start: Tensor, tolerance: float, riv
         x.addcmul_(step, direction)
         r.addcmul_(step, curved, value=-1.0)
         still = still + 1 if float(gain.sum()) <= tolerance * float(loss.sum()) else 0
-        if still == 2:
-            break
-        if rival is not None and iteration >= 10 and bool((loss - iteration * gain > rival).all()):
+        beaten = rival is not None and iteration >= 10 and bool((loss - iteration * gain > rival).all())
+        if still == 2 or beaten:
             break
         before, slope = slope, problem.inner(r, r)
         torch.addcmul(r, _ratio(slope, before), direction, out=direction)
@@ -390,8 +375,7 @@ def _refit(problem: _Problem, mask: Tensor, start: Tensor, tolerance: float, riv
 def _best(problem: _Problem, masks: list[Tensor], start: Tensor, tolerance: float) -> _Candidate:
     """Refit the first mask from ``start``, and the others as far as they could be better.
 
-    Each independent problem takes the best. In a large problem a mask whose loss is far above that of the first before
-    any refit is not refitted at all: it would need many iterations to lose.
+    Each independent problem takes the best. In a large one a mask that is far behind before any refit is left out.
     """
     first, *others = masks
     best = _refit(problem, first, start, tolerance)
@@ -402,17 +386,10 @@ def _best(problem: _Problem, masks: list[Tensor], start: Tensor, tolerance: floa
             continue
         begin = torch.where(best.mask, best.weight, problem.weight)
         other = _refit(problem, mask, begin, tolerance, best.loss)
-        best = _choose(other.loss < best.loss, other, best)
+        wins = other.loss < best.loss
+        pairs = ((other.weight, best.weight), (other.mask, best.mask), (other.loss, best.loss))
+        best = _Candidate(*(torch.where(wins, *pair) for pair in pairs))
     return best
-
-
-def _choose(wins: Tensor, first: _Candidate, second: _Candidate) -> _Candidate:
-    """Take the first candidate in the independent problems where it wins, the second in the others."""
-    return _Candidate(
-        torch.where(wins, first.weight, second.weight),
-        torch.where(wins, first.mask, second.mask),
-        torch.where(wins, first.loss, second.loss),
-    )
 
 
 def _loss_unrefitted(problem: _Problem, mask: Tensor) -> float:
@@ -448,26 +425,22 @@ def _times_power_of_two(t: Tensor, exponent: int) -> Tensor:
     return (t * 2.0**half).mul_(2.0 ** (exponent - half))
 
 
-def _is_diagonal(matrix: Tensor) -> bool:
-    return bool(torch.count_nonzero(matrix) == torch.count_nonzero(matrix.diagonal()))
-
-
 def _share_lost(weight: Tensor, mask: Tensor) -> float:
     squares = weight.to(torch.float64).square()
     return float(squares.masked_fill(mask, 0.0).sum() / squares.sum())
 
 
 def _check_options(rho: float, growth: float, rounds: int, settled: float, tolerance: float) -> None:
-    if not (math.isfinite(rho) and rho > 0):
-        raise ValueError(f"rho={rho!r} is not above zero; choose a small number, such as 0.01")
-    if not (math.isfinite(growth) and growth >= 1):
-        raise ValueError(f"growth={growth!r} is below 1; rho must not fall: choose a factor such as 1.5")
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds!r} is below 1; choose a number such as 60")
-    if not 0 <= settled < 1:
-        raise ValueError(f"settled={settled!r} is no share of a mask; choose a number from 0 to below 1, such as 0.003")
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance={tolerance!r} is not above zero; choose a small number, such as 1e-3")
+    finite = math.isfinite
+    for name, value, allowed, needed in (
+        ("rho", rho, finite(rho) and rho > 0, "above zero, such as 0.01"),
+        ("growth", growth, finite(growth) and growth >= 1, "1 or more, as rho must not fall: 1.5, say"),
+        ("rounds", rounds, rounds >= 1, "1 or more, such as 60"),
+        ("settled", settled, 0 <= settled < 1, "a share of the mask, from 0 to below 1, such as 0.003"),
+        ("tolerance", tolerance, finite(tolerance) and tolerance > 0, "above zero, such as 1e-3"),
+    ):
+        if not allowed:
+            raise ValueError(f"{name}={value!r} must be {needed}")
 
 
 def _check_weight(weight: Tensor, dim: int, inputs: Tensor | Factor | None, outputs: Tensor | Factor | None) -> None:
@@ -490,16 +463,17 @@ def _check_weight(weight: Tensor, dim: int, inputs: Tensor | Factor | None, outp
             )
 
 
-def _check_moment(moment: Tensor, name: str) -> None:
-    if not moment.is_floating_point():
-        raise ValueError(f"{name} is {moment.dtype}; a floating-point tensor is needed")
-    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-        raise ValueError(f"{name} has shape {tuple(moment.shape)}; a square matrix is needed")
+def _check_moment(moment: Tensor) -> None:
+    square = moment.ndim == 2 and moment.shape[0] == moment.shape[1]
+    if not (square and moment.is_floating_point()):
+        raise ValueError(
+            f"the moment is {moment.dtype} of shape {tuple(moment.shape)}; a floating-point square matrix is needed"
+        )
     if not bool(torch.isfinite(moment).all()):
-        raise ValueError(f"{name} holds values that are not finite")
+        raise ValueError("the moment holds values that are not finite")
     if bool((moment.diagonal() < 0).any()):
-        raise ValueError(f"{name} has a negative number on its diagonal: it is no second moment")
+        raise ValueError("the moment has a negative number on its diagonal: it is no second moment")
     sums = [moment.sum(dim=side, dtype=torch.float64) for side in (0, 1)]
     limit = 1e-3 * float(moment.diagonal().sum(dtype=torch.float64))
     if bool(((sums[0] - sums[1]).abs() > limit).any()):
-        raise ValueError(f"{name} is not symmetric: it is no second moment")
+        raise ValueError("the moment is not symmetric: it is no second moment")

@@ -31,13 +31,13 @@ class WeightReport:
     """The count of one weight.
 
     Args:
-        name: its name.
-        shape: its shape.
-        pattern: the pattern it was held to.
+        name: of the weight.
+        shape: of the weight.
+        pattern: it was held to.
         dim: the grouped dimension.
-        groups: how many groups it has.
-        bad_groups: how many of them have more than ``keep`` non-zeros (NaN and infinity count as non-zero).
-        zeros: how many of its entries are zero.
+        groups: how many.
+        bad_groups: how many have more than ``keep`` non-zeros (NaN and infinity count as non-zero).
+        zeros: how many entries are zero.
     """
 
     name: str
@@ -93,16 +93,10 @@ class SparsityReport:
         return sum(weight.zeros for weight in self.weights) / total if total else 0.0
 
     def raise_if_violated(self) -> None:
-        """Raise if any weight violates its pattern.
-
-        Raises:
-            SparsityViolation: names each violating weight with its number of bad groups.
-        """
+        """Raise SparsityViolation, which names each violating weight with its number of bad groups, if there is any."""
         if not self.ok:
-            bad = "; ".join(
-                f"{w.name}: {w.bad_groups} of {w.groups} groups exceed {w.pattern}" for w in self.violations
-            )
-            raise SparsityViolation(f"{len(self.violations)} of {len(self.weights)} weights violate the pattern: {bad}")
+            bad = [f"{w.name}: {w.bad_groups} of {w.groups} groups exceed {w.pattern}" for w in self.violations]
+            raise SparsityViolation(f"{len(bad)} of {len(self.weights)} weights violate the pattern: {'; '.join(bad)}")
 
     def __iter__(self) -> Iterator[WeightReport]:
         return iter(self.weights)
@@ -120,12 +114,7 @@ class SparsityReport:
 
 
 def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> SparsityReport:
-    """Count the groups of each selected weight; a collective where weights are sharded.
-
-    Args:
-        selection: what to count, and by which pattern.
-        get: name -> tensor; called for one weight after the other.
-    """
+    """Count the groups of each selected weight, got by name one after the other; a collective if they are sharded."""
     likes, counts = [], []
     for weight in selection:
         t = get(weight.name).detach()
@@ -135,13 +124,10 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
         likes.append(t if is_sharded(t) else counts[-1])
     device = counts[0].device
     totals = reduce_sums([count.to(device) for count in counts], likes).tolist()
-    return SparsityReport(
-        tuple(
-            WeightReport(weight.name, weight.shape, weight.pattern, weight.dim, *counted)
-            for weight, counted in zip(selection, totals, strict=True)
-        ),
-        tuple(skipped for skipped in selection.skipped if skipped.wanted),
+    reports = (
+        WeightReport(w.name, w.shape, w.pattern, w.dim, *count) for w, count in zip(selection, totals, strict=True)
     )
+    return SparsityReport(tuple(reports), tuple(skipped for skipped in selection.skipped if skipped.wanted))
 
 
 def _check_countable(weight: SelectedWeight, t: Tensor) -> None:
@@ -177,13 +163,10 @@ def _count(t: Tensor, pattern: Pattern, dim: int) -> Tensor:
 def cover(
     named: nn.Module | dict[str, Tensor], pattern: Pattern | str | Select | Selection | None
 ) -> tuple[Selection, dict[str, Tensor]]:
-    """Choose the weights to count among those of a module, or tensors by name (meta tensors will do).
-
-    Returns:
-        The weights, and the tensor of each by name.
+    """Choose the weights to count, and the tensor of each by name, by the ``pattern`` of :func:`admm_nxm.verify`.
 
     Raises:
-        TypeError, ValueError: as in :func:`admm_nxm.verify`, of which the pattern is.
+        TypeError, ValueError: as there.
     """
     if isinstance(pattern, Selection):
         if not pattern.weights:

@@ -18,8 +18,8 @@ from .selection import is_conv1d
 __all__ = ["MAX_TOKENS", "Moments", "Statistics", "bytes_needed", "can_be_observed", "refuse_compiled"]
 
 MAX_TOKENS = 2048
-"""Tokens of one pass through one module that count, by default: what a step costs stays in proportion on devices whose
-float32 products are slow, and 16 steps give ten times as many tokens as most layers are wide."""
+"""Tokens of one pass through one module that count by default: cheap where float32 products are slow, and in 16 steps
+ten times as many as most layers are wide."""
 
 _GOLDEN = 2654435769  # 2**32 over the golden ratio
 
@@ -37,10 +37,9 @@ class Moments:
 
     Args:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
-        outputs: G, the sum of g g^T, (d_out, d_out), of the same dtype; None where only A is gathered.
+        outputs: G, the sum of g g^T, (d_out, d_out), likewise; None where only A is gathered.
         tokens: how many tokens the sums are over, int64, 0-d.
-        passes: how many passes there were, those that were dropped included, int64, 0-d. One step has several of them
-            with accumulated gradients, in several processes, and where a module is called several times.
+        passes: how many passes there were, with those dropped, int64, 0-d; one step may have several.
         dropped: how many of them were left out because x or g was not finite, int64, 0-d.
     """
 
@@ -72,15 +71,14 @@ class Statistics:
     that it did not have when it was compiled. This is the process-wide setting ``torch.compiler.set_stance``.
 
     Args:
-        modules: the modules of each weight, by the weight's name; several modules that share the weight count as one.
-        outputs: whether G is gathered. Without it nothing needs a backward pass: A is formed in the forward pass, with
-            or without gradients, and every token counts.
-        max_tokens: of how many tokens of one pass through one module at most the products are formed. Of more, as
-            many are taken, evenly spread and the same ones in every run.
+        modules: the modules of each weight, by its name; several that share the weight count as one.
+        outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
+            token counts.
+        max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
+            taken, evenly spread and the same ones in every run.
 
     Raises:
-        ValueError: no modules; a module that cannot be observed; modules of one weight that differ in size;
-            ``max_tokens`` below 1.
+        ValueError: no modules, one that cannot be observed, sizes of one weight that differ, ``max_tokens`` below 1.
     """
 
     def __init__(
@@ -96,9 +94,7 @@ class Statistics:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         self.outputs = outputs
         self.max_tokens = max_tokens
-        self.modules = {name: _distinct(found) for name, found in modules.items()}
-        for name, found in self.modules.items():
-            _check(name, found)
+        self.modules = {name: _observable(name, found) for name, found in modules.items()}
         self.moments: dict[str, Moments] = {}
         """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
@@ -112,7 +108,7 @@ class Statistics:
         return bool(self._handles)
 
     def attach(self, group: dist.ProcessGroup | None = None) -> None:
-        """Start to count passes. Call it between steps; nothing changes if it is attached.
+        """Start to count passes, between two steps; nothing changes if it is attached.
 
         Args:
             group: the processes whose sums :meth:`reduce` adds up; None means all.
@@ -142,8 +138,7 @@ class Statistics:
     def reduce(self) -> None:
         """Add up what the processes of the group have gathered since the last call; all hold the same sums afterwards.
 
-        A collective: all of them must call it, once each step, before the moments are read or saved. Does nothing in a
-        single process.
+        A collective, once each step, before the moments are read or saved. Does nothing in a single process.
         """
         if _world_size(self._group) == 1:
             return
@@ -154,27 +149,20 @@ class Statistics:
         pending = [dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in (counts, *sums)]
         for work in pending:
             work.wait()
-        for one, (tokens, passes, dropped) in zip(moments, counts.view(-1, 3), strict=True):
-            one.tokens.copy_(tokens)
-            one.passes.copy_(passes)
-            one.dropped.copy_(dropped)
+        for one, row in zip(moments, counts.view(-1, 3), strict=True):
+            for own, count in zip((one.tokens, one.passes, one.dropped), row, strict=True):
+                own.copy_(count)
         self._equal = True
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the moments by weight name, with the names of their fields, not copied.
-
-        With several processes, call :meth:`reduce` first: the state of one is then the state of all.
-        """
+        """Return the moments by weight name and field, not copied; the same in all processes after :meth:`reduce`."""
         return {name: one.tensors for name, one in self.moments.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Replace the moments by copies of what :meth:`state_dict` returned, on the devices of the weights.
 
-        Args:
-            state: moments by weight name.
-
         Raises:
-            ValueError: a name that is not among the modules, or tensors that do not fit the module. Nothing is loaded.
+            ValueError: as in :meth:`check`; nothing is loaded.
         """
         self.check(state)
         loaded = {}
@@ -187,9 +175,6 @@ class Statistics:
 
     def check(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse what :meth:`load_state_dict` cannot load.
-
-        Args:
-            state: moments by weight name.
 
         Raises:
             ValueError: a name that is not among the modules, or tensors that do not fit the module.
@@ -208,8 +193,6 @@ class Statistics:
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the moments; their hooks are not attached.
         return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None}
-
-    # ------------------------------------------------------------------------------------------------- one pass
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor | None) -> None:
@@ -260,10 +243,8 @@ class Statistics:
 
     def _new_moments(self, name: str, like: Tensor | None = None) -> Moments:
         module = self.modules[name][0]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        device = weight.device if like is None else like.device
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = _weight(module).device if like is None else like.device
+        dtype = torch.float64 if _weight(module).dtype == torch.float64 else torch.float32
         d_in, d_out = _sizes(module)
         return Moments(
             torch.zeros(d_in, d_in, dtype=dtype, device=device),
@@ -283,9 +264,8 @@ class Statistics:
 def can_be_observed(module: nn.Module) -> bool:
     """Return whether A and G of a module can be gathered: it is called, and its output is x W^T + b of its input.
 
-    These are ``nn.Linear`` and transformers' ``Conv1D``, and subclasses with the same forward. Not among them:
-    convolutions, experts in one 3-D parameter, the projections of ``nn.MultiheadAttention`` (its ``in_proj_weight`` is
-    a bare parameter, and its ``out_proj`` is never called), and subclasses of ``nn.Linear`` with another forward.
+    These are ``nn.Linear``, transformers' ``Conv1D``, and subclasses with the same forward. Not among them:
+    convolutions, fused experts, and the projections of ``nn.MultiheadAttention``, which are never called.
     """
     if is_conv1d(module):
         return True
@@ -297,16 +277,11 @@ def can_be_observed(module: nn.Module) -> bool:
 
 def bytes_needed(module: nn.Module) -> int:
     """Return the bytes that A and G of a module take."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return (8 if weight.dtype == torch.float64 else 4) * sum(size * size for size in _sizes(module))
+    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in _sizes(module))
 
 
 def refuse_compiled(model: nn.Module) -> None:
     """Refuse a compiled model where torch cannot run it eagerly for a while, which torch 2.6 and later can.
-
-    Args:
-        model: the model that is trained.
 
     Raises:
         ValueError: the model or a part of it is compiled, and torch is too old.
@@ -320,9 +295,6 @@ def refuse_compiled(model: nn.Module) -> None:
                 f"{repr(name) if name else 'the model'} is compiled, and torch {torch.__version__} cannot run compiled "
                 "code eagerly while statistics are gathered; use torch 2.6 or later, or train without torch.compile"
             )
-
-
-# ------------------------------------------------------------------------------------------------------------- hooks
 
 
 class _Hook:
@@ -365,8 +337,7 @@ class _Hook:
 class _Inert:
     """What the hook is in a copy of the model."""
 
-    def __call__(self, *args: Any) -> None:
-        pass
+    def __call__(self, *args: Any) -> None: ...
 
 
 class _Tap(torch.autograd.Function):
@@ -416,9 +387,6 @@ class _Eager:
 _EAGER = _Eager()
 
 
-# ------------------------------------------------------------------------------------------------------------ helpers
-
-
 def _add_products(total: Tensor, rows: Tensor) -> None:
     """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
@@ -434,12 +402,9 @@ def _is_dtensor(t: Tensor) -> bool:
     return hasattr(t, "full_tensor")
 
 
-def _distinct(modules: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    several = (modules,) if isinstance(modules, nn.Module) else modules
-    return tuple({id(module): module for module in several}.values())
-
-
-def _check(name: str, modules: Sequence[nn.Module]) -> None:
+def _observable(name: str, modules: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """Return the distinct modules of a weight; refuse those that cannot be observed."""
+    modules = (modules,) if isinstance(modules, nn.Module) else modules
     if not modules:
         raise ValueError(f"weight {name!r} has no module to gather statistics of")
     for module in modules:
@@ -451,15 +416,20 @@ def _check(name: str, modules: Sequence[nn.Module]) -> None:
     sizes = {_sizes(module) for module in modules}
     if len(sizes) > 1:
         raise ValueError(f"the modules of weight {name!r} differ in their (inputs, outputs): {sorted(sizes)}")
+    return tuple({id(module): module for module in modules}.values())
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """Return the numbers of inputs and of outputs of a module that can be observed."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0], weight.shape[1]
+    d_in, d_out = _weight(module).shape
+    return d_in, d_out
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def _world_size(group: dist.ProcessGroup | None) -> int:

@@ -740,8 +740,8 @@ def zero_partition() -> nn.Parameter:
 @pytest.mark.parametrize(
     ("param", "kind"),
     [
-        (FlatParameter(torch.ones(256)), "flattened parameter of shape (256,), as FSDP1 makes them"),
-        (nn.Parameter(torch.ones(128)), "flattened parameter of shape (128,), as FSDP1 makes them"),
+        (FlatParameter(torch.ones(256)), "flattened parameter of shape (256,): its groups are torn apart"),
+        (nn.Parameter(torch.ones(128)), "flattened parameter of shape (128,): its groups are torn apart"),
         (zero_partition(), "DeepSpeed ZeRO-3 partition of shape (0,)"),
     ],
     ids=["FlatParameter", "1-D weight of a Linear", "ZeRO-3"],

@@ -18,8 +18,7 @@ from ..selection import unwrap_model
 
 __all__ = ["DistillationConfig", "DistillationTrainer", "DistillationTrainerMixin"]
 
-_IGNORED = -100
-"""The label that the losses of transformers pass over."""
+_IGNORED = -100  # the label that the losses of transformers pass over
 
 
 @dataclass
@@ -29,12 +28,12 @@ class DistillationConfig:
     The loss is ``(1 - weight) * own loss + weight * distillation_loss + hidden_weight * hidden_state_loss``.
 
     Args:
-        distillation_weight: share of the soft targets, from 0 to 1.
+        distillation_weight: from 0 to 1.
         temperature: by which both distributions are softened, above 0.
-        hidden_weight: weight of the hidden states' difference, at least 0.
-        teacher_device: where the teacher runs; by default where the student does.
-        head: what the logits are, ``"classification"``, ``"multi_label"`` or ``"regression"``; by default as the
-            model's configuration says. Needed where the loss is a function of one's own.
+        hidden_weight: at least 0.
+        teacher_device: by default that of the student.
+        head: ``"classification"``, ``"multi_label"`` or ``"regression"``; by default as the model's configuration says.
+            Needed where the loss is a function of one's own.
 
     Raises:
         TypeError, ValueError: a value out of range.
@@ -65,9 +64,8 @@ else:
 class DistillationTrainerMixin(_Base):
     """Adds a teacher's outputs to the training loss; mix it in before the Trainer class.
 
-    The teacher runs in evaluation mode and without gradients. Sequence, token, multi-label, regression, question
-    answering and language-model heads are told apart by the model's configuration and the outputs' shape. Evaluation
-    reports the model's own loss.
+    Sequence, token, multi-label, regression, question answering and language-model heads are told apart by the model's
+    configuration and the outputs' shape. Evaluation reports the model's own loss.
 
     Args:
         args: as for the Trainer.
@@ -94,8 +92,7 @@ class DistillationTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if teacher is self.model:
             raise ValueError("the teacher is the model that is trained; pass a model of its own, trained before")
-        placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
-        if not placed:
+        if not (getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)):
             teacher.to(self.distillation_config.teacher_device or self.args.device)
         self.teacher = teacher.eval()
         self._teacher_takes = _parameters_of(teacher)
@@ -148,8 +145,7 @@ class DistillationTrainerMixin(_Base):
     def _scale(
         self, inputs: Mapping[str, Any], logits: Tensor, num_items: Tensor | int | None
     ) -> tuple[Tensor | None, float, float]:
-        """Return the divisor of the soft loss (None: its own number of positions), and factors of the soft and of the
-        hidden loss: with several batches a step, or several devices, they are scaled as the model's own loss is."""
+        """Return the divisor of the soft loss (None: its positions), and factors of both losses, as Trainer scales."""
         each = 1 / max(1, int(getattr(self, "current_gradient_accumulation_steps", 1)))
         by_items = bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         usual = (by_items and num_items is not None) or self.compute_loss_func is not None
@@ -176,9 +172,8 @@ class DistillationTrainerMixin(_Base):
 
     @torch.no_grad()
     def _own_loss_heeds(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int) -> bool:
-        """Find out whether the model's own loss is divided by the number of items that it is told: some models take
-        the number and leave it at that. Without dropout, so that no random number is drawn."""
-        model.eval()
+        """Whether the model's own loss is divided by the number of items that it is told: some models ignore it."""
+        model.eval()  # no dropout, so that no random number is drawn
         try:
             losses = []
             for number in (num_items, num_items * 2):

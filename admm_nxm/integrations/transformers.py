@@ -41,26 +41,24 @@ def _option(text: str, default: Any = None) -> Any:
 class ADMMConfig:
     """What :class:`ADMMTrainerMixin` gives to :class:`admm_nxm.ADMMNxM`; ``HfArgumentParser`` parses it.
 
-    The fields are that class's arguments, which it checks when training begins; ``prune_ratio``, ``paper``, ``rho`` and
-    ``update_every`` come besides. What a command line cannot spell (schedules, callables) goes into
-    :meth:`ADMMTrainerMixin.build_admm`.
+    The fields are that class's arguments, which it checks when training begins, and some besides. What a command line
+    cannot spell (schedules, callables) goes into :meth:`ADMMTrainerMixin.build_admm`.
 
     Args:
         pattern: ``"keep:group"``, such as ``"2:4"``. YAML needs the quotation marks.
-        prune_at: the step after which the weights are pruned.
+        prune_at: as of :class:`admm_nxm.ADMMNxM`.
         prune_ratio: the same as a share of the run, from 0 to 1.
-        calibration_steps: steps in which the statistics of one window of weights are gathered.
-        statistics_memory: bytes that the statistics may take at a time.
+        calibration_steps: as of :class:`admm_nxm.ADMMNxM`.
+        statistics_memory: likewise.
         select: regular expression -> pattern or null, first match wins: a mapping, or JSON of one.
         dims: regular expression -> grouped dimension: a mapping, or JSON of one.
-        ineligible: ``"error"`` or ``"skip"``, for weights that the rules ask for and that cannot be pruned.
+        ineligible: ``"error"`` or ``"skip"``.
         paper: the paper's form, :meth:`admm_nxm.ADMMNxM.paper`.
-        rho: penalty of the paper's form.
-        update_every: optimizer steps between two z/u updates of the paper's form.
+        rho: its penalty.
+        update_every: its steps between two z/u updates.
 
     Raises:
-        TypeError, ValueError: a pattern or JSON that cannot be read, both ``prune_at`` and ``prune_ratio``, or what
-            belongs to the paper's form without ``paper``.
+        TypeError, ValueError: unreadable, both ``prune_at`` and ``prune_ratio``, or ``rho`` without ``paper``.
     """
 
     pattern: str = _option("keep:group; 2:4 keeps 2 of every 4 weights", "2:4")
@@ -68,12 +66,10 @@ class ADMMConfig:
     prune_ratio: float | None = _option("the same as a share of the run, 0.85 by default")
     calibration_steps: int | None = _option("steps in which statistics are gathered")
     statistics_memory: int | None = _option("bytes that the statistics may take")
-    select: dict[str, str | None] | str | None = field(
-        default=None, metadata={"help": 'JSON: {"regular expression": "pattern" or null}, first match wins'}
+    select: dict[str, str | None] | str | None = _option(
+        'JSON: {"regular expression": "pattern" or null}, first match wins'
     )
-    dims: dict[str, int] | str | None = field(
-        default=None, metadata={"help": 'JSON: {"regular expression": grouped dimension}'}
-    )
+    dims: dict[str, int] | str | None = _option('JSON: {"regular expression": grouped dimension}')
     ineligible: str = _option("error or skip, for chosen weights that cannot be pruned", "error")
     paper: bool = _option("the form of the paper", False)
     rho: float | None = _option("penalty of the paper's form")
@@ -91,10 +87,7 @@ class ADMMConfig:
         if self.prune_ratio is not None and not 0 <= self.prune_ratio <= 1:
             raise ValueError(f"prune_ratio={self.prune_ratio!r} must be from 0 to 1: it is a share of the run")
         if not self.paper and (self.rho is not None or self.update_every is not None):
-            raise ValueError(
-                f"rho={self.rho!r} and update_every={self.update_every!r} belong to the paper's form; leave them out, "
-                "or give paper=True"
-            )
+            raise ValueError(f"rho={self.rho!r} and update_every={self.update_every!r} need paper=True")
 
     def options(self, total_steps: int) -> dict[str, Any]:
         """Return the keyword arguments of :class:`admm_nxm.ADMMNxM` for a run of that length."""
@@ -111,10 +104,7 @@ class ADMMConfig:
 def _read_pattern(name: str, pattern: object) -> None:
     if type(pattern) is int:
         keep, group = divmod(pattern, 60)
-        raise TypeError(
-            f"{name}={pattern} is a number: YAML reads {keep}:{group} without quotation marks in base 60. Write "
-            f'"{keep}:{group}", with them'
-        )
+        raise TypeError(f'{name}={pattern} is a number, as YAML reads {keep}:{group}; quote it: "{keep}:{group}"')
     Pattern.parse(pattern)  # type: ignore[arg-type]
 
 
@@ -156,13 +146,12 @@ class ADMMTrainerMixin(_Base):
 
     Args:
         args: as for the Trainer.
-        admm_config: the pattern and the rest; 2:4 with all defaults if left out.
+        admm_config: 2:4 with all defaults if left out.
         kwargs: as for the Trainer.
 
     Raises:
-        TypeError: ``admm_config`` is no ADMMConfig.
-        ValueError: DeepSpeed or FSDP with flat parameters; in :meth:`train`, an optimizer that steps in the backward
-            pass, a config beside an ADMMNxM of one's own, or what :class:`admm_nxm.ADMMNxM` refuses.
+        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, an optimizer that steps in the
+            backward pass, a config beside an ADMMNxM of one's own, or what :class:`admm_nxm.ADMMNxM` refuses.
 
     >>> from transformers import Seq2SeqTrainer
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
@@ -193,10 +182,7 @@ class ADMMTrainerMixin(_Base):
 
         Args:
             optimizer: over the parameters of ``self.model``.
-            total_steps: optimizer steps of the whole run.
-
-        Returns:
-            The wrapped optimizer.
+            total_steps: of the whole run.
         """
         model: Any = self.model
         return ADMMNxM(optimizer, model, **self.admm_config.options(total_steps))
@@ -222,8 +208,7 @@ class ADMMTrainerMixin(_Base):
             made = self._built = self.build_admm(made, total_steps)
         elif admm is not self._built and self._configured:
             raise ValueError(
-                f"the optimizer is an ADMMNxM of your own, and there is {self.admm_config} beside it; pass the plain "
-                "optimizer, or leave admm_config out"
+                f"the optimizer is an ADMMNxM of your own, and there is {self.admm_config} beside it; leave one out"
             )
         elif admm is self._built and not admm.finalized:
             # auto_find_batch_size has Trainer try again, from wherever the weights are now.
@@ -247,16 +232,11 @@ class ADMMTrainerMixin(_Base):
             raise
 
     def finalize_admm(self) -> SparsityReport | None:
-        """Make the weights satisfy the pattern; done by itself when training ends.
-
-        Returns:
-            The count of every group, kept in ``sparsity_report``; None if there was no training.
-        """
+        """Make the weights satisfy the pattern, as is done when training ends, and return the ``sparsity_report``."""
         admm = self.admm
         if admm is not None:
-            ship = getattr(admm, "eval", None)  # an inner optimizer that averages weights ships the averaged ones
-            if ship is not None:
-                ship()
+            # An inner optimizer that averages weights ships the averaged ones.
+            getattr(admm, "eval", lambda: None)()
             self.sparsity_report = admm.finalize()
             logger.info("%s", self.sparsity_report)
         return self.sparsity_report
@@ -280,8 +260,7 @@ class ADMMTrainerMixin(_Base):
         super().save_model(output_dir, _internal_call)
 
     def _is_dense(self) -> bool:
-        admm = self.admm
-        return admm is not None and not admm.frozen
+        return self.admm is not None and not self.admm.frozen
 
     def _what_to_do(self) -> str:
         assert self.admm is not None
@@ -292,8 +271,7 @@ class ADMMTrainerMixin(_Base):
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Draft the model card, as Trainer does (``push_to_hub`` asks for it), with a section on sparsity once the
-        weights are final."""
+        """Draft the model card, as Trainer does, with a section on sparsity once the weights are final."""
         super().create_model_card(*args, **kwargs)
         if self.sparsity_report is not None and self.is_world_process_zero():
             section = model_card(self.sparsity_report, optimizer=self.admm, history=self.state.log_history)
@@ -315,8 +293,7 @@ class ADMMTrainer(ADMMTrainerMixin, Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Makes sure that training begins with ADMM, begins the search for the best model anew at the solve, and finalizes
-    before any other callback sees the end."""
+    """Checks that training begins with ADMM, starts the choice of the best model anew at the solve, and finalizes."""
 
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer
