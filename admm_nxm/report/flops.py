@@ -32,19 +32,13 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
                 f"weight {name!r} is sharded, and its FLOPs cannot be told from those of its copies; give an example "
                 "with an unsharded model, or none to count per token"
             )
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if torch.is_tensor(example):
-        args = (example,)
-    elif isinstance(example, Mapping):
-        kwargs = dict(example)
-    elif isinstance(example, (tuple, list)):
-        args = tuple(example)
-    else:
+    if not isinstance(example, (Tensor, Mapping, tuple, list)):
         raise TypeError(
             f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
             "needed"
         )
+    args = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else tuple(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
     args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # see _evaluating
     sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
     counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
@@ -123,8 +117,7 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _add(self, t: Tensor, owner: int) -> None:
-        start = address(t)
-        if start:
+        if start := address(t):
             self._spans.append((start, start + t.numel() * t.element_size(), owner))
 
     def _owner(self, t: Tensor) -> int | None:

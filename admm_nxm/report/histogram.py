@@ -32,15 +32,14 @@ class Counts:
     Args:
         names: the weights that were counted together.
         edges: bounds of the bins, ascending, float64; each bin holds its lower bound, the last its upper one as well.
-        counts: how many non-zero entries fall into each bin, before and after, int64.
-        zeros: how many entries are zero, before and after.
-        beyond: how many entries lie outside of all bins, before and after.
+        counts: how many non-zero entries fall into each bin, shape (2, bins) for before and after, int64.
+        zeros, beyond: how many entries are zero, and lie outside of all bins, before and after.
         total: how many entries there are.
     """
 
     names: tuple[str, ...]
     edges: Tensor
-    counts: tuple[Tensor, Tensor]
+    counts: Tensor
     zeros: list[int] = field(default_factory=lambda: [0, 0])
     beyond: list[int] = field(default_factory=lambda: [0, 0])
     total: int = 0
@@ -73,18 +72,7 @@ class _Side:
 def count_pairs(
     before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
 ) -> dict[str, Counts]:
-    """Count the weights of two models, as :func:`admm_nxm.report.plots.plot_weights` documents.
-
-    Args:
-        before: the one model.
-        after: the other.
-        select: which weights.
-        label: name -> the picture that the weight belongs to.
-        bins: how many bins each picture has.
-
-    Returns:
-        Picture -> its counts, in the order of the weights.
-    """
+    """Return picture -> its counts, as :func:`admm_nxm.report.plots.plot_weights`; ``label`` names a picture."""
     with _open(before, "before") as old, _open(after, "after") as new:
         # What was pruned stands with the model after.
         names = _choose(old.tensors, new.opened.recorded() if select is None else select)
@@ -114,7 +102,7 @@ def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
     limit = min(spread, largest) or 1.0  # nothing but zeros: any range will do
     edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
     edges[-1] = limit
-    found = Counts(tuple(names), edges, (torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64)))
+    found = Counts(tuple(names), edges, torch.zeros(2, bins, dtype=torch.int64))
     for number, side in enumerate(sides):
         for name in names:
             for part in side.parts(name):
@@ -152,7 +140,6 @@ def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
         raise TypeError(f"select={select!r} must be a regular expression, names, or a Selection")
     if not wanted:
         raise ValueError(f"select={select!r} matches none of the {len(tensors)} weights, such as {[*tensors][:1]}")
-    missing = next((name for name in wanted if name not in tensors), None)
-    if missing is not None:
-        raise ValueError(f"select names weight {missing!r}, and before has no such weight")
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"select names weight {missing[0]!r}, and before has no such weight")
     return wanted

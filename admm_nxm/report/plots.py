@@ -71,19 +71,14 @@ def _drawing() -> Iterator[None]:
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
-    """Write a picture; what was there is replaced in one go. The same picture gives the same bytes.
+    """Write a picture to a path that ends in ``.svg``, ``.png`` or ``.pdf``, which is returned.
 
-    Args:
-        figure: the picture.
-        path: a file that ends in ``.svg``, ``.png`` or ``.pdf``.
-
-    Returns:
-        The path.
+    What was there is replaced in one go, or left as it was if the file cannot be written. The same picture gives the
+    same bytes.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: another ending.
-        OSError: the file cannot be written; what was there is left as it was.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -140,14 +135,11 @@ _PANELS = {
     "admm/mask_churn": "mask churn",
     "admm/rho": "penalty rho",
 }
-_SHARES = {"admm/sparsity", "admm/mask_churn"}
-
-# Ground and hatching of each phase.
-_PHASES = {
-    "dense": ("#f7f7f7", None),
-    "admm": ("#f7f7f7", None),
-    "calibration": ("#fff3d6", "\\\\"),
-    "frozen": ("#e6eef6", "//"),
+_PHASES: dict[Any, dict[str, Any]] = {
+    "dense": {"facecolor": "#f7f7f7"},
+    "admm": {"facecolor": "#f7f7f7"},
+    "calibration": {"facecolor": "#fff3d6", "hatch": "\\\\"},
+    "frozen": {"facecolor": "#e6eef6", "hatch": "//"},
 }
 
 
@@ -163,9 +155,6 @@ def plot_history(history: History | Mapping[str, History], *, title: str | None 
             :class:`~admm_nxm.report.history.Recorder` or its rows; the path of a saved history; or a mapping from names
             to any of these.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -240,7 +229,7 @@ def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, A
         axes.plot([], [], color="#444444", linestyle="", marker="|", markersize=12, label="weights pruned")
     axes.set_title(_PANELS[key])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if key in _SHARES:
+    if key in ("admm/sparsity", "admm/mask_churn"):
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif key != "loss":
@@ -257,17 +246,14 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if row.get("admm/phase") in _PHASES:
             begins.setdefault(row["admm/phase"], float(row["step"]))
-    frozen = _freeze(rows)
-    if frozen is not None:
+    if (frozen := _freeze(rows)) is not None:
         begins["frozen"] = frozen
-        errors = [row["admm/model_error"] for row in rows if "admm/model_error" in row]
-        said = f", model error {float(errors[-1]):.4f}" if errors else ""
-        label = f"weights pruned after step {frozen:g}{said}"
+        errors = [f", model error {float(row['admm/model_error']):.4f}" for row in rows if "admm/model_error" in row]
+        label = f"weights pruned after step {frozen:g}{''.join(errors[-1:])}"
         axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label=label)
     ends = [*list(begins.values())[1:], max(float(row["step"]) for row in rows)]
     for (phase, begin), end in zip(begins.items(), ends, strict=True):
-        ground, hatch = _PHASES[phase]
-        axes.axvspan(begin, end, facecolor=ground, edgecolor="#bbbbbb", hatch=hatch, linewidth=0, label=phase, zorder=0)
+        axes.axvspan(begin, end, edgecolor="#bbbbbb", linewidth=0, label=phase, zorder=0, **_PHASES[phase])
 
 
 def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -> Figure:
@@ -279,9 +265,6 @@ def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -
     Args:
         errors: name -> model error, such as ``optimizer.figures().model_errors``.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -351,12 +334,8 @@ def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure
     Args:
         report: from :func:`admm_nxm.verify` or ``finalize()``, which know of dense weights only those that the rules
             asked for; or from :func:`admm_nxm.report.sparsity_report`, which knows all, and marks what sparse tensor
-            cores cannot take. Biases and norms are left out; dense weights outside of the blocks are
-            counted below the map.
+            cores cannot take. Biases and norms are left out; dense weights outside of the blocks are counted below.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -447,20 +426,17 @@ def _draw_map(axes: Axes, rows: Sequence[Row], kinds: Sequence[str], cells: Mapp
 def _add_map_legend(figure: Figure, cells: Sequence[_Cell], apart: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    bad = sum(cell.bad > 0 for cell in cells)
-    dense = sum(not cell.entries for cell in cells)
-    partly = sum(cell.dense and cell.entries for cell in cells)
-    unfit = sum(cell.unfit > 0 for cell in cells)
-    entries = [
+    entries: list[tuple[int, str, dict[str, Any]]] = [
         (1, "share of zeros", {"facecolor": "#86bcdc"}),
-        (bad, f"× violates its pattern ({bad})", _BAD_LOOK),
-        (dense, f"left dense ({dense})", _DENSE_LOOK),
-        (partly, "* some of them left dense", _NO_LOOK),
-        (unfit, f"† not for sparse tensor cores ({unfit})", _NO_LOOK),
+        (sum(cell.bad > 0 for cell in cells), "× violates its pattern ({})", _BAD_LOOK),
+        (sum(not cell.entries for cell in cells), "left dense ({})", _DENSE_LOOK),
+        (sum(cell.dense > 0 and cell.entries > 0 for cell in cells), "* some of them left dense", _NO_LOOK),
+        (sum(cell.unfit > 0 for cell in cells), "† not for sparse tensor cores ({})", _NO_LOOK),
     ]
+    handles = [Patch(label=label.format(count), **look) for count, label, look in entries if count]
     if apart:
-        entries.append((1, f"left dense outside of the blocks: {len(apart)} ({such_as(apart)})", _NO_LOOK))
-    handles = [Patch(label=label, **look) for count, label, look in entries if count]
+        label = f"left dense outside of the blocks: {len(apart)} ({such_as(apart)})"
+        handles.append(Patch(label=label, **_NO_LOOK))
     figure.legend(handles=handles, loc="outside lower left", fontsize=8)
 
 
@@ -487,20 +463,16 @@ def plot_weights(
     twice.
 
     Args:
-        before: a module, a state dict, one tensor, or the path of a checkpoint: a ``.safetensors`` file, packed or
-            not, or a folder that holds one or a sharded set.
+        before: one tensor, or what :func:`admm_nxm.verify` takes: a module, a state dict, or the path of a checkpoint.
         after: the same model later, of any of these kinds.
         select: which weights: a :class:`~admm_nxm.Selection` (such as ``optimizer.selection``), names, or a regular
-            expression that is matched against the whole name. None takes those that
-            :class:`~admm_nxm.ADMMNxM` prunes by default.
+            expression that is matched against the whole name. None takes those that :class:`~admm_nxm.ADMMNxM` prunes
+            by default.
         by: one panel for ``"all"`` weights, for each ``"kind"`` (over all blocks), or for each ``"weight"``.
         bins: number of bins between -4 and 4 times the root mean square of a panel's non-zero weights. A share beyond
             them is written into the panel.
         labels: names of the two.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         FileNotFoundError: nothing at a path.
@@ -540,7 +512,7 @@ def _draw_histogram(axes: Axes, counts: Counts, labels: tuple[str, str]) -> None
 
     total = max(1, counts.total)
     edges = counts.edges.tolist()
-    before, after = [(side.double() / total).tolist() for side in counts.counts]
+    before, after = (counts.counts.double() / total).tolist()
     axes.stairs(before, edges, fill=True, facecolor="#cfcfcf", edgecolor="#9a9a9a", label=_visible(labels[0]))
     axes.stairs(after, edges, color="#0072b2", linewidth=1.4, label=_visible(labels[1]))
     axes.set_ylim(0, 1.35 * (max(before + after) or 1.0))  # room for what is written about the zeros
