@@ -45,10 +45,7 @@ def figures_row(optimizer: ADMMNxM) -> Row:
 
 
 class Recorder:
-    """Notes where a run stands, whenever the loop asks for it.
-
-    Each row has the step, the figures of :func:`figures_row`, and what the loop adds.
-    :func:`admm_nxm.report.plots.plot_history` draws it.
+    """Notes where a run stands, whenever the loop asks for it; :func:`admm_nxm.report.plots.plot_history` draws it.
 
     Args:
         optimizer: the ADMMNxM, or what Accelerate has made of it.
@@ -59,7 +56,7 @@ class Recorder:
     """
 
     rows: list[Row]
-    """One mapping a reading, in the order of the readings."""
+    """A mapping for each reading: the step, the figures of :func:`figures_row`, and what the loop added."""
 
     def __init__(self, optimizer: Any, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         found = find_admm(optimizer)
@@ -88,9 +85,8 @@ class Recorder:
         measured = figures_row(self._optimizer)
         if taken := given.keys() & {"step", *measured}:
             raise ValueError(f"{min(taken)!r} is filled in by the recorder; give the figure another name")
-        row: Row = {"step": self._optimizer.figures().step, **given, **measured}
-        self.rows.append(row)
-        return row
+        self.rows.append({"step": self._optimizer.figures().step, **given, **measured})
+        return self.rows[-1]
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the rows as JSON lines to a file, such as ``history.jsonl``, and return its path.

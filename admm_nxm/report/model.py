@@ -22,8 +22,6 @@ from .tensor_cores import BACKENDS, Backend, obstacles
 
 __all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "sparsity_report"]
 
-_FIGURES = ("ok", "sparsity", "parameters", "flops", "flops_per")  # of the whole report, as JSON has them
-
 
 @dataclass(frozen=True)
 class ModelWeight(WeightReport):
@@ -159,7 +157,7 @@ class ModelReport(SparsityReport):
         totals = {"covered": self.covered, "holding": self.holding, "tensor_cores": self.tensor_cores()}
         totals |= {backend: self.tensor_cores(backend) for backend in BACKENDS}
         return {
-            **{name: getattr(self, name) for name in _FIGURES},
+            **{name: getattr(self, name) for name in ("ok", "sparsity", "parameters", "flops", "flops_per")},
             "totals": {name: asdict(share) for name, share in totals.items()},
             "weights": [weight.to_dict() for weight in self.weights],
             "dense": [weight.to_dict() for weight in self.dense],
@@ -178,7 +176,8 @@ class ModelReport(SparsityReport):
             f"sparse tensor cores take {self.tensor_cores()}",
         ]
         headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
-        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in grouped(self.weights, _alike)])
+        alike = grouped(self.weights, lambda w: (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends))
+        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in alike])
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -213,11 +212,6 @@ class ModelReport(SparsityReport):
         return f"{sum(counted) / max(1, self.flops):.2%}" if counted else "not counted"
 
 
-def _alike(weight: ModelWeight) -> object:
-    refused = tuple(reason is None for reason in weight.tensor_cores.values())
-    return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -229,12 +223,10 @@ def sparsity_report(
 
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
-        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
-            a path, and else means ``"2:4"``.
-        example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
-            tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are 2
-            per token for each entry of a matrix that is no embedding (by its name, where only names are at hand), and
-            products of activations with each other, as in attention, are left out.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`.
+        example: an input of the module, to count the FLOPs of a forward pass in evaluation mode: a dict of keyword
+            arguments, a tuple of arguments or a tensor. Without it, FLOPs are 2 per token for each entry of a matrix
+            that is no embedding (by its name, where only names are at hand), and products of activations are left out.
 
     Raises:
         FileNotFoundError: nothing at that path.
@@ -274,10 +266,8 @@ def sparsity_report(
 
 @dataclass(frozen=True)
 class _Costs:
-    """FLOPs of a model, in all and by the identity of each weight."""
-
     total: int
-    by_weight: Mapping[object, int]
+    by_weight: Mapping[object, int]  # by the identity of the weight
     per: str
     note: str
 
@@ -287,8 +277,7 @@ _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
 
 def _identity(t: Tensor) -> object:
     """Return what tells a weight from others: its memory, which tied weights share even in a state dict."""
-    start = address(t)
-    return (start, tuple(t.shape)) if start else id(t)
+    return (start, tuple(t.shape)) if (start := address(t)) else id(t)
 
 
 def _is_weight(t: Tensor) -> bool:

@@ -125,8 +125,6 @@ def _zoom(axes: Axes, values: Iterable[float]) -> None:
         axes.set_ylim(bottom=0)
 
 
-# ---------------------------------------------------------------------- curves
-
 _PANELS = {
     "loss": "loss",
     "admm/sparsity": "share of zeros",
@@ -146,9 +144,8 @@ _PHASES: dict[Any, dict[str, Any]] = {
 def plot_history(history: History | Mapping[str, History], *, title: str | None = None) -> Figure:
     """Draw how a run came to its pattern: loss, share of zeros, and in the paper's form the residuals over the steps.
 
-    The phases are shaded, and a line marks the step after which the last weights were pruned. Once the mask is frozen
-    the residuals are exactly zero, for which a logarithmic axis has no place; what stays within one order of magnitude
-    has a plain axis. Several runs are drawn over each other, each with a line of its own.
+    The phases are shaded, and a line marks the step after which the last weights were pruned. Residuals are exactly
+    zero from then on, for which a logarithmic axis has no place. Several runs are drawn over each other.
 
     Args:
         history: ``trainer.state.log_history`` of an :class:`~admm_nxm.integrations.transformers.ADMMTrainer`; a
@@ -192,8 +189,8 @@ def _rows(run: str, history: Any) -> list[Mapping[str, Any]]:
     rows = [row for row in history if "step" in row]
     if not any("admm/phase" in row for row in rows):
         raise ValueError(
-            f"{run} has {len(rows)} rows with a step and none with a figure of ADMM, such as "
-            "'admm/phase'; ADMMTrainer logs them every logging_steps, a Recorder at each record()"
+            f"{run} has {len(rows)} rows with a step and none with a figure of ADMM ('admm/phase'); ADMMTrainer logs "
+            "them every logging_steps, a Recorder at each record()"
         )
     return rows
 
@@ -295,8 +292,6 @@ def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -
     return figure
 
 
-# ---------------------------------------------------------------------- map of the zeros
-
 _ROWS = 40  # of one column of the map: more stand beside it
 _WHOLE = "whole"  # the kind of what stands outside of all blocks
 _DENSE_LOOK: dict[str, Any] = {"facecolor": "#f4f4f4", "edgecolor": "#999999", "hatch": "///", "linewidth": 0.6}
@@ -327,9 +322,8 @@ class _Cell:
 def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure:
     """Draw which share of each weight is zero: a row for each block, a column for each kind of weight.
 
-    A cell shows its share as a number and as a shade. A thick frame and a cross mark weights that violate their
-    pattern; weights that stayed dense say so. Weights of one kind that a block has several times (experts) share a
-    cell. From 41 blocks on the map stands in several columns side by side.
+    A thick frame and a cross mark weights that violate their pattern; weights that stayed dense say so. Weights of one
+    kind that a block has several times (experts) share a cell. From 41 blocks on the map stands in several columns.
 
     Args:
         report: from :func:`admm_nxm.verify` or ``finalize()``, which know of dense weights only those that the rules
@@ -440,8 +434,6 @@ def _add_map_legend(figure: Figure, cells: Sequence[_Cell], apart: Sequence[str]
     figure.legend(handles=handles, loc="outside lower left", fontsize=8)
 
 
-# ---------------------------------------------------------------------- histograms
-
 _PANELS_AT_MOST = 48
 
 
@@ -458,9 +450,8 @@ def plot_weights(
     """Draw the distribution of a model's weights before and after.
 
     Zeros are counted apart: half of the weights in one bin would flatten all others. A line at zero marks them, their
-    share is written beside it, and each bin shows the other weights as a share of all. Weights are read and counted
-    one after the other, in parts, so that a checkpoint needs no more memory than its largest weight. Each is read
-    twice.
+    share is written beside it, and each bin shows the other weights as a share of all. Weights are read one after the
+    other, twice each, so that a checkpoint needs no more memory than its largest weight.
 
     Args:
         before: one tensor, or what :func:`admm_nxm.verify` takes: a module, a state dict, or the path of a checkpoint.
@@ -488,10 +479,8 @@ def plot_weights(
         raise ValueError(f"bins={bins!r} must be a whole number from 2 to 10000")
     found = count_pairs(before, after, select, kinds[by], bins)
     if len(found) > _PANELS_AT_MOST:
-        raise ValueError(
-            f"{len(found)} panels are too many to read (at most {_PANELS_AT_MOST}); choose fewer weights by select=, "
-            'or by="kind"'
-        )
+        few = f'at most {_PANELS_AT_MOST}; choose fewer weights by select=, or by="kind"'
+        raise ValueError(f"{len(found)} panels are too many to read ({few})")
     with _drawing():
         columns = min(3, len(found))
         rows = math.ceil(len(found) / columns)

@@ -1,8 +1,7 @@
 """Can sparse tensor cores take a weight through torch's semi-structured tensors, and if not, why not.
 
-Torch has two backends for them, CUTLASS and cuSPARSELt. Both compress a matrix of shape (output, input) along its
-inputs, each for some dtypes and for multiples of some shape only. What a GPU itself must be for them is a matter of
-:mod:`admm_nxm.export.semi_structured`; here everything is read off the weight.
+Torch's two backends compress a matrix of shape (output, input) along its inputs, each for some dtypes and for multiples
+of some shape only. Here everything is read off the weight; :mod:`admm_nxm.export.semi_structured` looks at the GPU.
 """
 
 from __future__ import annotations
