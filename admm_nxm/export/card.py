@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..grouping import starred
+from ..grouping import starred, such_as
 from ..io.files import atomic_file
 from ..optimizer import ADMMNxM
 from ..report.tensor_cores import hardware_pattern, implies
@@ -30,10 +30,6 @@ _PAPER = (
     "Holmes, Zhang, He, Wu, *NxMTransformer: Semi-Structured Sparsification for Natural Language Understanding via "
     "ADMM*, NeurIPS 2021, [arXiv 2110.15766](https://arxiv.org/abs/2110.15766)"
 )
-_MEANING = (
-    "Of every group of consecutive weights along the input dimension only some are not zero. The zeros are stored as "
-    "such: the model loads and runs like a dense one, and no faster by itself."
-)
 _SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
 _HARDWARE = hardware_pattern(torch.bfloat16)
 _TOLD_LAST = {
@@ -43,7 +39,8 @@ _TOLD_LAST = {
 }
 _SECTION_TEXT = """## Sparsity
 
-{meaning}
+Of every group of consecutive weights along the input dimension only some are not zero. The zeros are stored as such: \
+the model loads and runs like a dense one, and no faster by itself.{more}
 
 | | |
 |---|---|
@@ -77,18 +74,16 @@ def model_card(
     """Write the section of a model card that says how sparse a model is, how that came about, and how to check it.
 
     Args:
-        report: the count of the weights that ship, as :func:`admm_nxm.verify`, ``optimizer.finalize()`` and
-            :func:`admm_nxm.report.sparsity_report` return it.
-        optimizer: the optimizer of the run; its inner class, its schedule and how far pruning moved the model are told.
-        history: Trainer's ``state.log_history``, or the rows of a recorder; they give the model error, and the residual
-            of the paper's form before its freeze, where the optimizer does not know them.
-        method: how the weights were pruned, in a sentence of Markdown. By default ADMM if there is an optimizer or a
-            history, and nothing otherwise.
+        report: the count of the weights that ship, such as :func:`admm_nxm.verify` or ``finalize()`` returns.
+        optimizer: the optimizer of the run; its inner class, its schedule and its model error are told.
+        history: Trainer's ``state.log_history``, or the rows of a recorder; they give the model error where the
+            optimizer does not know it, and the residual of the paper's form before its freeze.
+        method: how the weights were pruned, in Markdown; None is ADMM if there is an optimizer or a history.
         parameters: number of all parameters of the model, for the share that is pruned; with an optimizer it is known.
 
     Returns:
-        Markdown, with the heading ``## Sparsity``. The command in it counts the weights that are recorded with the
-        model, see :func:`admm_nxm.io.selection_record.record_selection`; Trainer and the command line record them.
+        Markdown, with the heading ``## Sparsity``. The command in it counts the weights that
+        :func:`admm_nxm.io.selection_record.record_selection` recorded, as Trainer and the command line do.
 
     Raises:
         TypeError: ``report`` is no report, or ``optimizer`` no ADMMNxM.
@@ -119,8 +114,8 @@ def model_card(
     table = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items() if value]
     alike = Counter((starred(w.name), " × ".join(map(str, w.shape)), str(w.pattern)) for w in weights)
     pruned = [f"| `{name}` | {shape} | {pattern} | {count} |" for (name, shape, pattern), count in alike.items()]
-    meaning = _MEANING + (_SKIPPED_BY_HARDWARE if all(implies(w.pattern, _HARDWARE) for w in weights) else "")
-    return _SECTION_TEXT.format(meaning=meaning, table="\n".join(table), pruned="\n".join(pruned))
+    more = _SKIPPED_BY_HARDWARE if all(implies(w.pattern, _HARDWARE) for w in weights) else ""
+    return _SECTION_TEXT.format(more=more, table="\n".join(table), pruned="\n".join(pruned))
 
 
 def write_model_card(
@@ -131,7 +126,7 @@ def write_model_card(
     base_model: str | None = None,
     library_name: str | None = "transformers",
 ) -> Path:
-    """Put the section into ``README.md`` of a model folder, and what the Hub sorts models by into its metadata.
+    """Put the section into ``README.md`` of a model folder, with metadata for the Hub, and return that file's path.
 
     An earlier section is replaced where it stands, and everything else is kept: the user's text, and each entry of the
     metadata, to which only what is missing is added. Doing it again changes nothing.
@@ -142,9 +137,6 @@ def write_model_card(
         tags: further tags beside ``sparsity``, ``admm_nxm`` and the patterns that the section names, such as ``2:4``.
         base_model: the model that was fine-tuned, as the Hub knows it; a path of this machine is no such name.
         library_name: what the model is loaded with; None adds nothing.
-
-    Returns:
-        The file.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -162,9 +154,7 @@ def write_model_card(
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text; save it as such: {error}") from error
     if text.count(_BEGIN) != len(_SECTION.findall(text)) or text.count(_END) != text.count(_BEGIN):
-        raise ValueError(
-            f"{path} has {_BEGIN} without {_END}, or the reverse: put the missing one back, or delete both"
-        )
+        raise ValueError(f"{path} has {_BEGIN} without {_END}, or the reverse: add the missing one, or delete both")
     patterns = re.findall(r"\b\d+:\d+\b", next(iter(re.findall(r"^\| pattern \|.*$", section, re.MULTILINE)), ""))
     wanted = {"base_model": base_model, "library_name": library_name}
     head, body = _merge_metadata(path, text, ["sparsity", "admm_nxm", *patterns, *tags], wanted)
@@ -183,8 +173,7 @@ def _weights_of(report: object) -> list[WeightReport]:
     if not isinstance(report, Iterable):
         raise TypeError(f"report is a {type(report).__name__}; a SparsityReport is needed, as verify() returns it")
     weights = list(report)
-    kinds = {type(weight).__name__ for weight in weights if not isinstance(weight, WeightReport)}
-    if kinds:
+    if kinds := {type(weight).__name__ for weight in weights if not isinstance(weight, WeightReport)}:
         raise TypeError(f"the report holds a {min(kinds)}; WeightReports are needed, as verify() makes them")
     if not weights:
         raise ValueError("the report has no weight: there is nothing to say")
@@ -192,20 +181,17 @@ def _weights_of(report: object) -> list[WeightReport]:
 
 
 def _patterns(weights: Sequence[WeightReport]) -> str:
-    counts = Counter(weight.pattern for weight in weights)
+    counts, first = Counter(weight.pattern for weight in weights), weights[0].pattern
     if len(counts) == 1:
-        pattern = weights[0].pattern
-        return f"{pattern} (at most {pattern.keep} of every {pattern.group} weights are not zero)"
+        return f"{first} (at most {first.keep} of every {first.group} weights are not zero)"
     return ", ".join(f"{pattern} ({count} weights)" for pattern, count in counts.items())
 
 
 def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameters: int | None) -> str:
-    entries = sum(weight.numel for weight in weights)
-    zeros = sum(weight.zeros for weight in weights)
+    entries, zeros = sum(weight.numel for weight in weights), sum(weight.zeros for weight in weights)
     if parameters is None and optimizer is not None:
-        selection = optimizer.selection
-        shapes = [*(w.shape for w in selection.weights), *(s.shape for s in selection.skipped)]
-        parameters = sum(map(math.prod, shapes))
+        every = (*optimizer.selection.weights, *optimizer.selection.skipped)
+        parameters = sum(math.prod(weight.shape) for weight in every)
     of_all = f" of {parameters:,} parameters ({entries / parameters:.1%})" if parameters else " parameters"
     return f"{len(weights)} weights, {entries:,}{of_all}; {zeros / entries if entries else 0.0:.2%} of them are zero"
 
@@ -233,11 +219,8 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
     groups, bad = sum(w.groups for w in weights), sum(w.bad_groups for w in weights)
     if not bad:
         return f"**ok**: {groups:,} groups counted, 0 violate the pattern"
-    worst = [w.name for w in weights if not w.ok]
-    return (
-        f"**VIOLATED**: {bad:,} of {groups:,} groups, in {len(worst)} of {len(weights)} weights (`{worst[0]}`"
-        f"{', …' if worst[1:] else ''})"
-    )
+    worst = [f"`{w.name}`" for w in weights if not w.ok]
+    return f"**VIOLATED**: {bad:,} of {groups:,} groups, in {len(worst)} of {len(weights)} weights ({such_as(worst)})"
 
 
 def _merge_metadata(path: Path, text: str, tags: Sequence[str], wanted: Mapping[str, Any]) -> tuple[str, str]:

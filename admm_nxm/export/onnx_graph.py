@@ -1,7 +1,7 @@
 """The weights of an ONNX file: which constants its matrix products read, along which dimension, and by what name.
 
-The file's graph is parsed and never run. Weights are read one at a time, those in an external file too; what stands
-between a weight and its product is worked out by onnx's own shape inference and reference evaluator.
+The graph is parsed and never run, and weights are read one at a time. What stands between a weight and its product is
+worked out by onnx's own shape inference and reference evaluator.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ METADATA_KEY = "admm_nxm"
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # module path of each node, as torch's exporter leaves it
 # Names that exporters and optimizers make up: val_12, onnx::MatMul_345, _to_copy_3, 77.
 _ANONYMOUS = re.compile(r"(onnx::)?[A-Za-z_]*\d+(_[a-z]+)?")
-_FOLLOWED = frozenset(
-    {"Cast", "CastLike", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-)
+_FOLLOWED = {"Cast", "CastLike", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def require(package: str) -> Any:
@@ -43,22 +41,13 @@ def require(package: str) -> Any:
 
 @dataclass(frozen=True)
 class GraphWeight:
-    """A constant that a MatMul, Gemm or Conv multiplies by.
+    """A constant that a MatMul, Gemm or Conv multiplies by."""
 
-    Args:
-        name: its name in the file, or, where that is made up, that of the module whose product it is, if the file
-            tells it.
-        shape: its shape as the product reads it, after transposes on the way.
-        dim: the dimension that the product sums over.
-        problem: why its entries cannot be counted; None if they can.
-        read: reads the entries that are not zero, as a boolean tensor of that shape.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int
-    problem: str | None
-    read: Callable[[], Tensor]
+    name: str  # its own or, where that is made up, that of the module whose product it is, if the file tells it
+    shape: tuple[int, ...]  # as the product reads it, after transposes on the way
+    dim: int  # that the product sums over
+    problem: str | None  # why its entries cannot be counted; None if they can
+    read: Callable[[], Tensor]  # reads which entries are not zero, as a boolean tensor of that shape
 
     @property
     def anonymous(self) -> bool:
@@ -68,17 +57,11 @@ class GraphWeight:
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What an ONNX file says of its weights.
+    """What an ONNX file says of its weights."""
 
-    Args:
-        weights: every constant operand of a MatMul, Gemm or Conv.
-        recorded: the selection, as noted at the export; None in files of other makers.
-        opset: version of the default operator set.
-    """
-
-    weights: tuple[GraphWeight, ...]
-    recorded: Selection | None
-    opset: int
+    weights: tuple[GraphWeight, ...]  # every constant operand of a MatMul, Gemm or Conv
+    recorded: Selection | None  # as noted at the export; None in files of other makers
+    opset: int  # version of the default operator set
 
 
 def read_graph(path: Path) -> OnnxGraph:
@@ -95,7 +78,11 @@ def read_graph(path: Path) -> OnnxGraph:
     if not model.graph.node:
         raise _damaged(path, "it has no graph")
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    recorded = _recorded(path, model)
+    texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    try:
+        recorded = selection_from_json(texts[0]) if texts else None
+    except ValueError as error:
+        raise _damaged(path, f"its metadata {METADATA_KEY!r} cannot be read: {error!r}") from error
     weights: dict[tuple[str, int, tuple[int, ...]], GraphWeight] = {}
     try:
         for origin, weight in _Reader(onnx, path, opset).weights(model.graph, {}, {}):
@@ -109,24 +96,8 @@ def _damaged(path: Path, why: object) -> ValueError:
     return ValueError(f"{path} is not a readable ONNX file ({why}); export it again, for instance with export_onnx")
 
 
-def _recorded(path: Path, model: Any) -> Selection | None:
-    """Return the selection that export_onnx notes."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    if text is None:
-        return None
-    try:
-        return selection_from_json(text)
-    except ValueError as error:
-        raise _damaged(path, f"its metadata {METADATA_KEY!r} cannot be read: {error!r}") from error
-
-
-def _attribute(node: Any, name: str) -> Any:
-    return next((attribute for attribute in node.attribute if attribute.name == name), None)
-
-
 def _integer(node: Any, name: str, default: int) -> int:
-    found = _attribute(node, name)
-    return default if found is None else int(found.i)
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
 
 
 class _Reader:
@@ -144,9 +115,9 @@ class _Reader:
                 for body in (attribute.g, *attribute.graphs):
                     yield from self.weights(body, tensors, producers)
             yield from self._of_product(node, tensors, producers)
-            value = _attribute(node, "value") if node.op_type == "Constant" else None
-            if value is not None:
-                tensors[node.output[0]] = value.t
+            values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+            if node.op_type == "Constant" and values:
+                tensors[node.output[0]] = values[0]
             elif node.input and all(name in tensors or name in producers or not name for name in node.input):
                 for output in node.output:
                     producers.setdefault(output, node)
@@ -165,9 +136,8 @@ class _Reader:
                 return  # a vector has no groups that a matrix product could skip
             transposed = node.op_type == "Gemm" and _integer(node, ("transA", "transB")[side], 0) != 0
             dim = len(shape) - (2 if (side == 1) != transposed else 1)
-            name = origin
-            if _ANONYMOUS.fullmatch(origin) and (module := _module_of(node)):
-                name = f"{module}.weight"
+            module = _module_of(node) if _ANONYMOUS.fullmatch(origin) else ""
+            name = f"{module}.weight" if module else origin
             yield origin, GraphWeight(name, shape, 1 if node.op_type == "Conv" else max(dim, 0), problem, read)
             return
 
@@ -222,10 +192,8 @@ class _Reader:
             inferred = self.onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
         except Exception as error:  # of a class of its own
             raise _damaged(self.path, f"the shape of weight {origin!r} does not fit: {error}") from error
-        shapes = {
-            entry.name: tuple(size.dim_value for size in entry.type.tensor_type.shape.dim)
-            for entry in (*inferred.input, *inferred.value_info, *inferred.output)
-        }
+        known = (*inferred.input, *inferred.value_info, *inferred.output)
+        shapes = {entry.name: tuple(size.dim_value for size in entry.type.tensor_type.shape.dim) for entry in known}
         if math.prod(shapes[value]) != math.prod(tensor.dims):
             raise _damaged(self.path, f"weight {origin!r} of shape {tuple(tensor.dims)} does not fit {shapes[value]}")
         for step in steps:
@@ -240,11 +208,10 @@ class _Reader:
             sizes = tuple(extra.dims)
             if extra.name not in step.input[1:] or math.prod(sizes) == 1:
                 continue
-            width = shape[axis]
-            expected = list(shape if block else (width,))
+            width, blocks = shape[axis], list(shape)
             if block:
-                expected[axis] = -(-width // block)
-            if sizes != tuple(expected) or block > width:
+                blocks[axis] = -(-width // block)
+            if sizes != (tuple(blocks) if block else (width,)) or block > width:
                 raise _damaged(self.path, f"{extra.name!r} of shape {sizes} does not fit its weight of shape {shape}")
 
     def _loaded(self, tensor: Any, name: str) -> Any:
@@ -260,17 +227,16 @@ class _Reader:
             if link.is_symlink() and link.resolve().parent != folder.resolve():
                 raise FileNotFoundError(
                     f"{self.path} keeps weight {name!r} in {location!r}, and {link} is a symbolic link to "
-                    f"{link.resolve()}: links are not followed from one to the other. Put both files themselves into "
-                    "one folder (cp -L; from the Hugging Face Hub: download with local_dir=)"
+                    f"{link.resolve()}, which is not followed: put both files themselves into one folder (cp -L; from "
+                    "the Hugging Face Hub: download with local_dir=)"
                 )
         try:
             self.onnx.external_data_helper.load_external_data_for_tensor(loaded, str(folder))
         except Exception as error:  # of several classes, which differ between its versions
             beside = (folder / location).resolve()
             if location and beside.is_relative_to(folder.resolve()) and not beside.exists():
-                raise FileNotFoundError(
-                    f"{self.path} keeps weight {name!r} in {location}, which is not beside it"
-                ) from error
+                text = f"{self.path} keeps weight {name!r} in {location}, which is not beside it"
+                raise FileNotFoundError(text) from error
             raise _damaged(self.path, f"weight {name!r} cannot be read from {location!r}: {error}") from error
         return loaded
 

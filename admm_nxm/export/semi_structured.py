@@ -1,13 +1,12 @@
 """Linear weights as torch's semi-structured tensors, which sparse tensor cores multiply with.
 
-Torch calls these tensors a prototype whose interface may change. Its warning of that is left out here: what it asks
-for, to follow the changes, is the task of this module and not of its callers.
+Torch warns that these tensors are a prototype whose interface may change; to follow is the task of this module.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,15 +30,7 @@ _PREFERRED: tuple[Backend, ...] = ("cusparselt", "cutlass")
 
 @dataclass(frozen=True)
 class ConvertedWeight:
-    """A weight that sparse tensor cores multiply with.
-
-    Args:
-        name: its name in the model.
-        shape: its shape.
-        dtype: its dtype.
-        backend: who does it.
-        aliases: further names of the same weight, if it is tied.
-    """
+    """A weight that sparse tensor cores multiply with, by one backend; a tied one has further names, its aliases."""
 
     name: str
     shape: tuple[int, ...]
@@ -104,27 +95,22 @@ class SemiStructured:
         self.undo()
 
     def __str__(self) -> str:
-        swapped = [
-            (
-                joint_name([weight.name for weight in group]),
-                len(group),
-                "x".join(map(str, group[0].shape)),
-                str(group[0].dtype).removeprefix("torch."),
-                group[0].backend,
-            )
-            for group in grouped(self.converted, lambda w: (w.shape, w.dtype, w.backend))
-        ]
-        dense = [
-            (group[0].reason, len(group), such_as([weight.name for weight in group]))
-            for group in grouped(self.left, lambda weight: weight.reason)
-        ]
+        swapped = []
+        for group in grouped(self.converted, lambda w: (w.shape, w.dtype, w.backend)):
+            shape, dtype = "x".join(map(str, group[0].shape)), str(group[0].dtype).removeprefix("torch.")
+            swapped.append((joint_name([w.name for w in group]), len(group), shape, dtype, group[0].backend))
         parts = [
             f"{len(self.converted)} of {len(self.converted) + len(self.left)} linear weights are semi-structured",
             format_table(("weights", "number", "shape", "dtype", "backend"), swapped),
         ]
-        if dense:
-            parts.append(format_table(("left dense", "number", "such as"), dense))
+        if self.left:
+            parts.append(format_table(("left dense", "number", "such as"), _by_reason(self.left)))
         return "\n\n".join(parts)
+
+
+def _by_reason(left: Iterable[SkippedWeight]) -> list[tuple[str, int, str]]:
+    groups = grouped(left, lambda weight: weight.reason)
+    return [(group[0].reason, len(group), such_as([weight.name for weight in group])) for group in groups]
 
 
 def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> SemiStructured:
@@ -138,9 +124,6 @@ def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> S
         model: a model in evaluation mode, finalized, on a CUDA GPU of compute capability 8.0 or above, and in bfloat16
             or float16 (in float32, sparse tensor cores want 1:2 and CUTLASS).
         backend: ``"cutlass"`` or ``"cusparselt"``; None takes for each weight cuSPARSELt if it can, else CUTLASS.
-
-    Returns:
-        What was swapped, what was left and why, and the way back.
 
     Raises:
         RuntimeError: no CUDA GPU, or one that is too old; a weight could not be compressed.
@@ -169,7 +152,8 @@ def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> S
     for places in _linear_weights(model):
         first = next(place for place in places if place.is_linear)
         shape = tuple(first.param.shape)
-        chosen, problem = _choose(first, _problem(places, fused), backends, works)
+        obstructed = _problem(places, fused)
+        chosen, problem = (None, obstructed) if obstructed else _choose(first, backends, works)
         if chosen is None:
             left.append(SkippedWeight(first.name, shape, problem))
             continue
@@ -178,16 +162,13 @@ def to_semi_structured(model: nn.Module, *, backend: Backend | None = None) -> S
         param = _compressed(first, chosen)
         swaps += [(place, param) for place in places]
     if not converted:
-        reasons = "; ".join(
-            f"{group[0].reason} ({such_as([weight.name for weight in group])})"
-            for group in grouped(left, lambda weight: weight.reason)
-        )
+        reasons = "; ".join(f"{reason} ({names})" for reason, _, names in _by_reason(left))
         raise ValueError(f"no linear weight of the model can be converted: {reasons or 'it has none'}")
     dense = [(place, place.param) for place, _ in swaps]
     for place, param in swaps:
         place.module._parameters[place.attribute] = param
-    layers = {id(place.module): place.module for place, _ in swaps}
-    hooks = [layer.register_forward_pre_hook(_contiguous) for layer in layers.values()]
+    layers = dict.fromkeys(place.module for place, _ in swaps)
+    hooks = [layer.register_forward_pre_hook(_contiguous) for layer in layers]
     return SemiStructured(tuple(converted), tuple(left), dense, hooks)
 
 
@@ -196,15 +177,15 @@ def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(t.contiguous() if torch.is_tensor(t) else t for t in args)
 
 
-def _linear_weights(model: nn.Module) -> Iterator[list[_Place]]:
-    """Yield all places of each distinct weight that stands in a linear layer."""
+def _linear_weights(model: nn.Module) -> list[list[_Place]]:
+    """Return all places of each distinct weight that stands in a linear layer."""
     places: dict[int, list[_Place]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, param in module._parameters.items():
             if param is not None:
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 places.setdefault(id(param), []).append(_Place(name, module, attribute))
-    yield from (found for found in places.values() if any(place.is_linear for place in found))
+    return [found for found in places.values() if any(place.is_linear for place in found)]
 
 
 def _without_a_weight(model: nn.Module) -> list[SkippedWeight]:
@@ -217,11 +198,8 @@ def _without_a_weight(model: nn.Module) -> list[SkippedWeight]:
             found.append(SkippedWeight(f"{prefix}weight", (module.out_features, module.in_features), reason))
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention cuts it up itself"
-            found += [
-                SkippedWeight(prefix + attribute, tuple(param.shape), reason)
-                for attribute, param in module._parameters.items()
-                if param is not None and param.ndim == 2
-            ]
+            matrices = [(key, t) for key, t in module._parameters.items() if t is not None and t.ndim == 2]
+            found += [SkippedWeight(prefix + key, tuple(t.shape), reason) for key, t in matrices]
     return found
 
 
@@ -229,13 +207,9 @@ def _read_by_fused_kernels(model: nn.Module) -> set[int]:
     """Return the ids of linear layers whose weights torch's own Transformer layers hand to one fused kernel."""
     if not torch.backends.mha.get_fastpath_enabled():
         return set()
-    layers: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            layers += [module.linear1, module.linear2]
-        if isinstance(module, nn.MultiheadAttention):
-            layers.append(module.out_proj)
-    return {id(layer) for layer in layers}
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    heads = [id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    return {*heads, *(id(layer) for encoder in encoders for layer in (encoder.linear1, encoder.linear2))}
 
 
 def _problem(places: list[_Place], fused: set[int]) -> str | None:
@@ -265,24 +239,19 @@ def _misplaced(weight: Tensor) -> str | None:
 
 
 def _choose(
-    place: _Place,
-    problem: str | None,
-    backends: tuple[Backend, ...],
-    works: Callable[[Backend, torch.dtype, torch.device], str | None],
+    place: _Place, backends: tuple[Backend, ...], works: Callable[[Backend, torch.dtype, torch.device], str | None]
 ) -> tuple[Backend | None, str]:
-    """Return the first backend that takes a weight, or None and why none does: the problem, if it has one already."""
-    if problem is not None:
-        return None, problem
+    """Return the first backend that takes a weight, or None and why none does."""
     weight, pattern = place.param, hardware_pattern(place.param.dtype)
-    refused: dict[Backend, str] = {}
+    refused = []
     for backend in backends:
         problem = obstacle(backend, weight.shape, weight.dtype, pattern, place.dim)
         problem = problem or works(backend, weight.dtype, weight.device)
         if problem is None:
             break
-        refused[backend] = problem
+        refused.append(f"{backend}: {problem}")
     else:
-        return None, "; ".join(f"{backend}: {problem}" for backend, problem in refused.items())
+        return None, "; ".join(refused)
     selected = SelectedWeight(place.name, tuple(weight.shape), pattern, place.dim)
     (count,) = check_weights(Selection((selected,), ()), lambda _: weight)
     if not count.ok:
@@ -313,27 +282,21 @@ def _compress(matrix: Tensor, backend: Backend) -> Tensor:
     return tensor
 
 
-# ---------------------------------------------------------------------- the machine
-
-
 def _require_gpu(devices: Iterable[torch.device]) -> None:
     """Refuse to go on without a GPU that has sparse tensor cores."""
     where = "sparse tensor cores are in NVIDIA GPUs of compute capability 8.0 (Ampere) and above"
     if not torch.cuda.is_available():
         raise RuntimeError(f"no CUDA GPU is available, and {where}; run this on one, with a CUDA build of torch")
     for device in {device for device in devices if device.type == "cuda"} or {torch.device("cuda")}:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
             name = torch.cuda.get_device_name(device)
-            raise RuntimeError(f"{name} has compute capability {capability[0]}.{capability[1]}, and {where}")
+            raise RuntimeError(f"{name} has compute capability {major}.{minor}, and {where}")
 
 
 def _problem_here(backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why a backend does not work in a dtype on a device, found by trying it; None if it does.
-
-    Which GPUs a backend serves depends on the versions of torch and its libraries: CUTLASS compresses on a Hopper, for
-    instance, and then cannot multiply.
-    """
+    """Return why a backend does not work in a dtype on a device, found by trying it; None if it does."""
+    # It depends on the versions of torch and its libraries: CUTLASS compresses on a Hopper and then cannot multiply.
     matrix = torch.tensor([1, 0], dtype=dtype, device=device).repeat(64, 64)
     ones = torch.ones(16, 128, dtype=dtype, device=device)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,30 +21,21 @@ _COPIES = (torch.ops.aten._to_copy, torch.ops.aten.clone)
 
 
 def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int]]:
-    """Count the FLOPs of one forward pass in evaluation mode, and those of them that each parameter takes part in.
-
-    An operation belongs to the parameter whose memory it reads, be it through a view or a cast, so modules that run
-    twice, tied weights and weights that another module computes with are counted as they are used.
-    """
+    """Count the FLOPs of one forward pass in evaluation mode, and those of them that each parameter takes part in."""
+    # An operation belongs to the parameter whose memory it reads, be it through a view or a cast, so modules that run
+    # twice, tied weights and weights that another module computes with are counted as they are used.
     for name, param in model.named_parameters():
         if is_sharded(param):
             raise ValueError(
-                f"weight {name!r} is sharded, and its FLOPs cannot be told from those of its copies; give an example "
-                "with an unsharded model, or none to count per token"
+                f"weight {name!r} is sharded: its FLOPs cannot be told apart; unshard the model, or give no example"
             )
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if torch.is_tensor(example):
-        args = (example,)
-    elif isinstance(example, Mapping):
-        kwargs = dict(example)
-    elif isinstance(example, (tuple, list)):
-        args = tuple(example)
-    else:
+    if not isinstance(example, (Tensor, Mapping, tuple, list)):
         raise TypeError(
             f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
             "needed"
         )
+    args = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else tuple(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
     args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # see _evaluating
     sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
     counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
@@ -69,26 +60,20 @@ def _sdpa_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without gradients and torch's fused Transformer layers.
-
-    Those do a whole layer in one operation, which no FLOP counter can look into. On inputs of a module that require
-    gradients, as views of a parameter do even under no_grad, torch's counter sets a hook, which fails for such a view.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    params = [param for param in model.parameters() if param.requires_grad and param.is_leaf]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
+    """Put the model into evaluation mode, without gradients and torch's fused Transformer layers."""
+    # Those do a whole layer in one operation, which no FLOP counter can look into. On inputs of a module that require
+    # gradients, as views of a parameter do even under no_grad, torch's counter sets a hook, which fails for those.
+    with ExitStack() as undo:
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
         model.eval()
-        for param in params:
-            param.requires_grad_(False)
+        for param in model.parameters():
+            if param.requires_grad and param.is_leaf:
+                undo.callback(param.requires_grad_)
+                param.requires_grad_(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in flags:
-            module.training = training
-        for param in params:
-            param.requires_grad_(True)
 
 
 class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -114,8 +99,8 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # The factors of a product are its last two matrices: before them may stand what is added, after them a
             # vector of biases. The weight is the last that is a parameter: the one before may be a learned query.
             factors = [t for t in args if torch.is_tensor(t) and (copied or t.ndim > 1)][-2:]
-            owner = next((found for t in reversed(factors) if (found := self._owner(t)) is not None), None)
-            if owner is not None:
+            owners = [owner for owner in map(self._owner, reversed(factors)) if owner is not None]
+            for owner in owners[:1]:
                 self.flops[owner] = self.flops.get(owner, 0) + spent
                 if copied:
                     self._copies.append(out)
@@ -123,11 +108,9 @@ class _ByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _add(self, t: Tensor, owner: int) -> None:
-        start = address(t)
-        if start:
+        if start := address(t):
             self._spans.append((start, start + t.numel() * t.element_size(), owner))
 
     def _owner(self, t: Tensor) -> int | None:
-        """Return the parameter in whose memory a tensor starts."""
         at = address(t)
         return next((owner for start, stop, owner in self._spans if start <= at < stop), None)

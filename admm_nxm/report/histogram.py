@@ -27,23 +27,14 @@ _PART = 1 << 22  # entries counted at a time: 32 MiB in float64
 
 @dataclass
 class Counts:
-    """Two models' weights of one picture, counted into the same bins.
-
-    Args:
-        names: the weights that were counted together.
-        edges: bounds of the bins, ascending, float64; each bin holds its lower bound, the last its upper one as well.
-        counts: how many non-zero entries fall into each bin, before and after, int64.
-        zeros: how many entries are zero, before and after.
-        beyond: how many entries lie outside of all bins, before and after.
-        total: how many entries there are.
-    """
+    """Two models' weights of one picture, counted into the same bins; pairs are before and after."""
 
     names: tuple[str, ...]
-    edges: Tensor
-    counts: tuple[Tensor, Tensor]
+    edges: Tensor  # ascending, float64; each bin holds its lower bound, the last its upper one as well
+    counts: Tensor  # of non-zero entries in each bin, shape (2, bins), int64
+    total: int
     zeros: list[int] = field(default_factory=lambda: [0, 0])
-    beyond: list[int] = field(default_factory=lambda: [0, 0])
-    total: int = 0
+    beyond: list[int] = field(default_factory=lambda: [0, 0])  # outside of all bins
 
 
 @dataclass(frozen=True)
@@ -58,10 +49,7 @@ class _Side:
         """Yield the entries of a weight, some at a time, as float64 on the CPU."""
         tensor = self.opened.read(self.tensors[name]).detach()
         if is_sharded(tensor):
-            raise ValueError(
-                f"weight {name!r} is sharded over processes; save a full state dict and give its path, or pass full "
-                "tensors"
-            )
+            raise ValueError(f"weight {name!r} is sharded; pass full tensors, or the path of a saved full state dict")
         if tensor.is_meta:
             raise ValueError(f"weight {name!r} is on the meta device and has no entries; load the weights first")
         # A view if it can be: parts of a flattened copy would hold a second copy of the largest weight.
@@ -73,18 +61,7 @@ class _Side:
 def count_pairs(
     before: Weights, after: Weights, select: Chosen, label: Callable[[str], str], bins: int
 ) -> dict[str, Counts]:
-    """Count the weights of two models, as :func:`admm_nxm.report.plots.plot_weights` documents.
-
-    Args:
-        before: the one model.
-        after: the other.
-        select: which weights.
-        label: name -> the picture that the weight belongs to.
-        bins: how many bins each picture has.
-
-    Returns:
-        Picture -> its counts, in the order of the weights.
-    """
+    """Return picture -> its counts, as :func:`admm_nxm.report.plots.plot_weights`; ``label`` names a picture."""
     with _open(before, "before") as old, _open(after, "after") as new:
         # What was pruned stands with the model after.
         names = _choose(old.tensors, new.opened.recorded() if select is None else select)
@@ -114,7 +91,8 @@ def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
     limit = min(spread, largest) or 1.0  # nothing but zeros: any range will do
     edges = torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)
     edges[-1] = limit
-    found = Counts(tuple(names), edges, (torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64)))
+    total = sum(math.prod(sides[0].tensors[name].shape) for name in names)
+    found = Counts(tuple(names), edges, torch.zeros(2, bins, dtype=torch.int64), total)
     for number, side in enumerate(sides):
         for name in names:
             for part in side.parts(name):
@@ -123,7 +101,6 @@ def _count(names: list[str], sides: tuple[_Side, _Side], bins: int) -> Counts:
                 found.counts[number].add_(counted)
                 found.zeros[number] += part.numel() - values.numel()
                 found.beyond[number] += values.numel() - int(counted.sum())
-    found.total = sum(math.prod(sides[0].tensors[name].shape) for name in names)
     return found
 
 
@@ -152,7 +129,6 @@ def _choose(tensors: Mapping[str, Tensor], select: Chosen) -> list[str]:
         raise TypeError(f"select={select!r} must be a regular expression, names, or a Selection")
     if not wanted:
         raise ValueError(f"select={select!r} matches none of the {len(tensors)} weights, such as {[*tensors][:1]}")
-    missing = next((name for name in wanted if name not in tensors), None)
-    if missing is not None:
-        raise ValueError(f"select names weight {missing!r}, and before has no such weight")
+    if missing := [name for name in wanted if name not in tensors]:
+        raise ValueError(f"select names weight {missing[0]!r}, and before has no such weight")
     return wanted

@@ -28,9 +28,8 @@ def find_admm(optimizer: Any) -> ADMMNxM | None:
 def figures_row(optimizer: ADMMNxM) -> Row:
     """Return where a run stands, as :class:`admm_nxm.integrations.transformers.ADMMTrainer` logs it.
 
-    Args:
-        optimizer: the optimizer of the run. With the paper's form its residuals are measured: that waits for the
-            device and passes over all prunable weights, and is a collective where they are sharded.
+    In the paper's form the residuals are measured: that waits for the device and passes over all prunable weights, and
+    is a collective where they are sharded.
 
     Returns:
         ``admm/phase``, ``admm/sparsity``, once they are known ``admm/model_error`` and ``admm/frozen_at``, and in the
@@ -46,10 +45,7 @@ def figures_row(optimizer: ADMMNxM) -> Row:
 
 
 class Recorder:
-    """Notes where a run stands, whenever the loop asks for it.
-
-    Each row has the step, the figures of :func:`figures_row`, and what the loop adds.
-    :func:`admm_nxm.report.plots.plot_history` draws it.
+    """Notes where a run stands, whenever the loop asks for it; :func:`admm_nxm.report.plots.plot_history` draws it.
 
     Args:
         optimizer: the ADMMNxM, or what Accelerate has made of it.
@@ -60,7 +56,7 @@ class Recorder:
     """
 
     rows: list[Row]
-    """One mapping a reading, in the order of the readings."""
+    """A mapping for each reading: the step, the figures of :func:`figures_row`, and what the loop added."""
 
     def __init__(self, optimizer: Any, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         found = find_admm(optimizer)
@@ -79,7 +75,7 @@ class Recorder:
             more: further figures, such as ``eval_accuracy=0.9``; numbers, tensors with one entry, strings, booleans.
 
         Returns:
-            The row, which is also the last of :attr:`rows`.
+            The row.
 
         Raises:
             TypeError: a figure is of another kind, such as a tensor with more than one entry.
@@ -89,21 +85,14 @@ class Recorder:
         measured = figures_row(self._optimizer)
         if taken := given.keys() & {"step", *measured}:
             raise ValueError(f"{min(taken)!r} is filled in by the recorder; give the figure another name")
-        row: Row = {"step": self._optimizer.figures().step, **given, **measured}
-        self.rows.append(row)
-        return row
+        self.rows.append({"step": self._optimizer.figures().step, **given, **measured})
+        return self.rows[-1]
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the rows as JSON lines, one a row; what was there is replaced in one go.
+        """Write the rows as JSON lines to a file, such as ``history.jsonl``, and return its path.
 
-        Args:
-            path: the file, such as ``history.jsonl``. In a run of many processes one of them should write.
-
-        Returns:
-            The path.
-
-        Raises:
-            OSError: the file cannot be written; what was there is left as it was.
+        What was there is replaced in one go, or left as it was if the file cannot be written. In a run of many
+        processes one of them should write.
         """
         path = Path(path)
         # As in Trainer's own files, NaN and Infinity are spelled out: a run that blew up should show it.
@@ -119,25 +108,20 @@ def load_history(path: str | PathLike[str]) -> list[Row]:
     Args:
         path: JSON lines, as :meth:`Recorder.save` writes them, or the ``trainer_state.json`` of a Trainer's checkpoint.
 
-    Returns:
-        The rows.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else; the message names the line.
     """
     path = Path(path)
-    place = str(path)
-    rows: list[Row] = []
+    place, rows = str(path), []
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            rows = [{**row} for row in json.loads(text)["log_history"]]
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                place = f"{path}, line {number}"
-                if line.strip():
-                    rows.append({**json.loads(line)})
+            return [{**row} for row in json.loads(text)["log_history"]]
+        for number, line in enumerate(text.split("\n"), 1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                rows.append({**json.loads(line)})
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: brackets nested by the thousand
         raise ValueError(
             f"{place} is no history ({error!r}); a file written by Recorder.save, or Trainer's trainer_state.json, is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Union
 
 import torch
@@ -15,23 +15,12 @@ from ..grouping import grouped, joint_name, starred, such_as
 from ..io.verify import Target, open_target
 from ..memory import address
 from ..pattern import Pattern
-from ..selection import (
-    Select,
-    Selection,
-    SkippedWeight,
-    is_embedding,
-    named_tensors,
-    select_weights,
-    unwrap_model,
-)
+from ..selection import Select, Selection, SkippedWeight, is_embedding, named_tensors, select_weights, unwrap_model
 from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
 __all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "sparsity_report"]
-
-PER_TOKEN = "token"
-PER_PASS = "forward pass"
 
 
 @dataclass(frozen=True)
@@ -41,8 +30,7 @@ class ModelWeight(WeightReport):
     Args:
         dtype: its dtype.
         flops: its part of the model's FLOPs; None if it was not counted.
-        tensor_cores: for each backend of torch's semi-structured tensors why it cannot take the weight as it is, or
-            None if it can.
+        tensor_cores: backend of torch's semi-structured tensors -> why it cannot take the weight as it is, or None.
     """
 
     dtype: torch.dtype
@@ -118,21 +106,21 @@ class ModelReport(SparsityReport):
         weights: the covered weights.
         skipped: what the selection rules asked for but no pattern fits, and why.
         dense: every parameter that is not covered, those of ``skipped`` among them, and why.
-        flops: FLOPs of the whole model, per ``flops_per``; a multiplication and an addition are two.
-        flops_per: ``"forward pass"`` where an example was given, else ``"token"``.
+        flops: FLOPs of the whole model; a multiplication and an addition are two.
+        flops_per: what takes them: ``"forward pass"`` where an example was given, else ``"token"``.
         notes: how the FLOPs were counted and what they leave out.
     """
 
     weights: tuple[ModelWeight, ...]
     dense: tuple[DenseWeight, ...] = ()
     flops: int = 0
-    flops_per: str = PER_TOKEN
+    flops_per: str = "token"
     notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the whole model, tied ones once."""
-        return sum(weight.numel for weight in self.weights) + sum(weight.numel for weight in self.dense)
+        return sum(weight.numel for weight in (*self.weights, *self.dense))
 
     @property
     def covered(self) -> Share:
@@ -145,52 +133,31 @@ class ModelReport(SparsityReport):
         return self._share(weight for weight in self.weights if weight.ok)
 
     def tensor_cores(self, backend: Backend | None = None) -> Share:
-        """Return the weights that sparse tensor cores can take as they are.
-
-        Args:
-            backend: one backend; None for those that any of them can take.
-        """
+        """Return the weights that sparse tensor cores can take as they are, through one backend or any (None)."""
         return self._share(w for w in self.weights if (w.backends if backend is None else backend in w.backends))
 
     def _share(self, weights: Iterable[ModelWeight]) -> Share:
-        weights = tuple(weights)
-        parameters = sum(weight.numel for weight in weights)
-        flops = sum(weight.flops or 0 for weight in weights)
-        return Share(
-            len(weights),
-            parameters,
-            parameters / self.parameters if self.parameters else 0.0,
-            flops,
-            flops / self.flops if self.flops else 0.0,
-        )
+        sizes = [(weight.numel, weight.flops or 0) for weight in weights]
+        parameters, flops = sum(size for size, _ in sizes), sum(flops for _, flops in sizes)
+        return Share(len(sizes), parameters, parameters / max(1, self.parameters), flops, flops / max(1, self.flops))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values.
+        """Return the report as plain JSON values, under keys that later versions keep.
 
-        Returns:
-            A dictionary with these keys, which later versions keep:
-
-            - ``ok``: whether every covered weight holds its pattern.
-            - ``sparsity``: share of zeros over the covered weights.
-            - ``parameters``, ``flops``, ``flops_per``: those of the whole model, and ``"token"`` or
-              ``"forward pass"``.
-            - ``totals``: ``covered``, ``holding``, ``tensor_cores`` (by any backend), ``cutlass`` and ``cusparselt``,
-              each with ``weights``, ``parameters``, ``parameter_share``, ``flops`` and ``flop_share``.
-            - ``weights``: a list with ``name``, ``shape``, ``dtype``, ``pattern``, ``dim``, ``groups``,
-              ``bad_groups``, ``zeros``, ``sparsity``, ``parameters``, ``flops`` (null: not counted) and
-              ``tensor_cores`` (backend -> reason, or null if it can take the weight).
-            - ``dense``: a list with ``name``, ``shape``, ``reason``, ``wanted`` (the rules asked for it and no
-              pattern fits), ``parameters`` and ``flops``.
-            - ``notes``: a list of sentences on how the FLOPs were counted.
+        - ``ok``: whether every covered weight holds its pattern; ``sparsity``: share of zeros over the covered weights.
+        - ``parameters``, ``flops``, ``flops_per``, ``notes``: those of the whole model, as they are here.
+        - ``totals``: ``covered``, ``holding``, ``tensor_cores`` (by any backend), ``cutlass`` and ``cusparselt``, each
+          with ``weights``, ``parameters``, ``parameter_share``, ``flops`` and ``flop_share``.
+        - ``weights``: a list with ``name``, ``shape``, ``dtype``, ``pattern``, ``dim``, ``groups``, ``bad_groups``,
+          ``zeros``, ``sparsity``, ``parameters``, ``flops`` (null: not counted) and ``tensor_cores`` (backend ->
+          reason, or null if it can take the weight).
+        - ``dense``: a list with ``name``, ``shape``, ``reason``, ``wanted`` (the rules asked for it and no pattern
+          fits), ``parameters`` and ``flops``.
         """
         totals = {"covered": self.covered, "holding": self.holding, "tensor_cores": self.tensor_cores()}
         totals |= {backend: self.tensor_cores(backend) for backend in BACKENDS}
         return {
-            "ok": self.ok,
-            "sparsity": self.sparsity,
-            "parameters": self.parameters,
-            "flops": self.flops,
-            "flops_per": self.flops_per,
+            **{name: getattr(self, name) for name in ("ok", "sparsity", "parameters", "flops", "flops_per")},
             "totals": {name: asdict(share) for name, share in totals.items()},
             "weights": [weight.to_dict() for weight in self.weights],
             "dense": [weight.to_dict() for weight in self.dense],
@@ -209,28 +176,21 @@ class ModelReport(SparsityReport):
             f"sparse tensor cores take {self.tensor_cores()}",
         ]
         headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
-        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in grouped(self.weights, _alike)])
+        alike = grouped(self.weights, lambda w: (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends))
+        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in alike])
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
             for group in grouped(self.weights, lambda w, backend=backend: w.tensor_cores[backend])  # type: ignore[misc]
             if group[0].tensor_cores[backend] is not None
         ]
-        dense = ""
-        if self.dense:
-            rows = [
-                (
-                    group[0].reason,
-                    len(group),
-                    sum(weight.numel for weight in group),
-                    self._flop_share(group),
-                    such_as([weight.name for weight in group]),
-                )
-                for group in grouped(self.dense, lambda weight: weight.reason)
-            ]
-            dense = format_table(("left dense", "tensors", "parameters", "FLOPs", "such as"), rows)
+        left = [
+            (g[0].reason, len(g), sum(w.numel for w in g), self._flop_share(g), such_as([w.name for w in g]))
+            for g in grouped(self.dense, lambda weight: weight.reason)
+        ]
+        dense = format_table(("left dense", "tensors", "parameters", "FLOPs", "such as"), left) if left else ""
         parts = ("\n".join(summary), covered, "\n".join(refused), dense, "\n".join(self.notes))
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(filter(None, parts))
 
     def _row(self, group: Sequence[ModelWeight]) -> Sequence[object]:
         first = group[0]
@@ -249,14 +209,7 @@ class ModelReport(SparsityReport):
 
     def _flop_share(self, group: Sequence[ModelWeight] | Sequence[DenseWeight]) -> str:
         counted = [weight.flops for weight in group if weight.flops is not None]
-        if not counted:
-            return "not counted"
-        return f"{sum(counted) / self.flops if self.flops else 0.0:.2%}"
-
-
-def _alike(weight: ModelWeight) -> object:
-    refused = tuple(reason is None for reason in weight.tensor_cores.values())
-    return starred(weight.name), weight.shape, weight.dtype, weight.pattern, weight.dim, weight.ok, refused
+        return f"{sum(counted) / max(1, self.flops):.2%}" if counted else "not counted"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -270,15 +223,10 @@ def sparsity_report(
 
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
-        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`; None takes the selection recorded with
-            a path, and else means ``"2:4"``.
-        example: an input of the module, to count the FLOPs of a real forward pass: a dict of keyword arguments, a
-            tuple of arguments or a tensor. The pass runs in evaluation mode without gradients. Without it, FLOPs are 2
-            per token for each entry of a matrix that is no embedding (by its name, where only names are at hand), and
-            products of activations with each other, as in attention, are left out.
-
-    Returns:
-        The report.
+        pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`.
+        example: an input of the module, to count the FLOPs of a forward pass in evaluation mode: a dict of keyword
+            arguments, a tuple of arguments or a tensor. Without it, FLOPs are 2 per token for each entry of a matrix
+            that is no embedding (by its name, where only names are at hand), and products of activations are left out.
 
     Raises:
         FileNotFoundError: nothing at that path.
@@ -295,50 +243,31 @@ def sparsity_report(
     with open_target(target, "report on") as opened:
         named = opened.named
         selection, params = opened.cover(pattern)
-        dtypes: dict[str, torch.dtype] = {}
-
-        def get(name: str) -> Tensor:
-            t = opened.read(params[name])
-            dtypes[name] = t.dtype
-            return t
-
-        counts = check_weights(selection, get)
+        counts = check_weights(selection, lambda name: opened.read(params[name]))
     costs = _count_flops(named, example)
     sums_over = _reduction_dims(named, selection)
     weights = []
     for count in counts:
-        key = _identity(params[count.name])
-        dtype = dtypes[count.name]
+        key, dtype = _identity(params[count.name]), params[count.name].dtype
         reasons = obstacles(count.shape, dtype, count.pattern, count.dim, sums_over.get(key))
         if not count.ok:
             bad = f"{count.bad_groups} of {count.groups} groups exceed {count.pattern}: finalize or project it first"
             reasons = {backend: reason or bad for backend, reason in reasons.items()}
-        of_count = {field.name: getattr(count, field.name) for field in fields(count)}
-        weights.append(ModelWeight(**of_count, dtype=dtype, flops=costs.by_weight.get(key), tensor_cores=reasons))
+        weights.append(ModelWeight(**vars(count), dtype=dtype, flops=costs.by_weight.get(key), tensor_cores=reasons))
     dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
     notes = [costs.note]
-    uncounted = [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]
-    if uncounted:
+    if uncounted := [weight.name for weight in (*weights, *dense) if weight.flops is None]:
         notes.append(
             f"the FLOPs of {len(uncounted)} tensors that are no matrices are not counted ({such_as(uncounted)}); an "
             "example would count them"
         )
-    return ModelReport(
-        weights=tuple(weights),
-        skipped=counts.skipped,
-        dense=dense,
-        flops=costs.total,
-        flops_per=costs.per,
-        notes=tuple(notes),
-    )
+    return ModelReport(tuple(weights), counts.skipped, dense, costs.total, costs.per, tuple(notes))
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """FLOPs of a model, in all and by the identity of each weight."""
-
     total: int
-    by_weight: Mapping[object, int]
+    by_weight: Mapping[object, int]  # by the identity of the weight
     per: str
     note: str
 
@@ -348,8 +277,7 @@ _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
 
 def _identity(t: Tensor) -> object:
     """Return what tells a weight from others: its memory, which tied weights share even in a state dict."""
-    start = address(t)
-    return (start, tuple(t.shape)) if start else id(t)
+    return (start, tuple(t.shape)) if (start := address(t)) else id(t)
 
 
 def _is_weight(t: Tensor) -> bool:
@@ -383,25 +311,24 @@ def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
 
 
 def _count_flops(named: _Named, example: object) -> _Costs:
-    if example is None:
+    if example is None or not isinstance(named, nn.Module):
         return _flops_per_token(named)
     from .flops import count_forward  # costs an import that reports without an example do without
 
-    assert isinstance(named, nn.Module)
     model = unwrap_model(named)
     total, by_id = count_forward(model, example)
     by_weight = {_identity(param): by_id.get(id(param), 0) for param in model.parameters()}
     share = 1 - sum(by_id.values()) / total if total else 0.0
     note = f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
-    return _Costs(total, by_weight, PER_PASS, note)
+    return _Costs(total, by_weight, "forward pass", note)
 
 
 def _flops_per_token(named: _Named) -> _Costs:
     """Count two FLOPs for each entry of a matrix that is no embedding, in each of its places in the model."""
     note = "FLOPs are those of the matrices for one token; products of activations, as in attention, "
-    places: list[tuple[str, nn.Module | None, Tensor]]
     if isinstance(named, nn.Module):
         modules = unwrap_model(named).named_modules(remove_duplicate=False)
+        places: list[tuple[str, nn.Module | None, Tensor]]
         places = [("", m, param) for _, m in modules for param in m._parameters.values() if param is not None]
         note += "are left out; give an example to count a forward pass"
     else:
@@ -416,4 +343,4 @@ def _flops_per_token(named: _Named) -> _Costs:
         if costs_nothing or t.ndim == 2:
             key = _identity(t)
             by_weight[key] = by_weight.get(key, 0) + (0 if costs_nothing else 2 * t.numel())
-    return _Costs(sum(by_weight.values()), by_weight, PER_TOKEN, note)
+    return _Costs(sum(by_weight.values()), by_weight, "token", note)

@@ -71,19 +71,14 @@ def _drawing() -> Iterator[None]:
 
 
 def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
-    """Write a picture; what was there is replaced in one go. The same picture gives the same bytes.
+    """Write a picture to a path that ends in ``.svg``, ``.png`` or ``.pdf``, which is returned.
 
-    Args:
-        figure: the picture.
-        path: a file that ends in ``.svg``, ``.png`` or ``.pdf``.
-
-    Returns:
-        The path.
+    What was there is replaced in one go, or left as it was if the file cannot be written. The same picture gives the
+    same bytes.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: another ending.
-        OSError: the file cannot be written; what was there is left as it was.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -130,8 +125,6 @@ def _zoom(axes: Axes, values: Iterable[float]) -> None:
         axes.set_ylim(bottom=0)
 
 
-# ---------------------------------------------------------------------- curves
-
 _PANELS = {
     "loss": "loss",
     "admm/sparsity": "share of zeros",
@@ -140,32 +133,25 @@ _PANELS = {
     "admm/mask_churn": "mask churn",
     "admm/rho": "penalty rho",
 }
-_SHARES = {"admm/sparsity", "admm/mask_churn"}
-
-# Ground and hatching of each phase.
-_PHASES = {
-    "dense": ("#f7f7f7", None),
-    "admm": ("#f7f7f7", None),
-    "calibration": ("#fff3d6", "\\\\"),
-    "frozen": ("#e6eef6", "//"),
+_PHASES: dict[Any, dict[str, Any]] = {
+    "dense": {"facecolor": "#f7f7f7"},
+    "admm": {"facecolor": "#f7f7f7"},
+    "calibration": {"facecolor": "#fff3d6", "hatch": "\\\\"},
+    "frozen": {"facecolor": "#e6eef6", "hatch": "//"},
 }
 
 
 def plot_history(history: History | Mapping[str, History], *, title: str | None = None) -> Figure:
     """Draw how a run came to its pattern: loss, share of zeros, and in the paper's form the residuals over the steps.
 
-    The phases are shaded, and a line marks the step after which the last weights were pruned. Once the mask is frozen
-    the residuals are exactly zero, for which a logarithmic axis has no place; what stays within one order of magnitude
-    has a plain axis. Several runs are drawn over each other, each with a line of its own.
+    The phases are shaded, and a line marks the step after which the last weights were pruned. Residuals are exactly
+    zero from then on, for which a logarithmic axis has no place. Several runs are drawn over each other.
 
     Args:
         history: ``trainer.state.log_history`` of an :class:`~admm_nxm.integrations.transformers.ADMMTrainer`; a
             :class:`~admm_nxm.report.history.Recorder` or its rows; the path of a saved history; or a mapping from names
             to any of these.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -203,8 +189,8 @@ def _rows(run: str, history: Any) -> list[Mapping[str, Any]]:
     rows = [row for row in history if "step" in row]
     if not any("admm/phase" in row for row in rows):
         raise ValueError(
-            f"{run} has {len(rows)} rows with a step and none with a figure of ADMM, such as "
-            "'admm/phase'; ADMMTrainer logs them every logging_steps, a Recorder at each record()"
+            f"{run} has {len(rows)} rows with a step and none with a figure of ADMM ('admm/phase'); ADMMTrainer logs "
+            "them every logging_steps, a Recorder at each record()"
         )
     return rows
 
@@ -240,7 +226,7 @@ def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, A
         axes.plot([], [], color="#444444", linestyle="", marker="|", markersize=12, label="weights pruned")
     axes.set_title(_PANELS[key])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if key in _SHARES:
+    if key in ("admm/sparsity", "admm/mask_churn"):
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif key != "loss":
@@ -257,17 +243,14 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if row.get("admm/phase") in _PHASES:
             begins.setdefault(row["admm/phase"], float(row["step"]))
-    frozen = _freeze(rows)
-    if frozen is not None:
+    if (frozen := _freeze(rows)) is not None:
         begins["frozen"] = frozen
-        errors = [row["admm/model_error"] for row in rows if "admm/model_error" in row]
-        said = f", model error {float(errors[-1]):.4f}" if errors else ""
-        label = f"weights pruned after step {frozen:g}{said}"
+        errors = [f", model error {float(row['admm/model_error']):.4f}" for row in rows if "admm/model_error" in row]
+        label = f"weights pruned after step {frozen:g}{''.join(errors[-1:])}"
         axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label=label)
     ends = [*list(begins.values())[1:], max(float(row["step"]) for row in rows)]
     for (phase, begin), end in zip(begins.items(), ends, strict=True):
-        ground, hatch = _PHASES[phase]
-        axes.axvspan(begin, end, facecolor=ground, edgecolor="#bbbbbb", hatch=hatch, linewidth=0, label=phase, zorder=0)
+        axes.axvspan(begin, end, edgecolor="#bbbbbb", linewidth=0, label=phase, zorder=0, **_PHASES[phase])
 
 
 def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -> Figure:
@@ -279,9 +262,6 @@ def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -
     Args:
         errors: name -> model error, such as ``optimizer.figures().model_errors``.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -311,8 +291,6 @@ def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -
         _add_legend(figure)
     return figure
 
-
-# ---------------------------------------------------------------------- map of the zeros
 
 _ROWS = 40  # of one column of the map: more stand beside it
 _WHOLE = "whole"  # the kind of what stands outside of all blocks
@@ -344,19 +322,14 @@ class _Cell:
 def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure:
     """Draw which share of each weight is zero: a row for each block, a column for each kind of weight.
 
-    A cell shows its share as a number and as a shade. A thick frame and a cross mark weights that violate their
-    pattern; weights that stayed dense say so. Weights of one kind that a block has several times (experts) share a
-    cell. From 41 blocks on the map stands in several columns side by side.
+    A thick frame and a cross mark weights that violate their pattern; weights that stayed dense say so. Weights of one
+    kind that a block has several times (experts) share a cell. From 41 blocks on the map stands in several columns.
 
     Args:
         report: from :func:`admm_nxm.verify` or ``finalize()``, which know of dense weights only those that the rules
             asked for; or from :func:`admm_nxm.report.sparsity_report`, which knows all, and marks what sparse tensor
-            cores cannot take. Biases and norms are left out; dense weights outside of the blocks are
-            counted below the map.
+            cores cannot take. Biases and norms are left out; dense weights outside of the blocks are counted below.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -447,24 +420,19 @@ def _draw_map(axes: Axes, rows: Sequence[Row], kinds: Sequence[str], cells: Mapp
 def _add_map_legend(figure: Figure, cells: Sequence[_Cell], apart: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    bad = sum(cell.bad > 0 for cell in cells)
-    dense = sum(not cell.entries for cell in cells)
-    partly = sum(cell.dense and cell.entries for cell in cells)
-    unfit = sum(cell.unfit > 0 for cell in cells)
-    entries = [
+    entries: list[tuple[int, str, dict[str, Any]]] = [
         (1, "share of zeros", {"facecolor": "#86bcdc"}),
-        (bad, f"× violates its pattern ({bad})", _BAD_LOOK),
-        (dense, f"left dense ({dense})", _DENSE_LOOK),
-        (partly, "* some of them left dense", _NO_LOOK),
-        (unfit, f"† not for sparse tensor cores ({unfit})", _NO_LOOK),
+        (sum(cell.bad > 0 for cell in cells), "× violates its pattern ({})", _BAD_LOOK),
+        (sum(not cell.entries for cell in cells), "left dense ({})", _DENSE_LOOK),
+        (sum(cell.dense > 0 and cell.entries > 0 for cell in cells), "* some of them left dense", _NO_LOOK),
+        (sum(cell.unfit > 0 for cell in cells), "† not for sparse tensor cores ({})", _NO_LOOK),
     ]
+    handles = [Patch(label=label.format(count), **look) for count, label, look in entries if count]
     if apart:
-        entries.append((1, f"left dense outside of the blocks: {len(apart)} ({such_as(apart)})", _NO_LOOK))
-    handles = [Patch(label=label, **look) for count, label, look in entries if count]
+        label = f"left dense outside of the blocks: {len(apart)} ({such_as(apart)})"
+        handles.append(Patch(label=label, **_NO_LOOK))
     figure.legend(handles=handles, loc="outside lower left", fontsize=8)
 
-
-# ---------------------------------------------------------------------- histograms
 
 _PANELS_AT_MOST = 48
 
@@ -482,25 +450,20 @@ def plot_weights(
     """Draw the distribution of a model's weights before and after.
 
     Zeros are counted apart: half of the weights in one bin would flatten all others. A line at zero marks them, their
-    share is written beside it, and each bin shows the other weights as a share of all. Weights are read and counted
-    one after the other, in parts, so that a checkpoint needs no more memory than its largest weight. Each is read
-    twice.
+    share is written beside it, and each bin shows the other weights as a share of all. Weights are read one after the
+    other, twice each, so that a checkpoint needs no more memory than its largest weight.
 
     Args:
-        before: a module, a state dict, one tensor, or the path of a checkpoint: a ``.safetensors`` file, packed or
-            not, or a folder that holds one or a sharded set.
+        before: one tensor, or what :func:`admm_nxm.verify` takes: a module, a state dict, or the path of a checkpoint.
         after: the same model later, of any of these kinds.
         select: which weights: a :class:`~admm_nxm.Selection` (such as ``optimizer.selection``), names, or a regular
-            expression that is matched against the whole name. None takes those that
-            :class:`~admm_nxm.ADMMNxM` prunes by default.
+            expression that is matched against the whole name. None takes those that :class:`~admm_nxm.ADMMNxM` prunes
+            by default.
         by: one panel for ``"all"`` weights, for each ``"kind"`` (over all blocks), or for each ``"weight"``.
         bins: number of bins between -4 and 4 times the root mean square of a panel's non-zero weights. A share beyond
             them is written into the panel.
         labels: names of the two.
         title: above all; none by default.
-
-    Returns:
-        A matplotlib figure; see :func:`save_figure`.
 
     Raises:
         FileNotFoundError: nothing at a path.
@@ -516,10 +479,8 @@ def plot_weights(
         raise ValueError(f"bins={bins!r} must be a whole number from 2 to 10000")
     found = count_pairs(before, after, select, kinds[by], bins)
     if len(found) > _PANELS_AT_MOST:
-        raise ValueError(
-            f"{len(found)} panels are too many to read (at most {_PANELS_AT_MOST}); choose fewer weights by select=, "
-            'or by="kind"'
-        )
+        few = f'at most {_PANELS_AT_MOST}; choose fewer weights by select=, or by="kind"'
+        raise ValueError(f"{len(found)} panels are too many to read ({few})")
     with _drawing():
         columns = min(3, len(found))
         rows = math.ceil(len(found) / columns)
@@ -540,7 +501,7 @@ def _draw_histogram(axes: Axes, counts: Counts, labels: tuple[str, str]) -> None
 
     total = max(1, counts.total)
     edges = counts.edges.tolist()
-    before, after = [(side.double() / total).tolist() for side in counts.counts]
+    before, after = (counts.counts.double() / total).tolist()
     axes.stairs(before, edges, fill=True, facecolor="#cfcfcf", edgecolor="#9a9a9a", label=_visible(labels[0]))
     axes.stairs(after, edges, color="#0072b2", linewidth=1.4, label=_visible(labels[1]))
     axes.set_ylim(0, 1.35 * (max(before + after) or 1.0))  # room for what is written about the zeros

@@ -1,8 +1,7 @@
 """Can sparse tensor cores take a weight through torch's semi-structured tensors, and if not, why not.
 
-Torch has two backends for them, CUTLASS and cuSPARSELt. Both compress a matrix of shape (output, input) along its
-inputs, each for some dtypes and for multiples of some shape only. What a GPU itself must be for them is a matter of
-:mod:`admm_nxm.export.semi_structured`; here everything is read off the weight.
+Torch's two backends compress a matrix of shape (output, input) along its inputs, each for some dtypes and for multiples
+of some shape only. Here everything is read off the weight; :mod:`admm_nxm.export.semi_structured` looks at the GPU.
 """
 
 from __future__ import annotations
@@ -28,24 +27,18 @@ _TWO_OF_FOUR, _ONE_OF_TWO = Pattern(2, 4), Pattern(1, 2)
 _MULTIPLES: Mapping[Backend, Mapping[torch.dtype, tuple[int, int]]] = {
     "cutlass": {
         torch.int8: (16, 128),
-        torch.float16: (32, 64),
-        torch.bfloat16: (32, 64),
+        **dict.fromkeys((torch.float16, torch.bfloat16), (32, 64)),
         torch.float32: (32, 32),
     },
     "cusparselt": {
-        torch.float8_e4m3fn: (32, 32),
-        torch.int8: (32, 32),
-        torch.float16: (16, 16),
-        torch.bfloat16: (16, 16),
+        **dict.fromkeys((torch.float8_e4m3fn, torch.int8), (32, 32)),
+        **dict.fromkeys((torch.float16, torch.bfloat16), (16, 16)),
     },
 }
 
 
 def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
-    """Return what the numbers of outputs and inputs of a weight must be multiples of.
-
-    Args:
-        backend: ``"cutlass"`` or ``"cusparselt"``.
+    """Return what a backend wants the numbers of outputs and inputs of a weight to be multiples of.
 
     Returns:
         dtype -> (multiple of the outputs, multiple of the inputs). Other dtypes the backend does not take.
@@ -72,15 +65,10 @@ def hardware_pattern(dtype: torch.dtype) -> Pattern:
 
 
 def implies(pattern: Pattern, required: Pattern) -> bool:
-    """Return whether every weight that satisfies one pattern satisfies another.
+    """Return whether every weight that satisfies one pattern satisfies the one required.
 
-    Args:
-        pattern: what the weight satisfies.
-        required: what is asked of it, with groups that start where the weight does.
-
-    Returns:
-        True if each aligned group of ``required`` has at most its ``keep`` non-zeros, however those of ``pattern``
-        lie.
+    The groups of both start where the weight does; of ``required``, each has at most its ``keep`` non-zeros, however
+    those of ``pattern`` lie.
 
     >>> two_of_four = Pattern(2, 4)
     >>> [p for p in ("2:4", "1:4", "1:2", "2:8", "4:8", "4:16") if implies(Pattern.parse(p), two_of_four)]
@@ -89,11 +77,9 @@ def implies(pattern: Pattern, required: Pattern) -> bool:
     # The two grids repeat after their least common multiple.
     for start in range(0, math.lcm(pattern.group, required.group), required.group):
         stop = start + required.group
-        most = 0
-        for group in range(start // pattern.group, math.ceil(stop / pattern.group)):
-            overlap = min(stop, (group + 1) * pattern.group) - max(start, group * pattern.group)
-            most += min(pattern.keep, overlap)
-        if most > required.keep:
+        groups = range(start // pattern.group * pattern.group, stop, pattern.group)
+        overlaps = (min(stop, first + pattern.group) - max(start, first) for first in groups)
+        if sum(min(pattern.keep, overlap) for overlap in overlaps) > required.keep:
             return False
     return True
 
@@ -115,12 +101,8 @@ def obstacle(
         shape: shape of the weight as it is stored.
         dtype: its dtype.
         pattern: the pattern that it holds, or its spelling.
-        dim: the grouped dimension. Of a matrix stored as (input, output), where it is the first, the transpose is
-            what would be compressed.
+        dim: the grouped dimension; where it is the first, the transpose is what would be compressed.
         reduction_dim: the dimension that its layer sums over; None if that is the grouped one.
-
-    Returns:
-        A short reason, or None.
 
     Raises:
         ValueError: no such backend, or an unknown pattern.
@@ -156,11 +138,7 @@ def obstacle(
 
 
 def obstacles(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    pattern: Pattern | str,
-    dim: int = -1,
-    reduction_dim: int | None = None,
+    shape: Sequence[int], dtype: torch.dtype, pattern: Pattern | str, dim: int = -1, reduction_dim: int | None = None
 ) -> dict[Backend, str | None]:
     """Return for each backend why it cannot take a weight, None where it can; arguments as for :func:`obstacle`.
 
