@@ -190,8 +190,8 @@ def _patterns(weights: Sequence[WeightReport]) -> str:
 def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameters: int | None) -> str:
     entries, zeros = sum(weight.numel for weight in weights), sum(weight.zeros for weight in weights)
     if parameters is None and optimizer is not None:
-        every = (*optimizer.selection.weights, *optimizer.selection.skipped)
-        parameters = sum(math.prod(weight.shape) for weight in every)
+        shapes = [w.shape for w in optimizer.selection.weights] + [s.shape for s in optimizer.selection.skipped]
+        parameters = sum(map(math.prod, shapes))
     of_all = f" of {parameters:,} parameters ({entries / parameters:.1%})" if parameters else " parameters"
     return f"{len(weights)} weights, {entries:,}{of_all}; {zeros / entries if entries else 0.0:.2%} of them are zero"
 

@@ -67,8 +67,7 @@ class _Place:
 class SemiStructured:
     """What :func:`to_semi_structured` has done to a model; prints as tables.
 
-    As a context manager it undoes it at the end of the block. It holds the dense weights for that: drop it (``del``)
-    to free their memory, if the model is to stay as it is.
+    As a context manager it undoes it at the end of the block. It holds the dense weights for that: ``del`` frees them.
 
     Attributes:
         converted: the weights that sparse tensor cores multiply with now.

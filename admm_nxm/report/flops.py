@@ -30,10 +30,8 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
                 f"weight {name!r} is sharded: its FLOPs cannot be told apart; unshard the model, or give no example"
             )
     if not isinstance(example, (Tensor, Mapping, tuple, list)):
-        raise TypeError(
-            f"example is a {type(example).__name__}; a dict of keyword arguments, a tuple of arguments or a tensor is "
-            "needed"
-        )
+        kind = type(example).__name__
+        raise TypeError(f"example is a {kind}; a dict of keyword arguments, a tuple of arguments or a tensor is needed")
     args = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else tuple(example)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # see _evaluating

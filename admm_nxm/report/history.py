@@ -124,8 +124,7 @@ def load_history(path: str | PathLike[str]) -> list[Row]:
                 rows.append({**json.loads(line)})
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: brackets nested by the thousand
         raise ValueError(
-            f"{place} is no history ({error!r}); a file written by Recorder.save, or Trainer's trainer_state.json, is "
-            "needed"
+            f"{place} is no history ({error!r}); a file of Recorder.save or Trainer's trainer_state.json is needed"
         ) from None
     return rows
 
@@ -138,6 +137,5 @@ def _plain(name: str, value: Any) -> Any:
     try:  # numpy's scalars, and whatever else calls itself a number
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}; a number, a tensor with one entry or a string is needed"
-        ) from None
+        kind = type(value).__name__
+        raise TypeError(f"{name} is a {kind}; a number, a tensor with one entry or a string is needed") from None

@@ -120,7 +120,7 @@ class ModelReport(SparsityReport):
     @property
     def parameters(self) -> int:
         """Number of parameters of the whole model, tied ones once."""
-        return sum(weight.numel for weight in (*self.weights, *self.dense))
+        return sum(weight.numel for weight in self.weights) + sum(weight.numel for weight in self.dense)
 
     @property
     def covered(self) -> Share:
@@ -256,7 +256,7 @@ def sparsity_report(
         weights.append(ModelWeight(**vars(count), dtype=dtype, flops=costs.by_weight.get(key), tensor_cores=reasons))
     dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
     notes = [costs.note]
-    if uncounted := [weight.name for weight in (*weights, *dense) if weight.flops is None]:
+    if uncounted := [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]:
         notes.append(
             f"the FLOPs of {len(uncounted)} tensors that are no matrices are not counted ({such_as(uncounted)}); an "
             "example would count them"

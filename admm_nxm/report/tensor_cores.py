@@ -38,10 +38,7 @@ _MULTIPLES: Mapping[Backend, Mapping[torch.dtype, tuple[int, int]]] = {
 
 
 def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
-    """Return what a backend wants the numbers of outputs and inputs of a weight to be multiples of.
-
-    Returns:
-        dtype -> (multiple of the outputs, multiple of the inputs). Other dtypes the backend does not take.
+    """Return dtype -> (multiple of the outputs, multiple of the inputs) for each dtype that a backend takes.
 
     Raises:
         ValueError: no such backend.
