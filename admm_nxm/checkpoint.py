@@ -27,7 +27,7 @@ from .weights import CONSENSUS, MASK, Weight
 __all__ = ["Loaded", "check", "join"]
 
 _EXTRA = "admm"
-"""Key of what is neither state of a parameter nor a counter: ``names``, ``statistics`` and ``model_errors``."""
+"""Key of what is neither state nor a counter: ``names``, ``statistics``, ``model_errors`` and ``copies``."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Loaded:
         own: name of a weight -> what ADMMNxM stored for it.
         statistics: of the window that was under calibration; None if there are none.
         model_errors: name -> model error; empty if the checkpoint does not carry them.
+        copies: name -> key in the inner optimizer's state -> whether it is a second set of the weight; likewise.
     """
 
     inner: dict[str, Any]
@@ -47,6 +48,7 @@ class Loaded:
     own: Mapping[str, Mapping[str, Tensor]]
     statistics: Mapping[str, Any] | None
     model_errors: Mapping[str, float]
+    copies: Mapping[str, Mapping[str, bool]]
 
 
 def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +63,7 @@ def join(run: Run, state_dict: dict[str, Any]) -> dict[str, Any]:
     extra: dict[str, Any] = {
         "names": {weight.name: order[id(weight.param)] for weight in run.weights},
         "model_errors": dict(run.model_errors),
+        "copies": {w.name: {key: bool(flag) for key, flag in w.copy_flags.items()} for w in run.weights},
     }
     if run.statistics is not None:
         extra["statistics"] = run.statistics.state_dict()
@@ -95,7 +98,12 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
         _check_statistics(statistics)
     if not isinstance(errors, Mapping) or not all(isinstance(error, (int, float)) for error in errors.values()):
         raise ValueError("the checkpoint's model errors are no mapping to numbers: the checkpoint is damaged")
-    return Loaded(parts.inner, {**counters, "admm_selection": number}, own, statistics, dict(errors))
+    copies = parts.extra.get("copies", {})
+    if not isinstance(copies, Mapping) or not all(isinstance(flags, Mapping) for flags in copies.values()):
+        raise ValueError(
+            "the checkpoint's second sets of weights are no mapping of mappings: the checkpoint is damaged"
+        )
+    return Loaded(parts.inner, {**counters, "admm_selection": number}, own, statistics, dict(errors), copies)
 
 
 def selection_number(run: Run, *, paper: bool) -> int:

@@ -204,7 +204,8 @@ class ExactStep:
             raise ValueError(
                 f"calibration step {run.progress.calibrated} has gathered nothing: no selected module saw a training "
                 "pass through its own forward() and backward(). Likely cause: what is trained is a copy of the model, "
-                "or a graph of it that was recorded earlier (torch.export, CUDA graphs). Give ADMMNxM the model that "
+                "a graph of it that was recorded earlier (torch.export, CUDA graphs), or reentrant checkpointing of "
+                "inputs without gradients. Give ADMMNxM the model that "
                 "is trained, and record no graph before prune_at, or use ADMMNxM.paper(...)"
             )
 
@@ -307,7 +308,7 @@ def _shared_result(mine: Solved | None, weight: Weight, whole: Tensor, source: i
 
 
 class _SharedFactors:
-    """The factorisation of the last matrix of each kind: weights with the same inputs (q, k, v) share it."""
+    """The factorisation of the last matrix of each kind: neighbours with the same inputs and live tokens share it."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[Tensor, Factor]] = {}

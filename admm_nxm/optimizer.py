@@ -124,7 +124,7 @@ class ADMMNxM(Optimizer):
         given = {"calibration_steps": calibration_steps, "statistics_memory": statistics_memory}
         wrong = [key for key, value in given.items() if value is not None and not exact]
         if wrong:
-            raise TypeError(f'{" and ".join(wrong)} belong to w_step="exact"; leave them out here')
+            raise TypeError(f'for w_step="exact" alone: {" and ".join(wrong)}; leave out here')
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         selection, params = select_weights(
             model, Pattern.parse(pattern), select, dims=dims, ineligible=ineligible, held=held
@@ -234,7 +234,11 @@ class ADMMNxM(Optimizer):
             f'pattern {patterns}, w_step "{self.w_step}"',
             f"phase {now.phase}, step {now.step}" + ("" if now.total_steps is None else f" of {now.total_steps}"),
             f"{now.weights} weights with {now.entries:,} entries, "
-            + (f"{now.sparsity:.1%} of them zero" if now.sparsity else f"to be pruned after step {now.prune_at}"),
+            + (
+                f"to be pruned after step {now.prune_at}"
+                if now.frozen_at is None
+                else f"{now.sparsity:.1%} of them zero"
+            ),
         ]
         if now.model_error is not None:
             lines.append(f"model error {now.model_error:.4f}, mean over weights")
@@ -553,6 +557,8 @@ class ADMMNxM(Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         run = self._run
+        if run.refusal is not None:
+            raise RuntimeError(run.refusal)
         run.weights.rebind(self.inner)
         loaded = checkpoint.check(run, state_dict, paper=self.w_step == "optimizer")
         self._w_step.check_resume(run, loaded.counters, loaded.statistics)
@@ -563,6 +569,7 @@ class ADMMNxM(Optimizer):
             for key, part in loaded.own.get(weight.name, {}).items():
                 dtype = torch.bool if key == MASK else weight.param.dtype
                 weight.store(self.inner, key, local(part).to(weight.w.device, dtype, copy=True))
+            weight.copy_flags = {key: bool(flag) for key, flag in loaded.copies.get(weight.name, {}).items()}
         run.model_errors.update(loaded.model_errors)
         self._begin(loaded.statistics)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -47,8 +47,8 @@ class Residuals:
         shown: list[tuple[str, WeightResidual | Residuals]] = [(f"all {len(self.per_weight)} weights", self)]
         shown += [(f"  {name}", weight) for name, weight in worst]
         return "\n".join(
-            f"{label}: primal {found.primal:.2%}, dual {found.dual:.2%} of the norm, "
-            f"{found.mask_churn:.2%} of the mask moved"
+            f"{label}: primal {found.primal:.2%} of the norm"
+            + ("" if math.isnan(found.dual) else f", dual {found.dual:.2%}, {found.mask_churn:.2%} of the mask moved")
             for label, found in shown
         )
 

@@ -80,7 +80,7 @@ class Run:
         self.freeze_sums = None
         self.announced = False
         for weight in self.weights:
-            weight.copy_keys = None
+            weight.copy_flags, weight.copy_keys = {}, None
 
     def store_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.
@@ -93,6 +93,7 @@ class Run:
             if weight.gradient is not None and (first or weight.stored(self.inner, MASK) is None):
                 mask = masks.get(weight.name)
                 weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
+                weight.look_for_copies(self.inner)
         if first:
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.

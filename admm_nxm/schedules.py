@@ -61,9 +61,9 @@ class Timeline:
         if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
             return None
         return (
-            f"the run is short: A and G are gathered in {self.calibration_steps} steps for each of {self.windows} "
-            f"windows, fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or give "
-            "calibration_steps"
+            f"the run is short: A and G are gathered in {self.calibration_steps} steps for each window of weights "
+            f"({self.windows} in all), fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or "
+            "give calibration_steps"
         )
 
 

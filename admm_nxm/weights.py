@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -45,7 +45,8 @@ class Weight:
         moment_along_group: which second moment runs along the grouped dimension, that of the inputs as a rule.
         window: number of the window in which it is calibrated and solved; -1 for the first solve that comes.
         maximize: whether the inner optimizer ascends along its gradient.
-        copy_keys: where the inner optimizer's state has further sets of this weight; None if nobody has looked yet.
+        copy_flags: key in the inner optimizer's state -> whether it is a second set of this weight, on its device.
+        copy_keys: the keys of those; None before the weight is pruned.
     """
 
     spec: SelectedWeight
@@ -54,6 +55,7 @@ class Weight:
     moment_along_group: Literal["inputs", "outputs"] = "inputs"
     window: int = 0
     maximize: bool = False
+    copy_flags: dict[str, Tensor | bool] = field(default_factory=dict)
     copy_keys: tuple[str, ...] | None = None
 
     @property
@@ -90,24 +92,27 @@ class Weight:
         """Return this rank's part of the mask that can be read off a pruned weight, its value."""
         return keep_mask(self.w, self.spec.pattern, self.spec.dim)
 
-    def copies(self, inner: Optimizer) -> list[Tensor]:
-        """Return this rank's part of every second set of the weight that the inner optimizer keeps.
+    def look_for_copies(self, inner: Optimizer) -> None:
+        """Note which state tensors are second sets of the weight, as schedule-free optimizers and their kin keep them.
 
-        Schedule-free optimizers and their kin average or look back to weights of their own. A state tensor that lies
-        within half the weight's norm of the weight is such a copy: momentum never does. Who has a copy is found out
-        once, which waits for the device.
+        When such a tensor is created it lies within half the weight's norm of the weight, and momentum does not; later
+        neither is sure. Nothing waits for the device.
         """
-        state = inner.state.get(self.param, {})
-        if self.copy_keys is None:
-            self.copy_keys = tuple(key for key, entry in state.items() if self._is_copy(key, entry))
-        return [local(state[key]) for key in self.copy_keys if key in state]
+        w = self.w.float()
+        for key, entry in inner.state.get(self.param, {}).items():
+            if key in self.copy_flags or key in (MASK, CONSENSUS) or not isinstance(entry, Tensor):
+                continue
+            t = local(entry)
+            if type(t) is Tensor and t.is_floating_point() and t.shape == w.shape and entry is not self.param:
+                self.copy_flags[key] = (t.float() - w).norm() < 0.5 * w.norm()
 
-    def _is_copy(self, key: str, entry: object) -> bool:
-        if key in (MASK, CONSENSUS) or not isinstance(entry, Tensor) or entry is self.param:
-            return False
-        t, w = local(entry), self.w
-        plain = type(t) is Tensor and t.is_floating_point() and t.shape == w.shape
-        return plain and bool((t.float() - w.float()).norm() < 0.5 * w.float().norm())
+    def copies(self, inner: Optimizer) -> list[Tensor]:
+        """Return this rank's part of every second set of the weight; waits for the device the first time."""
+        state = inner.state.get(self.param, {})
+        if self.copy_keys is None and state:
+            self.look_for_copies(inner)  # what was created since the weight's first step
+            self.copy_keys = tuple(key for key, flag in self.copy_flags.items() if bool(flag))
+        return [local(state[key]) for key in self.copy_keys or () if key in state]
 
     def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
         """Set the weight and its mask; second sets of weights make the same move, and are masked."""

@@ -54,7 +54,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "calibration of the paper's form": (
         {"w_step": "optimizer", "calibration_steps": 3, "statistics_memory": 10**6},
         TypeError,
-        ['calibration_steps and statistics_memory belong to w_step="exact"; leave them out'],
+        ['for w_step="exact" alone: calibration_steps and statistics_memory; leave out'],
     ),
     "unknown treatment of the ineligible": ({"ineligible": "warn"}, ValueError, ["'warn'", '"error"', '"skip"']),
     "select of another type": ({"select": "2:4"}, TypeError, ["select", "mapping"]),

@@ -571,7 +571,7 @@ def test_every_field_of_the_config_reaches_the_optimizer(tmp_path: Path) -> None
     assert trainer(tmp_path, config=ADMMConfig(ineligible="maybe"))
     with pytest.raises(ValueError, match="ineligible='maybe'"):
         trainer(tmp_path, config=ADMMConfig(ineligible="maybe")).train()
-    with pytest.raises(TypeError, match='calibration_steps belong to w_step="exact"'):
+    with pytest.raises(TypeError, match='for w_step="exact" alone: calibration_steps'):
         trainer(tmp_path, config=ADMMConfig(paper=True, calibration_steps=2)).train()
 
 
