@@ -313,7 +313,7 @@ def _places_by_name(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) 
         pairs = list(model.items() if isinstance(model, Mapping) else model)
     except TypeError:
         raise TypeError(
-            f"model is a {type(model).__name__}; a torch.nn.Module or its named_parameters() is needed"
+            f"model is a {type(model).__name__}; a torch.nn.Module or named_parameters() is needed"
         ) from None
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and torch.is_tensor(pair[1])):
@@ -393,15 +393,11 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         # named_children() would leave out a block that stands here a second time.
         members = {key: member for key, member in module._modules.items() if member is not None}
-        if isinstance(module, nn.ModuleList):
-            pass
-        elif isinstance(module, nn.Sequential):
-            kinds = [type(member) for member in members.values()]
-            members = {key: member for key, member in members.items() if kinds.count(type(member)) > 1}
-        else:
-            continue
+        kinds = Counter(map(type, members.values()))
         for key, member in members.items():
-            if any(child != "parametrizations" for child, _ in member.named_children()):
+            alike = isinstance(module, nn.Sequential) and kinds[type(member)] > 1
+            repeated = alike or isinstance(module, nn.ModuleList)
+            if repeated and any(child != "parametrizations" for child, _ in member.named_children()):
                 prefixes.append(clean_name(_join(name, key)) + ".")
     return tuple(prefixes)
 
@@ -414,8 +410,7 @@ def clean_name(name: str) -> str:
 def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
     """Name prefixes of the repeated blocks: composite numbered members of a list, as a ModuleList has them.
 
-    ``nn.Sequential(encoder, head)`` is no list of blocks, and has numbers as well: its members have no name within them
-    in common, and one of them has blocks of its own.
+    ``nn.Sequential(encoder, head)`` is none: its members share no name within, and one has blocks of its own.
     """
     lists: dict[tuple[str, str], dict[str, set[str]]] = {}
     for name in names:
@@ -580,8 +575,8 @@ def _experts_transposed(name: str, owner: nn.Module | None, candidates: list[_Ca
 def _named_conv1d(name: str, candidates: list[_Candidate]) -> bool:
     """Whether a weight with a name of the GPT-2 family is a Conv1D's, as (input, output), and not a Linear's.
 
-    A bias is as long as the output is wide. Without biases the output of c_attn (query, key and value) is wider than
-    its input, and so most often that of c_fc. Square weights go with the nearest other one.
+    A bias is as long as the output is wide; without biases the outputs of c_attn and mostly c_fc are wider than the
+    inputs. Square weights go with the nearest other one.
     """
     parent = name.rpartition(".")[0]
     if _leaf(parent) not in _CONV1D_NAMES:
@@ -649,8 +644,8 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
                     remedy = "This kind cannot be merged: load the model without it"
                 else:
                     remedy = (
-                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it "
-                        "as base, then model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                        "Merge first: model.save_pretrained(folder), load the model without the adapter as base, then "
+                        "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
                     )
                 break
     else:

@@ -236,13 +236,10 @@ def _positions(
 
 
 def _head_of(model: nn.Module, student: Tensor) -> Head:
-    config = getattr(unwrap_model(model), "config", None)
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(getattr(unwrap_model(model), "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         return "multi_label"
-    if problem == "regression" or (problem is None and student.shape[-1] == 1):
-        return "regression"
-    return "classification"
+    return "regression" if problem == "regression" or (problem is None and student.shape[-1] == 1) else "classification"
 
 
 def _hidden(student: Any, teacher: Any, inputs: Mapping[str, Any]) -> Tensor:
