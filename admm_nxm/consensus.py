@@ -2,8 +2,8 @@
 
 After a z/u step z and u have disjoint support: with a = w + u, z is a on the mask and u is a off it. So v is a with
 its sign turned off the mask, |v| = |a| (or less off the mask), and the mask is again that of the ``keep`` largest
-|v|. z, u and the mask are read off v, in the dtype of the weight; nothing else is stored. This holds for a projection by
-magnitude, a rho that never falls while u is in use, and unrelaxed steps; anything else must store the mask beside v.
+|v|. z, u and the mask are read off v, in the dtype of the weight. This holds for a projection by magnitude, a rho that
+never falls while u is in use, and unrelaxed steps; anything else must store the mask beside v.
 """
 
 from __future__ import annotations

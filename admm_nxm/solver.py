@@ -41,8 +41,8 @@ _ITERATIONS = 200
 # many times more than ours before any refit are left out.
 _SMALL = 2**14
 _MARGIN = 1.1
-# By what the first rho is multiplied, to what power growth is raised, and the relaxation. Over 200 problems of 2 x 8 the
-# worst is 2.8 times the best mask with one schedule and 1.5 with these.
+# By what the first rho is multiplied, to what power growth is raised, and the relaxation. Over 200 problems of 2 x 8
+# the worst is 2.8 times the best mask with one schedule and 1.5 with these.
 _MORE_SCHEDULES = ((1.0, 0.33, 1.0), (1.0, 0.33, 1.6), (10.0, 0.25, 1.6))
 
 

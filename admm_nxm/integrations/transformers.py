@@ -146,7 +146,7 @@ class ADMMTrainerMixin(_Base):
     - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint
       whose writing was interrupted.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
-      solve is pruned with what there is, under a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
+      solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
     - The selection is recorded beside each sparse model that is saved, where :func:`admm_nxm.verify` reads it.
 
     Args:
