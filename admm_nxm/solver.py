@@ -271,8 +271,7 @@ class _Problem:
 
     def metric(self, x: Tensor) -> Tensor:
         """Return G x A."""
-        if self.a.matrix is not None:
-            x = x @ self.a.matrix
+        x = x if self.a.matrix is None else x @ self.a.matrix
         return x if self.g.matrix is None else self.g.matrix @ x
 
     def pull(self, x: Tensor, spare: Tensor, rho: float) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,9 @@ class Statistics:
     weight. Activations that are checkpointed are recomputed once and count once. Of ``backward(create_graph=True)`` the
     first pass counts, and the passes through its graph do not.
 
-    The outputs and the gradients stay what they are, bit for bit. Copies of the model gather nothing.
-
-    While anything is attached, code compiled with ``torch.compile`` runs eagerly: a compiled module never calls a hook
-    that it did not have when it was compiled. This is the process-wide setting ``torch.compiler.set_stance``.
+    The outputs and the gradients stay what they are, bit for bit. Copies of the model gather nothing. While anything is
+    attached, code compiled with ``torch.compile`` runs eagerly, by the process-wide ``torch.compiler.set_stance``: a
+    compiled module never calls a hook that it did not have when it was compiled.
 
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.

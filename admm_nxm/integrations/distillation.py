@@ -219,8 +219,8 @@ def _positions(
     """Leave out the positions that the model's own loss does not count."""
     if student.ndim > 3:
         raise ValueError(
-            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); distil them "
-            "in a compute_loss of your own with admm_nxm.distillation.distillation_loss"
+            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); write a "
+            "compute_loss with admm_nxm.distillation.distillation_loss"
         )
     labels, attended = inputs.get("labels"), inputs.get("attention_mask")
     positions = student.shape[:2] if student.ndim == 3 else None

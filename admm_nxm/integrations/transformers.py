@@ -316,8 +316,7 @@ class _Watch(TrainerCallback):
             self.sparse = False
             warnings.warn(
                 f"the checkpoint has no ADMM state: ADMM begins at step {state.global_step} with a plan for all "
-                f"{state.max_steps}, and training may end before it does. To go on from a dense model, load it as the "
-                "model and start without resume_from_checkpoint",
+                f"{state.max_steps}. To go on from a dense model, load it and start without resume_from_checkpoint",
                 stacklevel=2,
             )
 
@@ -372,7 +371,7 @@ def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    # What steps in the backward pass never comes to step(): nothing would be projected, and nothing would say so.
+    # What steps in the backward pass never comes to step().
     if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):
         raise ValueError(
             f"{type(optimizer).__name__} updates the weights during the backward pass, where ADMM cannot take part; "
