@@ -2,10 +2,8 @@
 
 After a z/u step z and u have disjoint support: with a = w + u, z is a on the mask and u is a off it. So v is a with
 its sign turned off the mask, |v| = |a| (or less off the mask), and the mask is again that of the ``keep`` largest
-|v|. z, u and the mask are read off v; nothing else is stored. This holds for a projection by magnitude, a rho that
+|v|. z, u and the mask are read off v, in the dtype of the weight. This holds for a projection by magnitude, a rho that
 never falls while u is in use, and unrelaxed steps; anything else must store the mask beside v.
-
-v has the dtype of the weight.
 """
 
 from __future__ import annotations
@@ -35,11 +33,9 @@ def initial(weight: Tensor, pattern: Pattern, dim: int) -> Tensor:
 
 
 def add_penalty(gradients: list[Tensor], weights: list[Tensor], consensus: list[Tensor], rho: float) -> None:
-    """Add the gradient of ``rho / 2 * ||w - v||^2``, in place: ``g += rho * (w - v)``; rho is negative to maximise.
-
-    The difference is taken first, so that nothing is added where w = v and nothing cancels in 16-bit gradients.
-    """
+    """Add the gradient of ``rho / 2 * ||w - v||^2``, in place: ``g += rho * (w - v)``; rho is negative to maximise."""
     if gradients:
+        # The difference first: nothing is added where w = v, and nothing cancels in 16-bit gradients.
         torch._foreach_add_(gradients, torch._foreach_sub(weights, consensus), alpha=rho)
 
 

@@ -98,7 +98,7 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, m
     layers, known = len(student) - 1, len(teacher) - 1
     if layers < 1 or known < layers:
         raise ValueError(
-            f"the student has {layers} layers, the teacher {known}: the student needs one, the teacher no fewer than it. "
+            f"the student has {layers} layers, the teacher {known}: the student needs one, the teacher no fewer. "
             "Leave the hidden states out (a weight of 0)"
         )
     total = student[0].new_zeros((), dtype=torch.float32)

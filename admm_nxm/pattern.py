@@ -44,7 +44,7 @@ class Pattern:
             raise ValueError(f"Pattern group={self.group} is below 1: choose group >= keep, such as group=4")
         if self.keep > self.group:
             raise ValueError(
-                f"Pattern keep={self.keep} exceeds group={self.group}: no more weights can be kept than a group has; "
+                f"Pattern keep={self.keep} exceeds group={self.group}; "
                 f"did you mean Pattern(keep={self.group}, group={self.keep})?"
             )
 

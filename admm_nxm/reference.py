@@ -95,8 +95,8 @@ class ReferenceADMM:
         rescale = self.rho / new_rho if self.rho > 0 and new_rho > 0 else 1.0
         a = self._sum()
         kept = keep_list(a, self.pattern)
+        self.z = project_list(a, self.pattern)
         for i in range(len(a)):
-            self.z[i] = a[i] if kept[i] else 0.0
             # u = a - z, which is 0 where z = a; written out because inf - inf is not.
             self.u[i] = 0.0 if kept[i] or kind is Update.AUXILIARY else self._times(a[i], rescale)
         self.rho = new_rho
@@ -105,10 +105,9 @@ class ReferenceADMM:
         """W = P(w + u), and its mask from now on."""
         a = self._sum()
         self.mask = keep_list(a, self.pattern)
-        self.w = [value if kept else 0.0 for value, kept in zip(a, self.mask, strict=True)]
+        self.w = project_list(a, self.pattern)
 
     def _sum(self) -> list[float]:
-        """W + u."""
         return [self._r(w + u) for w, u in zip(self.w, self.u, strict=True)]
 
     def _times(self, value: float, factor: float) -> float:

@@ -190,7 +190,6 @@ class _Candidate:
         self.names = tuple(place.name for place in places)
         self.param, self.name, self.title, self.holder = first.param, first.name, first.title, first.holder
         self.owner = first.owner if first.holder is None else first.holder.owner
-        """The module that computes with the weight."""
 
     def matches(self, expression: re.Pattern[str]) -> bool:
         """Whether a rule's expression matches one of its names."""
@@ -313,7 +312,7 @@ def _places_by_name(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) 
         pairs = list(model.items() if isinstance(model, Mapping) else model)
     except TypeError:
         raise TypeError(
-            f"model is a {type(model).__name__}; a torch.nn.Module or its named_parameters() is needed"
+            f"model is a {type(model).__name__}; a torch.nn.Module or named_parameters() is needed"
         ) from None
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and torch.is_tensor(pair[1])):
@@ -393,15 +392,11 @@ def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         # named_children() would leave out a block that stands here a second time.
         members = {key: member for key, member in module._modules.items() if member is not None}
-        if isinstance(module, nn.ModuleList):
-            pass
-        elif isinstance(module, nn.Sequential):
-            kinds = [type(member) for member in members.values()]
-            members = {key: member for key, member in members.items() if kinds.count(type(member)) > 1}
-        else:
-            continue
+        kinds = Counter(map(type, members.values()))
         for key, member in members.items():
-            if any(child != "parametrizations" for child, _ in member.named_children()):
+            alike = isinstance(module, nn.Sequential) and kinds[type(member)] > 1
+            repeated = alike or isinstance(module, nn.ModuleList)
+            if repeated and any(child != "parametrizations" for child, _ in member.named_children()):
                 prefixes.append(clean_name(_join(name, key)) + ".")
     return tuple(prefixes)
 
@@ -414,8 +409,7 @@ def clean_name(name: str) -> str:
 def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
     """Name prefixes of the repeated blocks: composite numbered members of a list, as a ModuleList has them.
 
-    ``nn.Sequential(encoder, head)`` is no list of blocks, and has numbers as well: its members have no name within them
-    in common, and one of them has blocks of its own.
+    ``nn.Sequential(encoder, head)`` is none: its members share no name within, and one has blocks of its own.
     """
     lists: dict[tuple[str, str], dict[str, set[str]]] = {}
     for name in names:
@@ -449,62 +443,49 @@ def _default_reason(candidate: _Candidate) -> str | None:
     title, owner = candidate.title, candidate.owner
     if is_embedding(title, owner) or any(is_embedding(place.name, place.owner) for place in candidate.places[1:]):
         return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
-    if candidate.param.ndim < 2:
-        return "not a matrix"
     parts = title.split(".")[:-1]
     # A part of a block may be called a head; what has blocks may be one.
     block = next((prefix for prefix in candidate.blocks if title.startswith(prefix)), None)
     above = parts if block is None else block.split(".")[:-2]
-    if any(_HEADS.fullmatch(part.lower()) for part in above):
-        return "head or pooler"
-    if _ROUTERS.intersection(part.lower() for part in parts):
-        return "router"
-    if isinstance(owner, nn.modules.conv._ConvNd):
-        return "convolution: ask for it with select"
-    if candidate.param.ndim > 2:
-        return "more than 2 dimensions: ask for it with select"
-    if not candidate.blocks:
-        return "outside the repeated blocks"
-    if owner is not None and not isinstance(owner, nn.Linear) and not is_conv1d(owner):
-        return f"not a Linear weight ({type(owner).__name__}): ask for it with select"
-    if _leaf(title) != "weight":
-        return "not a weight"
-    return None
+    linear = owner is None or isinstance(owner, nn.Linear) or is_conv1d(owner)
+    reasons = {
+        "not a matrix": candidate.param.ndim < 2,
+        "head or pooler": any(_HEADS.fullmatch(part.lower()) for part in above),
+        "router": not _ROUTERS.isdisjoint(part.lower() for part in parts),
+        "convolution: ask for it with select": isinstance(owner, nn.modules.conv._ConvNd),
+        "more than 2 dimensions: ask for it with select": candidate.param.ndim > 2,
+        "outside the repeated blocks": not candidate.blocks,
+        f"not a Linear weight ({type(owner).__name__}): ask for it with select": not linear,
+        "not a weight": _leaf(title) != "weight",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _rules(
     pattern: Pattern | str, select: Select | None, candidates: list[_Candidate]
 ) -> Callable[[_Candidate], tuple[Pattern | None, str]]:
     """Return the default rules or the user's; each of the user's that asks for a pattern has to match something."""
-    if select is None:
-        parsed = Pattern.parse(pattern)
-
-        def rule_by_default(candidate: _Candidate) -> tuple[Pattern | None, str]:
-            reason = _default_reason(candidate)
-            return (parsed, "") if reason is None else (None, reason)
-
-        return rule_by_default
-    if isinstance(select, Mapping):
-        rules = []
-        for text, rule in select.items():
-            expression = _compile("select", text, candidates, unused=rule is None)
-            rules.append((expression, None if rule is None else Pattern.parse(rule)))
-
-        def rule_by_name(candidate: _Candidate) -> tuple[Pattern | None, str]:
-            for expression, rule in rules:
-                if candidate.matches(expression):
-                    return rule, "" if rule is not None else f"left dense by select rule {expression.pattern!r}"
-            return None, "no select rule matches"
-
-        return rule_by_name
-    if not callable(select):
+    if not (select is None or isinstance(select, Mapping) or callable(select)):
         raise TypeError(f"select is a {type(select).__name__}; a mapping or a callable (name, module) is needed")
+    default = Pattern.parse(pattern) if select is None else None
+    rules = []
+    for text, rule in select.items() if isinstance(select, Mapping) else ():
+        expression = _compile("select", text, candidates, unused=rule is None)
+        rules.append((expression, None if rule is None else Pattern.parse(rule)))
 
-    def rule_by_call(candidate: _Candidate) -> tuple[Pattern | None, str]:
-        rule = select(candidate.title, candidate.owner)
-        return (None, "left dense by select") if rule is None else (Pattern.parse(rule), "")
+    def rule_of(candidate: _Candidate) -> tuple[Pattern | None, str]:
+        if select is None:
+            reason = _default_reason(candidate)
+            return (default, "") if reason is None else (None, reason)
+        if not isinstance(select, Mapping):
+            given = select(candidate.title, candidate.owner)
+            return None if given is None else Pattern.parse(given), "left dense by select"
+        for expression, rule in rules:
+            if candidate.matches(expression):
+                return rule, f"left dense by select rule {expression.pattern!r}"
+        return None, "no select rule matches"
 
-    return rule_by_call
+    return rule_of
 
 
 def _compile(kind: str, expression: str, candidates: list[_Candidate], *, unused: bool = False) -> re.Pattern[str]:
@@ -580,8 +561,8 @@ def _experts_transposed(name: str, owner: nn.Module | None, candidates: list[_Ca
 def _named_conv1d(name: str, candidates: list[_Candidate]) -> bool:
     """Whether a weight with a name of the GPT-2 family is a Conv1D's, as (input, output), and not a Linear's.
 
-    A bias is as long as the output is wide. Without biases the output of c_attn (query, key and value) is wider than
-    its input, and so most often that of c_fc. Square weights go with the nearest other one.
+    A bias is as long as the output is wide; without biases the outputs of c_attn and mostly c_fc are wider than the
+    inputs. Square weights go with the nearest other one.
     """
     parent = name.rpartition(".")[0]
     if _leaf(parent) not in _CONV1D_NAMES:
@@ -649,8 +630,8 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
                     remedy = "This kind cannot be merged: load the model without it"
                 else:
                     remedy = (
-                        "Merge first: save the adapter with model.save_pretrained(folder), load the model without it "
-                        "as base, then model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
+                        "Merge first: model.save_pretrained(folder), load the model without the adapter as base, then "
+                        "model = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()"
                     )
                 break
     else:

@@ -37,13 +37,12 @@ _RELAXATION = 1.6
 _TELLING = 0.1
 # Conjugate gradients end here at the latest; by then they gain next to nothing.
 _ITERATIONS = 200
-# Up to this many entries everything is cheap: all masks are refitted, with those of further schedules. In larger
-# problems masks that lose so many times more than ours before any refit are left out.
+# Up to so many entries all masks are refitted, with those of further schedules; in larger problems masks that lose so
+# many times more than ours before any refit are left out.
 _SMALL = 2**14
 _MARGIN = 1.1
-# By what the first rho is multiplied, to what power growth is raised, and the relaxation. Single groups decide in small
-# problems, and chance decides them: over 200 problems of 2 x 8 the worst is 2.8 times the best mask with one schedule
-# and 1.5 with these.
+# By what the first rho is multiplied, to what power growth is raised, and the relaxation. Over 200 problems of 2 x 8
+# the worst is 2.8 times the best mask with one schedule and 1.5 with these.
 _MORE_SCHEDULES = ((1.0, 0.33, 1.0), (1.0, 0.33, 1.6), (10.0, 0.25, 1.6))
 
 
@@ -267,15 +266,12 @@ class _Problem:
     """The layer problem with both moments scaled to unit diagonals, and the weight with them."""
 
     def __init__(self, weight: Tensor, a: Factor, g: Factor) -> None:
-        self.weight = weight
-        self.a = a
-        self.g = g
+        self.weight, self.a, self.g = weight, a, g
         self.rows_couple = g.matrix is not None
 
     def metric(self, x: Tensor) -> Tensor:
         """Return G x A."""
-        if self.a.matrix is not None:
-            x = x @ self.a.matrix
+        x = x if self.a.matrix is None else x @ self.a.matrix
         return x if self.g.matrix is None else self.g.matrix @ x
 
     def pull(self, x: Tensor, spare: Tensor, rho: float) -> tuple[Tensor, Tensor]:
@@ -315,9 +311,9 @@ class _Candidate:
 def _admm(
     problem: _Problem, pattern: Pattern, rho: float, growth: float, rounds: int, settled: float, relaxation: float
 ) -> tuple[Tensor, Tensor, int]:
-    """Alternate the w-step, the projection and the dual step until the mask stands still.
+    """Alternate the w-step, the projection and the dual step; return the mask, z and the number of rounds.
 
-    v = z - u is one buffer: z is v on the mask, and u is -v off it. Returns the mask, z and the number of rounds.
+    v = z - u is one buffer: z is v on the mask, and u is -v off it.
     """
     weight = problem.weight
     mask = keep_mask(weight, pattern)
@@ -448,8 +444,8 @@ def _check_weight(weight: Tensor, dim: int, inputs: Tensor | Factor | None, outp
         return
     if weight.ndim != 2:
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} cannot be solved with second moments: two dimensions are needed; "
-            "pass inputs=None and outputs=None to project it"
+            f"second moments need a weight of two dimensions, not of shape {tuple(weight.shape)}; pass inputs=None and "
+            "outputs=None to project it"
         )
     sides = (("inputs", inputs, weight.shape[dim]), ("outputs", outputs, weight.shape[1 - dim % 2]))
     for name, moment, size in sides:

@@ -18,7 +18,6 @@ from .table import format_table
 __all__ = ["SparsityReport", "SparsityViolation", "WeightReport", "check_weights", "cover"]
 
 _ENTRIES_AT_ONCE = 1 << 20
-
 _UNCOUNTABLE = {getattr(torch, "float4_e2m1fn_x2", None)}  # a pair of entries is one element
 
 

@@ -65,10 +65,9 @@ class Statistics:
     weight. Activations that are checkpointed are recomputed once and count once. Of ``backward(create_graph=True)`` the
     first pass counts, and the passes through its graph do not.
 
-    The outputs and the gradients stay what they are, bit for bit. Copies of the model gather nothing.
-
-    While anything is attached, code compiled with ``torch.compile`` runs eagerly: a compiled module never calls a hook
-    that it did not have when it was compiled. This is the process-wide setting ``torch.compiler.set_stance``.
+    The outputs and the gradients stay what they are, bit for bit. Copies of the model gather nothing. While anything is
+    attached, code compiled with ``torch.compile`` runs eagerly, by the process-wide ``torch.compiler.set_stance``: a
+    compiled module never calls a hook that it did not have when it was compiled.
 
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
@@ -92,8 +91,7 @@ class Statistics:
             raise ValueError("modules is empty: statistics need at least one module")
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
-        self.outputs = outputs
-        self.max_tokens = max_tokens
+        self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
         self.moments: dict[str, Moments] = {}
         """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
@@ -228,8 +226,8 @@ class Statistics:
         count, most = rows.shape[0], self.max_tokens
         if count <= most:
             return rows
-        # One from each of as many equal parts. Which one, the multiples of the golden ratio say: a fixed place would
-        # meet the same positions in all sequences where a sequence is a whole number of parts.
+        # One from each of as many equal parts, by multiples of the golden ratio: a fixed place would meet the same
+        # positions in all sequences.
         part = torch.arange(most, device=rows.device)
         start = part * count // most
         size = (part + 1) * count // most - start
@@ -301,8 +299,7 @@ class _Hook:
     """A forward hook of one module. It does not keep the statistics alive; its copies, in copied models, do nothing."""
 
     def __init__(self, statistics: Statistics, name: str) -> None:
-        self._statistics = weakref.ref(statistics)
-        self._name = name
+        self._statistics, self._name = weakref.ref(statistics), name
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         statistics = self._statistics()
@@ -311,8 +308,7 @@ class _Hook:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
             statistics._add(self._name, x, None)
-            return None
-        if not (torch.is_grad_enabled() and output.requires_grad):
+        if not (statistics.outputs and torch.is_grad_enabled() and output.requires_grad):
             return None
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -349,8 +345,7 @@ class _Tap(torch.autograd.Function):
         # The tensor that autograd keeps for the weight's gradient. Saved by autograd's own means, it is not kept but
         # recomputed where activations are checkpointed.
         ctx.save_for_backward(x)
-        ctx.hook = hook
-        ctx.done = False
+        ctx.hook, ctx.done = hook, False
         # Not a view, because a view that a function returns cannot be changed in place.
         return output.clone()
 

@@ -219,8 +219,8 @@ def _positions(
     """Leave out the positions that the model's own loss does not count."""
     if student.ndim > 3:
         raise ValueError(
-            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); distil them "
-            "in a compute_loss of your own with admm_nxm.distillation.distillation_loss"
+            f"logits of shape {tuple(student.shape)} are not (batch, classes) or (batch, length, classes); write a "
+            "compute_loss with admm_nxm.distillation.distillation_loss"
         )
     labels, attended = inputs.get("labels"), inputs.get("attention_mask")
     positions = student.shape[:2] if student.ndim == 3 else None
@@ -236,13 +236,10 @@ def _positions(
 
 
 def _head_of(model: nn.Module, student: Tensor) -> Head:
-    config = getattr(unwrap_model(model), "config", None)
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(getattr(unwrap_model(model), "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         return "multi_label"
-    if problem == "regression" or (problem is None and student.shape[-1] == 1):
-        return "regression"
-    return "classification"
+    return "regression" if problem == "regression" or (problem is None and student.shape[-1] == 1) else "classification"
 
 
 def _hidden(student: Any, teacher: Any, inputs: Mapping[str, Any]) -> Tensor:

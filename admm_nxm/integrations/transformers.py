@@ -66,10 +66,12 @@ class ADMMConfig:
     prune_ratio: float | None = _option("the same as a share of the run, 0.85 by default")
     calibration_steps: int | None = _option("steps in which statistics are gathered")
     statistics_memory: int | None = _option("bytes that the statistics may take")
-    select: dict[str, str | None] | str | None = _option(
-        'JSON: {"regular expression": "pattern" or null}, first match wins'
+    select: dict[str, str | None] | str | None = field(
+        default=None, metadata={"help": 'JSON: {"regular expression": "pattern" or null}, first match wins'}
     )
-    dims: dict[str, int] | str | None = _option('JSON: {"regular expression": grouped dimension}')
+    dims: dict[str, int] | str | None = field(
+        default=None, metadata={"help": 'JSON: {"regular expression": grouped dimension}'}
+    )
     ineligible: str = _option("error or skip, for chosen weights that cannot be pruned", "error")
     paper: bool = _option("the form of the paper", False)
     rho: float | None = _option("penalty of the paper's form")
@@ -87,7 +89,9 @@ class ADMMConfig:
         if self.prune_ratio is not None and not 0 <= self.prune_ratio <= 1:
             raise ValueError(f"prune_ratio={self.prune_ratio!r} must be from 0 to 1: it is a share of the run")
         if not self.paper and (self.rho is not None or self.update_every is not None):
-            raise ValueError(f"rho={self.rho!r} and update_every={self.update_every!r} need paper=True")
+            raise ValueError(
+                f"rho={self.rho!r} and update_every={self.update_every!r} belong to the paper's form: paper=True"
+            )
 
     def options(self, total_steps: int) -> dict[str, Any]:
         """Return the keyword arguments of :class:`admm_nxm.ADMMNxM` for a run of that length."""
@@ -104,7 +108,10 @@ class ADMMConfig:
 def _read_pattern(name: str, pattern: object) -> None:
     if type(pattern) is int:
         keep, group = divmod(pattern, 60)
-        raise TypeError(f'{name}={pattern} is a number, as YAML reads {keep}:{group}; quote it: "{keep}:{group}"')
+        raise TypeError(
+            f"{name}={pattern} is a number: YAML reads {keep}:{group} without quotation marks in base 60. "
+            f'Write "{keep}:{group}"'
+        )
     Pattern.parse(pattern)  # type: ignore[arg-type]
 
 
@@ -134,14 +141,12 @@ class ADMMTrainerMixin(_Base):
     - The length of the run comes from Trainer; warm-up, schedules, accumulation, clipping and precision stay Trainer's.
     - The training log has ``admm/phase``, ``admm/sparsity`` and, once they are known, ``admm/model_error`` and
       ``admm/frozen_at``; in the paper's form also the residuals and rho.
-    - What is evaluated and saved is what the model holds: the dense model before the solve, the sparse one after it.
-      The best model is chosen among sparse ones alone: ``load_best_model_at_end``, ``save_strategy="best"`` and early
-      stopping count from the solve on.
+    - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
+      (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
     - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint
       whose writing was interrupted.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
-      solve is pruned with what there is, and a :class:`admm_nxm.ConvergenceWarning` says so. Further training keeps the
-      masks.
+      solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
     - The selection is recorded beside each sparse model that is saved, where :func:`admm_nxm.verify` reads it.
 
     Args:
@@ -311,8 +316,7 @@ class _Watch(TrainerCallback):
             self.sparse = False
             warnings.warn(
                 f"the checkpoint has no ADMM state: ADMM begins at step {state.global_step} with a plan for all "
-                f"{state.max_steps}, and training may end before it does. To go on from a dense model, load it as the "
-                "model and start without resume_from_checkpoint",
+                f"{state.max_steps}. To go on from a dense model, load it and start without resume_from_checkpoint",
                 stacklevel=2,
             )
 
@@ -367,7 +371,7 @@ def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    # What steps in the backward pass never comes to step(): nothing would be projected, and nothing would say so.
+    # What steps in the backward pass never comes to step().
     if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):
         raise ValueError(
             f"{type(optimizer).__name__} updates the weights during the backward pass, where ADMM cannot take part; "
