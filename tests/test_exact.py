@@ -365,8 +365,8 @@ def test_a_weight_that_was_never_seen_is_named_and_the_run_goes_on_once_it_is() 
     inner.load_state_dict(copy.deepcopy(optimizer.inner.state_dict()))
     said = (
         r"weight 'blocks\.1\.up\.weight' has no usable statistics at the solve: its module saw no token with a "
-        r"gradient in 8 calibration steps; let it take part in training .*or leave it dense by a select rule\. "
-        r"Nothing was changed, and the next step\(\) gathers on and tries again$"
+        r"gradient in 8 calibration steps; let it take part in training .*or call finalize\(\), which prunes it by "
+        r"magnitude\. Nothing was changed, and the next step\(\) gathers on and tries again$"
     )
     with pytest.raises(ValueError, match=said):
         train_without(net, optimizer, 1, 1, start=33)
@@ -377,6 +377,19 @@ def test_a_weight_that_was_never_seen_is_named_and_the_run_goes_on_once_it_is() 
         train_without(net, optimizer, 1, 1, start=34)
     train(net, optimizer, 1, start=35)
     assert (optimizer.phase, optimizer.figures().step) == ("frozen", 36)
+    assert optimizer.finalize().ok
+
+
+def test_finalize_ends_a_run_with_a_weight_that_is_never_seen() -> None:
+    net = make_net()
+    optimizer = exact(net)
+    train(net, optimizer, 26)
+    train_without(net, optimizer, 1, 7, start=26)
+    with pytest.raises(ValueError, match="no usable statistics"):
+        train_without(net, optimizer, 1, 1, start=33)
+    with pytest.warns(ConvergenceWarning, match="1 weights were pruned by magnitude"):
+        assert optimizer.finalize().ok
+    train_without(net, optimizer, 1, 3, start=34)
     assert optimizer.finalize().ok
 
 

@@ -51,7 +51,7 @@ def test_prints_the_whole_and_the_three_worst_weights() -> None:
     found = measure({f"w{i}": [float(i), 100.0, 1.0, 100.0, 1, 10] for i in range(5)})
     assert str(found) == repr(found)
     lines = str(found).splitlines()
-    assert lines[0] == "all 5 weights: primal 14.14%, dual 10.00% of the norm, 10.00% of the mask moved"
+    assert lines[0] == "all 5 weights: primal 14.14% of the norm, dual 10.00%, 10.00% of the mask moved"
     assert [line.split(":")[0] for line in lines[1:]] == ["  w4", "  w3", "  w2"]
-    assert lines[1] == "  w4: primal 20.00%, dual 10.00% of the norm, 10.00% of the mask moved"
+    assert lines[1] == "  w4: primal 20.00% of the norm, dual 10.00%, 10.00% of the mask moved"
     assert isinstance(found, Residuals)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import verify
+from admm_nxm import ADMMNxM, verify
 from tests.helpers import (
     ALL_OPTIMIZERS,
     OUTSIDE_OPTIMIZERS,
@@ -24,6 +24,7 @@ from tests.helpers import (
     every_form,
     forms_and_inners,
     make_net,
+    same_bits,
     saved,
     train,
     weights_of,
@@ -270,3 +271,36 @@ def test_c12_weights_that_cannot_be_observed_are_pruned_by_magnitude() -> None:
         assert verify(net, {r".*weight": "1:4"}).ok == (step + 1 >= 17)
     assert optimizer.finalize().ok
     assert optimizer.figures().model_error is None
+
+
+def test_c12_average_far_from_the_weights_is_masked_too() -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    net = make_net()
+    inner = schedulefree.AdamWScheduleFree(net.parameters(), lr=0.1)
+    inner.train()
+    optimizer = ADMMNxM(inner, net, total_steps=60, calibration_steps=3)
+    train(net, optimizer, 50)
+    away = [(inner.state[p]["z"] - p).norm() / p.norm() for p in (net.get_parameter(n) for n in optimizer.masks())]
+    assert max(away) > 0.5  # no longer to be told from momentum
+    train(net, optimizer, 10, start=50)
+    optimizer.eval()
+    assert verify(net, "2:4").ok
+    optimizer.train()
+    assert optimizer.finalize().ok
+
+
+def test_c12_momentum_near_the_weight_is_left_alone() -> None:
+    """Under weight decay momentum comes to the weight itself: at a decay of 0.1 and a momentum of 0.9 to all of it."""
+
+    def momentum(wrapped: bool) -> list[Tensor]:
+        net = make_net()
+        inner = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=0.1)
+        optimizer = ADMMNxM(inner, net, total_steps=80, calibration_steps=3) if wrapped else inner
+        train(net, optimizer, 67)
+        near = [(inner.state[p]["momentum_buffer"] - p).norm() < 0.5 * p.norm() for p in net.blocks.parameters()]
+        assert any(near)
+        train(net, optimizer, 1, start=67)  # with the solve
+        return [inner.state[p]["momentum_buffer"] for p in net.blocks.parameters()]
+
+    for mine, plain in zip(momentum(True), momentum(False), strict=True):
+        assert same_bits(mine, plain)
