@@ -114,8 +114,7 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, m
 
 
 def _averaged(each: Tensor, mask: Tensor | None, items: Tensor | float | None) -> Tensor:
-    if mask is None:
-        mask = torch.ones_like(each, dtype=torch.bool)
+    mask = torch.ones_like(each, dtype=torch.bool) if mask is None else mask
     if mask.shape != each.shape:
         raise ValueError(f"the mask has shape {tuple(mask.shape)}; {tuple(each.shape)} is needed")
     mask = mask.to(device=each.device, dtype=torch.bool)

@@ -41,10 +41,7 @@ def plain(t: Tensor) -> Tensor:
 
 
 def takes_zeros(t: Tensor) -> bool:
-    """Try on a copy whether zeros can be written into a tensor while its other entries stay as they are.
-
-    torchao's wrappers that quantise in the matrix product only take them; its int8 weights do not.
-    """
+    """Try on a copy whether a tensor takes zeros while the rest stays; torchao's int8 weights do not."""
     with torch.no_grad():
         copy = local(t).detach().clone()
         drop = torch.zeros(copy.shape, dtype=torch.bool, device=copy.device)

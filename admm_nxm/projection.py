@@ -52,10 +52,10 @@ def keep_mask(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
     """
     pattern = Pattern.parse(pattern)
     dim = _check(w, pattern, dim)
+    if pattern.keep == pattern.group:
+        return torch.ones(w.shape, dtype=torch.bool, device=w.device)
     mask = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
     grouped = by_group(mask, pattern.group, dim)
-    if pattern.keep == pattern.group:
-        return mask.fill_(True)
     key = by_group(_magnitude_key(w.detach()), pattern.group, dim)
     if pattern.group <= _PAIRWISE_UP_TO:
         for index, rank in enumerate(_pairwise_ranks(key)):

@@ -177,16 +177,13 @@ class _Place:
 
 
 class _Candidate:
-    """A distinct parameter with every place where it stands in the model.
-
-    ``blocks`` are prefixes of the repeated blocks that it is in, by any of its names; the outermost first. ``is_part``
-    says that it is a scale or the like of a weight, for which another parameter stands.
-    """
+    """A distinct parameter with every place where it stands in the model."""
 
     def __init__(self, places: Sequence[_Place], blocks: Collection[str], is_part: bool) -> None:
         first = places[0]
-        self.places, self.is_part = places, is_part
-        self.blocks = sorted(blocks, key=len)
+        self.places = places
+        self.blocks = sorted(blocks, key=len)  # prefixes of those that any of its names is in, the outermost first
+        self.is_part = is_part  # a scale or the like of a weight, for which another parameter stands
         self.names = tuple(place.name for place in places)
         self.param, self.name, self.title, self.holder = first.param, first.name, first.title, first.holder
         self.owner = first.owner if first.holder is None else first.holder.owner
@@ -522,12 +519,12 @@ def _grouped_dim(
     ndim = candidate.param.ndim
     for expression, dim in dim_rules:
         if candidate.matches(expression):
-            if not -ndim <= dim < ndim:
-                raise ValueError(
-                    f"dims rule {expression.pattern!r} gives dimension {dim} to {candidate.name!r} of shape "
-                    f"{tuple(candidate.param.shape)}; allowed are {-ndim} to {ndim - 1}"
-                )
-            return dim % ndim
+            if -ndim <= dim < ndim:
+                return dim % ndim
+            raise ValueError(
+                f"dims rule {expression.pattern!r} gives dimension {dim} to {candidate.name!r} of shape "
+                f"{tuple(candidate.param.shape)}; allowed are {-ndim} to {ndim - 1}"
+            )
     found = {_input_dim(place, candidates) % ndim for place in candidate.places}
     if len(found) > 1:
         raise ValueError(

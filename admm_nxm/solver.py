@@ -406,9 +406,7 @@ def _factor(
 ) -> Factor:
     if moment is None:
         return _identity(torch.ones(size, device=device, dtype=dtype))
-    if isinstance(moment, Tensor):
-        moment = factorise(moment, damping)
-    return moment.to(device, dtype)
+    return (factorise(moment, damping) if isinstance(moment, Tensor) else moment).to(device, dtype)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,8 +52,7 @@ class Moments:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names of their fields."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: tensor for name, tensor in named if tensor is not None}
+        return {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
 
 
 class Statistics:
