@@ -253,8 +253,7 @@ class ExactStep:
         if seen is None or int(seen.tokens) == 0:
             return (
                 f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training "
-                "(an expert that no token is routed to needs more calibration_steps), or leave it dense by a select "
-                "rule"
+                "(an expert without tokens needs more calibration_steps), or call finalize(), which prunes it by magnitude"
             )
         return None
 
