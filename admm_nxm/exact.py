@@ -253,7 +253,7 @@ class ExactStep:
         if seen is None or int(seen.tokens) == 0:
             return (
                 f"its module saw no token with a gradient in {steps} calibration steps; let it take part in training "
-                "(an expert without tokens needs more calibration_steps), or call finalize(), which prunes it by magnitude"
+                "(an expert without tokens needs more calibration_steps), or call finalize(): it prunes it by magnitude"
             )
         return None
 

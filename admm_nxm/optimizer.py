@@ -21,7 +21,7 @@ from .pattern import Pattern
 from .progress import Figures, Progress
 from .projection import keep_mask, project
 from .residuals import Residuals
-from .run import Run, WStep
+from .run import Run
 from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
 from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
 from .sharding import local, reduce_sums, wrap_like
@@ -94,7 +94,7 @@ class ADMMNxM(Optimizer):
 
     _step_supports_amp_scaling = False  # a scaler must unscale and skip by itself, whatever the inner optimizer can do
     _run: Run
-    _w_step: WStep
+    _w_step: ExactStep | PenaltyStep
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class ADMMNxM(Optimizer):
         )
         weights = Weights(selection, params, module)
         weights.check_placement()
-        step: WStep
+        step: ExactStep | PenaltyStep
         if exact:
             refuse_compiled(model)  # type: ignore[arg-type]
             windows = weights.assign_windows(statistics_memory)

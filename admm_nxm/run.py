@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .progress import Progress
-from .residuals import Residuals
 from .selection import Selection
 from .statistics import Statistics
 from .weights import MASK, Weight, Weights
 
-__all__ = ["Run", "WStep"]
+__all__ = ["Moving", "Run"]
 
 
 @dataclass
@@ -105,61 +103,3 @@ class Run:
 
 Moving = list[tuple[Weight, Tensor]]
 """The weights that take part in a step of the paper's form, each with its v."""
-
-
-class WStep(Protocol):
-    """ADMM's w-step in the life of a run: what it does around each step of the inner optimizer."""
-
-    @property
-    def name(self) -> Literal["exact", "optimizer"]:
-        """Its name, as the user gives it."""
-
-    @property
-    def prune_at(self) -> int:
-        """The step after which the last weights are pruned."""
-
-    @property
-    def windows(self) -> int:
-        """How many windows of weights are solved one after the other; 0 if none is."""
-
-    def phase(self, run: Run) -> str:
-        """Return the name of the phase."""
-
-    def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:
-        """Start a run, or go on with one that was loaded, with the statistics of its checkpoint."""
-
-    def before(self, run: Run) -> Moving:
-        """Do what comes before the inner optimizer's step."""
-
-    def after(self, run: Run, moving: Moving) -> None:
-        """Do what comes after it, also in a trial step that only creates state."""
-
-    def advance(self, run: Run, moving: Moving) -> None:
-        """Do what the step that has just been counted brings with it."""
-
-    def finish(self, run: Run) -> str | None:
-        """Prune what is not pruned; return what there is to say about it."""
-
-    def verdict(self, run: Run) -> str | None:
-        """Return, once, what there is to say about the freeze on this rank, for a run that may end here."""
-
-    def announce(self, run: Run) -> None:
-        """Let loaders that fill a state dict in place find the keys, where the inner optimizer has state already."""
-
-    def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
-        """Refuse the counters and the statistics of a checkpoint from which this run cannot go on."""
-
-    def mask(self, run: Run, weight: Weight) -> Tensor:
-        """Return this rank's part of the mask."""
-
-    def auxiliary(self, run: Run, weight: Weight) -> Tensor:
-        """Return this rank's part of z."""
-
-    def dual(self, run: Run, weight: Weight) -> Tensor:
-        """Return this rank's part of u."""
-
-    def target(self, run: Run, weight: Weight) -> Tensor:
-        """Return this rank's part of what the weight would be if it were pruned now."""
-
-    def residuals(self, run: Run) -> Residuals:
-        """Measure how far w is from z; a collective where weights are sharded."""

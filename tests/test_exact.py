@@ -365,7 +365,7 @@ def test_a_weight_that_was_never_seen_is_named_and_the_run_goes_on_once_it_is() 
     inner.load_state_dict(copy.deepcopy(optimizer.inner.state_dict()))
     said = (
         r"weight 'blocks\.1\.up\.weight' has no usable statistics at the solve: its module saw no token with a "
-        r"gradient in 8 calibration steps; let it take part in training .*or call finalize\(\), which prunes it by "
+        r"gradient in 8 calibration steps; let it take part in training .*or call finalize\(\): it prunes it by "
         r"magnitude\. Nothing was changed, and the next step\(\) gathers on and tries again$"
     )
     with pytest.raises(ValueError, match=said):

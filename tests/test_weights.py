@@ -173,9 +173,7 @@ def test_names_and_tensors_alone_cannot_be_found_again() -> None:
     inner = adamw(net)
     weights.rebind(inner)
     inner.param_groups[0]["params"] = [p for p in inner.param_groups[0]["params"] if p is not net.blocks[0].up.weight]
-    with pytest.raises(
-        ValueError, match=r"no longer holds.*with names and tensors alone, pass the model"
-    ):
+    with pytest.raises(ValueError, match=r"no longer holds.*with names and tensors alone, pass the model"):
         weights.rebind(inner)
 
 

@@ -69,8 +69,7 @@ def test_c09_grad_scaler_unscales_before_and_skips_the_whole_step(build: Build, 
     assert_same_weights(run(True), run(False))  # a scale of a power of two costs no bits
 
 
-def test_c09_a_scale_that_changes_inside_calibration_leaves_the_mask() -> None:
-    """Half of the tokens then weigh more in G, as a sum; the masks are those of statistics that hardly differ."""
+def test_c09_a_scaled_loss_leaves_the_masks() -> None:
 
     def run(scales: Callable[[int], float]) -> dict[str, Tensor]:
         net = make_net(dtype=torch.float64)
