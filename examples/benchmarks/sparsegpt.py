@@ -36,17 +36,23 @@ def sparsegpt(
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     # The rows of the upper Cholesky factor of the inverse are the inverses of what is left after each column.
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    keep = torch.zeros_like(w, dtype=torch.bool)
+    keep = torch.ones_like(w, dtype=torch.bool)
     for first in range(0, w.shape[1], block):
         last = min(first + block, w.shape[1])
-        errors = torch.zeros_like(w[:, first:last])
-        for column in range(first, last):
-            if column % pattern.group == 0:
-                group = slice(column, column + pattern.group)
-                saliency = w[:, group].square() / inverse.diagonal()[group].square()
-                keep[:, group].scatter_(1, saliency.topk(pattern.keep, dim=1).indices, True)
-            error = torch.where(keep[:, column], 0, w[:, column]) / inverse[column, column]
-            w[:, column:last] -= error[:, None] * inverse[column, column:last]
-            errors[:, column - first] = error
-        w[:, last:] -= errors @ inverse[first:last, last:]
+        # Transposed, so that each column is contiguous.
+        part, factor = w[:, first:last].T.contiguous(), inverse[first:last, first:last]
+        errors = torch.empty_like(part)
+        for i in range(last - first):
+            if i % pattern.group == 0:
+                group = slice(i, i + pattern.group)
+                saliency = (part[group] / factor.diagonal()[group, None]).square()
+                low = saliency.topk(pattern.group - pattern.keep, dim=0, largest=False).indices
+                pruned = torch.zeros_like(saliency, dtype=torch.bool).scatter_(0, low, True)
+                keep[:, first + i : first + i + pattern.group] = ~pruned.T
+            kept = part[i].masked_fill(pruned[i % pattern.group], 0.0)
+            errors[i] = (part[i] - kept) / factor[i, i]
+            part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1.0)
+            part[i] = kept
+        w[:, first:last] = part.T
+        w[:, last:].addmm_(errors.T, inverse[first:last, last:], alpha=-1.0)
     return torch.where(keep, w, 0).to(weight.dtype), keep

@@ -10,59 +10,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from admm_nxm.pattern import Pattern
 from admm_nxm.projection import keep_mask
 from admm_nxm.solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, factorise, solve
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from sparsegpt import sparsegpt  # type: ignore[import-not-found,unused-ignore]
+
 KEEP, GROUP, ROWS, COLUMNS = 2, 4, 2, 8
-
-
-def sparsegpt(
-    weight: Tensor, moment: Tensor, keep: int, group: int, damping: float = INPUT_DAMPING, block: int = 128
-) -> tuple[Tensor, Tensor]:
-    """Prune with SparseGPT's update, written from algorithm 1 of arXiv 2301.00774 (N:M form, block size 128).
-
-    The block is held transposed, so that each column is contiguous.
-
-    Args:
-        weight: the dense weight, rows x columns.
-        moment: A, columns x columns.
-        keep: kept entries of a group.
-        group: entries of a group.
-        damping: share of the mean diagonal that is added, as in the paper's code.
-        block: columns that are updated lazily together.
-
-    Returns:
-        The pruned weight and its mask.
-    """
-    columns = weight.shape[1]
-    w, h = weight.clone(), moment.clone()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1.0
-    w[:, dead] = 0.0
-    h.diagonal().add_(damping * h.diagonal().mean())
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    mask = torch.ones_like(w, dtype=torch.bool)
-    for first in range(0, columns, block):
-        last = min(first + block, columns)
-        part, factor = w[:, first:last].T.contiguous(), upper[first:last, first:last]
-        errors = torch.empty_like(part)
-        for i in range(last - first):
-            if i % group == 0:
-                saliency = (part[i : i + group] / factor.diagonal()[i : i + group, None]).square()
-                low = saliency.topk(group - keep, dim=0, largest=False).indices
-                pruned = torch.zeros_like(saliency, dtype=torch.bool).scatter_(0, low, True)
-                mask[:, first + i : first + i + group] = ~pruned.T
-            kept = part[i].masked_fill(pruned[i % group], 0.0)
-            errors[i] = (part[i] - kept) / factor[i, i]
-            part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1.0)
-            part[i] = kept
-        w[:, first:last] = part.T
-        w[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1.0)
-    return w, mask
 
 
 def random_moment(size: int, generator: torch.Generator) -> Tensor:
@@ -102,7 +63,7 @@ def ratios(seed: int) -> dict[str, float]:
     choices = [[i in kept for i in range(GROUP)] for kept in itertools.combinations(range(GROUP), KEEP)]
     groups = ROWS * COLUMNS // GROUP
     every = torch.tensor([[k for group in one for k in group] for one in itertools.product(choices, repeat=groups)])
-    updated, its_mask = sparsegpt(weight, a, KEEP, GROUP)
+    updated, its_mask = sparsegpt(weight, a, Pattern(KEEP, GROUP))
     pattern = f"{KEEP}:{GROUP}"
     by_magnitude, by_scaled = keep_mask(weight, pattern), keep_mask(weight * fa.scale, pattern)
     best = least(every)
@@ -119,9 +80,11 @@ def ratios(seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=200)
-    count = parser.parse_args().problems
-    rows = [ratios(seed) for seed in range(count)]
-    print(f"Loss as a multiple of the best mask's, {count} problems, seeds 0 to {count - 1}\n")
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first problem")
+    args = parser.parse_args()
+    first, count = args.first, args.problems
+    rows = [ratios(seed) for seed in range(first, first + count)]
+    print(f"Loss as a multiple of the best mask's, {count} problems, seeds {first} to {first + count - 1}\n")
     print("| method | median | 90 % | worst |\n|---|---|---|---|")
     for method in rows[0]:
         values = torch.tensor([row[method] for row in rows])

@@ -169,7 +169,7 @@ def main() -> None:
         seconds["A and G"] += spent
         for name in family:
             weight, a, g = problems[name]
-            spent, (theirs, its_mask) = timed(lambda w=weight, a=a: sparsegpt(w, a, pattern.keep, pattern.group))  # type: ignore[misc]
+            spent, (theirs, its_mask) = timed(lambda w=weight, a=a: sparsegpt(w, a, pattern))  # type: ignore[misc]
             seconds["SparseGPT"] += spent
             spent, alone = timed(lambda w=weight, f=factor: solve(w, pattern, f))  # type: ignore[misc]
             seconds["A"] += spent
