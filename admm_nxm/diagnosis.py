@@ -19,16 +19,8 @@ _LEAVE_OUT = "leave the dual out (update_every=Every(interval, dual_start=None))
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run with the exact w-step came to its masks in ``finalize()``.
-
-    Args:
-        step: finished optimizer steps.
-        prune_at: the step after which the solve was to stand.
-        calibrated: calibration steps of the window that was under way.
-        calibration_steps: how many it was to have.
-        by_magnitude: how many weights had no statistics and were pruned by magnitude, though they were to have some.
-        solved: how many weights were solved by ``finalize()``, with the statistics there were.
-    """
+    """How a run with the exact w-step came to its masks in ``finalize()``: its steps and calibration steps beside the
+    planned ones, how many weights were solved with what there was, and how many had no statistics."""
 
     step: int
     prune_at: int
@@ -68,20 +60,8 @@ def _weights(count: int) -> str:
 
 @dataclass(frozen=True)
 class PaperEnding:
-    """How a run of the paper's form came to its masks.
-
-    Args:
-        residual: the primal residual at the projection, as a share of the weights' norm.
-        worst: that of the worst weight.
-        worst_name: the worst weight's name; None if a checkpoint was loaded since, which does not tell.
-        far_share: share of the weights that are far by themselves; 0 if it is not known.
-        churn: share of the kept places that the last z-step replaced.
-        dual_in_use: whether u moved.
-        rho: the penalty in force.
-        step: the step after which the mask was frozen.
-        prune_at: the step after which it was to be.
-        inner: class of the inner optimizer.
-    """
+    """How a run of the paper's form came to its masks: the residual and the mask churn at the freeze (shares of the
+    weights' norm and of the kept places), what is known of the worst weight, and the step beside the planned one."""
 
     residual: float
     worst: float

@@ -27,11 +27,7 @@ _DAMPING = {"inputs": INPUT_DAMPING, "outputs": OUTPUT_DAMPING}
 
 
 class ExactStep:
-    """Solves the layer problems in closed form, once.
-
-    Args:
-        timeline: when.
-    """
+    """Solves the layer problems in closed form, once."""
 
     name: Literal["exact"] = "exact"
 
@@ -161,9 +157,7 @@ class ExactStep:
         """Return z: the pruned weight, or before the solve its projection."""
         return self._projected(run, weight)[0]
 
-    def target(self, run: Run, weight: Weight) -> Tensor:
-        """Return the same: without statistics, pruning is by magnitude."""
-        return self._projected(run, weight)[0]
+    target = auxiliary  # without statistics, pruning is by magnitude
 
     def dual(self, run: Run, weight: Weight) -> Tensor:  # noqa: ARG002
         """Return zeros: u lives within the solve."""
@@ -227,19 +221,16 @@ class ExactStep:
                 )
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
-        self._set(run, weights, _solved_by_ranks(weights, moments))
+        for weight, each in zip(weights, _solved_by_ranks(weights, moments), strict=True):
+            weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
+            if weight.modules:
+                run.model_errors[weight.name] = each.error
 
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
         check_finite(run, weights)
         for weight in weights:
             z, mask = self._projected(run, weight)
             weight.replace_value(run.inner, z, mask)
-
-    def _set(self, run: Run, weights: Sequence[Weight], solved: Sequence[Solved]) -> None:
-        for weight, each in zip(weights, solved, strict=True):
-            weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
-            if weight.modules:
-                run.model_errors[weight.name] = each.error
 
     def _unusable(self, run: Run, weight: Weight) -> str | None:
         """Return why a weight cannot be solved with what was gathered, and what to do about it; None if it can."""

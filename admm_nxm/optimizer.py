@@ -19,7 +19,7 @@ from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, ra
 from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
-from .projection import keep_mask, project
+from .projection import keep_mask, project, zero_outside
 from .residuals import Residuals
 from .run import Run
 from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
@@ -27,7 +27,7 @@ from .selection import Ineligible, Select, Selection, select_weights, unwrap_mod
 from .sharding import local, reduce_sums, wrap_like
 from .sparsity import SparsityReport, check_weights
 from .statistics import refuse_compiled
-from .weights import CONSENSUS, MASK, Weight, Weights, keep_to_masks
+from .weights import CONSENSUS, MASK, Weight, Weights
 
 __all__ = ["ADMMNxM", "ConvergenceWarning"]
 
@@ -281,15 +281,16 @@ class ADMMNxM(Optimizer):
             pruned = run.pruned()
             # Before the first step, weights may have been loaded since they were pruned, and masks stored by a trial.
             masks = [weight.mask_in_value() if first else weight.mask(self.inner) for weight in pruned]
-            if first:
-                keep_to_masks([weight.w for weight in pruned], masks)
-            # Gradients as well, so that no momentum builds up where nothing may move.
-            keep_to_masks([weight.gradient for weight in pruned], masks)
+            for weight, mask in zip(pruned, masks, strict=True):
+                if (gradient := weight.gradient) is not None:
+                    zero_outside(gradient, mask)  # so that no momentum builds up where nothing may move
+                if first:
+                    zero_outside(weight.w, mask)
             moving = self._w_step.before(run)
             raw_step(self.inner, first=first)
             for weight, mask in zip(pruned, masks, strict=True):
-                held = [weight.w, *weight.copies(self.inner)]
-                keep_to_masks(held, [mask] * len(held))
+                for t in (weight.w, *weight.copies(self.inner)):
+                    zero_outside(t, mask)
             run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)))
             self._w_step.after(run, moving)
             if not trial:  # torch.distributed.checkpoint steps with zero gradients at a zero rate, to learn the keys

@@ -24,9 +24,6 @@ __all__ = ["PenaltyStep"]
 class PenaltyStep:
     """Adds ``rho (w - v)`` to the gradient, moves z and u when they are due, and projects at the end.
 
-    Args:
-        plan: the schedules.
-
     Source: NxMTransformer (arXiv 2110.15766), algorithm 1.
     """
 

@@ -49,30 +49,18 @@ class Progress:
             loading a state dict replaces them.
     """
 
-    step = _Counter(0)
-    """Finished optimizer steps."""
-    windows_solved = _Counter(0)
-    """Exact w-step: windows whose weights are pruned."""
-    windows = _Counter(0)
-    """Exact w-step: how many windows there are."""
-    calibrated = _Counter(0)
-    """Exact w-step: calibration steps of the present window."""
-    frozen_at = _Counter(-1)
-    """The step after which the last mask was set; -1 before."""
-    finalized = _Counter(0)
-    """Whether ``finalize()`` was called."""
-    selection = _Counter(0)
-    """A number that tells one selection from another."""
-    rho = _Counter(0.0)
-    """Paper's form: the penalty in force."""
-    dual_in_use = _Counter(0)
-    """Paper's form: whether u may be non-zero."""
-    residual = _Counter(-1.0)
-    """Paper's form: the primal residual at the freeze; -1 before."""
-    worst_residual = _Counter(-1.0)
-    """Paper's form: that of the worst weight."""
-    churn = _Counter(-1.0)
-    """Paper's form: the share of kept places that the last z-step before the freeze replaced."""
+    step = _Counter(0)  # finished optimizer steps
+    windows_solved = _Counter(0)  # exact w-step: windows whose weights are pruned
+    windows = _Counter(0)  # exact w-step: how many windows there are
+    calibrated = _Counter(0)  # exact w-step: calibration steps of the present window
+    frozen_at = _Counter(-1)  # the step after which the last mask was set; -1 before
+    finalized = _Counter(0)  # whether ``finalize()`` was called
+    selection = _Counter(0)  # a number that tells one selection from another
+    rho = _Counter(0.0)  # paper's form: the penalty in force
+    dual_in_use = _Counter(0)  # paper's form: whether u may be non-zero
+    residual = _Counter(-1.0)  # paper's form: the primal residual at the freeze; -1 before
+    worst_residual = _Counter(-1.0)  # paper's form: that of the worst weight
+    churn = _Counter(-1.0)  # paper's form: the share of kept places that the last z-step before the freeze replaced
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner

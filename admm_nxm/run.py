@@ -26,10 +26,6 @@ class Run:
     """The state of a run that is not in the inner optimizer.
 
     Args:
-        inner: the inner optimizer.
-        selection: what is pruned, and what is not and why.
-        weights: the prunable weights.
-        progress: the counters.
         statistics: A and G of the window under calibration; None outside of it.
         model_errors: name -> model error of each solved weight.
         movement: paper's form: name -> the figures of the last z-step.
@@ -56,8 +52,6 @@ class Run:
 
     def pruned(self) -> list[Weight]:
         """Return the weights whose masks are in force."""
-        if not self.progress.frozen and not self.progress.windows_solved:
-            return []
         return [weight for weight in self.weights if self.is_pruned(weight)]
 
     def mask(self, weight: Weight) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from .selection import is_conv1d
@@ -307,7 +308,9 @@ class _Hook:
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
             statistics._add(self._name, x, None)
-        if not (statistics.outputs and torch.is_grad_enabled() and output.requires_grad):
+        transformed = torch._C._functorch.is_gradtrackingtensor(output) or forward_ad._current_level >= 0
+        ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
+        if not (statistics.outputs and ordinary):
             return None
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:

@@ -16,7 +16,7 @@ from .selection import SelectedWeight, Selection, clean_name, is_conv1d
 from .sharding import check_sharding, local, wrap_like
 from .statistics import bytes_needed, can_be_observed
 
-__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "keep_to_masks", "windows_of"]
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "windows_of"]
 
 MASK = "admm_mask"
 """Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
@@ -39,8 +39,6 @@ class Weight:
     """A prunable weight, its present parameter object, and its state.
 
     Args:
-        spec: name, shape, pattern and grouped dimension.
-        param: the parameter that the model holds under that name.
         modules: the modules that compute with it and can be observed; empty if A and G cannot be gathered.
         moment_along_group: which second moment runs along the grouped dimension, that of the inputs as a rule.
         window: number of the window in which it is calibrated and solved; -1 for the first solve that comes.
@@ -252,13 +250,6 @@ class Weights:
                 for spec in selection.weights
             ),
         )
-
-
-def keep_to_masks(tensors: Sequence[Tensor | None], masks: Sequence[Tensor]) -> None:
-    """Zero what the masks do not keep, in place; None is passed over."""
-    for t, mask in zip(tensors, masks, strict=True):
-        if t is not None:
-            zero_outside(t, mask)
 
 
 def windows_of(needs: Sequence[int], memory: float) -> list[int]:

@@ -1053,3 +1053,20 @@ def test_the_benchmark_of_a_calibration_step(capsys: pytest.CaptureFixture[str])
     assert found["bytes"]["statistics"] == 2 * 4 * (4 * (64**2 + 64**2) + 2 * (64**2 + 256**2))
     kept = found["bytes"]["kept for the backward pass"]
     assert kept["ordinary"] == kept["calibration"] > 0
+
+
+def test_passes_of_function_transforms_and_forward_mode_are_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    x = torch.randn(4, 8)
+    statistics = Statistics({"first": net[0]})
+    statistics.attach()
+    params = dict(net.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).square().mean())(params)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(net(dual)).tangent is not None
+    assert not statistics.moments
+    net(x).square().mean().backward()
+    statistics.detach()
+    assert set(statistics.moments) == {"first"}
+    torch.testing.assert_close(gradients["0.weight"], net[0].weight.grad)

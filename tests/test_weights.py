@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from admm_nxm import keep_mask
 from admm_nxm.selection import select_weights
-from admm_nxm.weights import CONSENSUS, MASK, Weights, keep_to_masks, windows_of
+from admm_nxm.weights import CONSENSUS, MASK, Weights, windows_of
 from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible
 from tests.helpers import Net, make_net, same_bits, train
 
@@ -275,12 +275,6 @@ def test_mask_of_a_weight_without_state_is_read_off_it() -> None:
     assert torch.equal(weight.mask(inner), keep_mask(weight.w, "2:4"))
     weight.store(inner, MASK, torch.zeros_like(weight.w, dtype=torch.bool))
     assert not weight.mask(inner).any()
-
-
-def test_masks_zero_what_they_do_not_keep_also_what_is_not_finite() -> None:
-    t = torch.tensor([1.0, float("nan"), float("-inf"), -2.0])
-    keep_to_masks([t, None], [torch.tensor([True, False, False, True]), torch.ones(1, dtype=torch.bool)])
-    assert same_bits(t, torch.tensor([1.0, 0.0, 0.0, -2.0]))
 
 
 def test_unobserved_weights_are_noted_and_belong_to_the_first_solve() -> None:
