@@ -1055,6 +1055,7 @@ def test_the_benchmark_of_a_calibration_step(capsys: pytest.CaptureFixture[str])
     assert kept["ordinary"] == kept["calibration"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 def test_passes_of_function_transforms_and_forward_mode_are_left_alone() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     x = torch.randn(4, 8)
