@@ -46,6 +46,9 @@ CAPTION = (
 )
 TITLES = {"full": "The study", "cpu": "The quick study", "smoke": "A trial"}
 
+_UNDER_WAY = "- **Accuracy:** the study is under way; no final figure is published yet ([results](docs/results.md))."
+"""What the README says before the first final run."""
+
 
 def subject(plan: Plan) -> str:
     """Say what a study trains."""
@@ -355,7 +358,7 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
     links = {name: link(name) for plan in PLANS for name in (f"layers-{plan}.svg", f"accuracy-{plan}.svg")}
     body: list[str] = []
     pictures: list[Picture] = []
-    first, shown = "Nothing was run yet.", ""
+    first, shown = "No final run was made yet.", ""
     for name, plan in PLANS.items():
         mine = [line for line in lines if line["model"] == plan.model]
         if not mine:
@@ -375,7 +378,7 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
     )
     opening = ["# Accuracy study: results", WRITTEN, first, where]
     pages = {output: "\n\n".join([*opening, *body]) + "\n", output.with_name(f"{output.stem}-log.md"): log(lines)}
-    return pages, {picture: results / picture.name for picture in pictures}, shown or "Nothing was run yet."
+    return pages, {picture: results / picture.name for picture in pictures}, shown or _UNDER_WAY
 
 
 def with_overview(readme: Path, shown: str) -> str | None:
