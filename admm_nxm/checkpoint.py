@@ -99,9 +99,13 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
     if not isinstance(errors, Mapping) or not all(isinstance(error, (int, float)) for error in errors.values()):
         raise ValueError("the checkpoint's model errors are no mapping to numbers: the checkpoint is damaged")
     copies = parts.extra.get("copies", {})
-    if not isinstance(copies, Mapping) or not all(isinstance(flags, Mapping) for flags in copies.values()):
+    try:
+        told = [flag for flags in copies.values() for flag in flags.values()]
+    except (AttributeError, TypeError):
+        told = [None]
+    if not all(isinstance(flag, bool) for flag in told):
         raise ValueError(
-            "the checkpoint's second sets of weights are no mapping of mappings: the checkpoint is damaged"
+            "the checkpoint's second sets of weights are no mappings to booleans: the checkpoint is damaged"
         )
     return Loaded(parts.inner, {**counters, "admm_selection": number}, own, statistics, dict(errors), copies)
 

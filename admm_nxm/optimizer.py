@@ -570,7 +570,8 @@ class ADMMNxM(Optimizer):
             for key, part in loaded.own.get(weight.name, {}).items():
                 dtype = torch.bool if key == MASK else weight.param.dtype
                 weight.store(self.inner, key, local(part).to(weight.w.device, dtype, copy=True))
-            weight.copy_flags = {key: bool(flag) for key, flag in loaded.copies.get(weight.name, {}).items()}
+            if weight.name in loaded.copies:
+                weight.copy_flags = dict(loaded.copies[weight.name])
         run.model_errors.update(loaded.model_errors)
         self._begin(loaded.statistics)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -72,7 +72,7 @@ class Run:
         self.freeze_sums = None
         self.announced = False
         for weight in self.weights:
-            weight.copy_flags, weight.copy_keys = {}, None
+            weight.copy_keys = None  # the flags stay: a trial step may have set what a checkpoint does not tell
 
     def store_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.

