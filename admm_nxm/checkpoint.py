@@ -101,7 +101,7 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
     copies = parts.extra.get("copies", {})
     try:
         told = [flag for flags in copies.values() for flag in flags.values()]
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
         told = [None]
     if not all(isinstance(flag, bool) for flag in told):
         raise ValueError(
