@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import importlib.util
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from admm_nxm.pattern import Pattern
 from admm_nxm.solver import INPUT_DAMPING, OUTPUT_DAMPING, factorise, model_error, solve
-from quality import sparsegpt
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from sparsegpt import sparsegpt  # type: ignore[import-not-found,unused-ignore]
 
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         return loss
 
     def ordinary() -> None:
-        forward().backward()
+        forward().backward()  # type: ignore[no-untyped-call,unused-ignore]
         optimizer.step()
         optimizer.zero_grad()
 
