@@ -14,7 +14,7 @@ from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
 from .residuals import Residuals, measure
-from .run import Moving, Run
+from .run import Moving, Run, check_finite
 from .schedules import Timeline
 from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
 from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, model_error, solve
@@ -247,22 +247,6 @@ class ExactStep:
                 "(an expert without tokens needs more calibration_steps), or call finalize(): it prunes it by magnitude"
             )
         return None
-
-
-def check_finite(run: Run, weights: Sequence[Weight]) -> None:
-    """Refuse weights with NaN or infinite entries, on every rank alike."""
-    if not weights:
-        return
-    device = weights[0].w.device
-    counts = [(~weight.w.isfinite()).sum().reshape(1).to(device) for weight in weights]
-    totals = reduce_sums(counts, [weight.param for weight in weights]).flatten().tolist()
-    names = [weight.name for weight, count in zip(weights, totals, strict=True) if count]
-    if names:
-        raise ValueError(
-            f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
-            f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
-            "the gradients"
-        )
 
 
 def _solved_by_ranks(weights: Sequence[Weight], moments: dict[str, Moments]) -> list[Solved]:

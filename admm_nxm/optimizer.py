@@ -14,14 +14,14 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .exact import ExactStep, check_finite
+from .exact import ExactStep
 from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
 from .projection import keep_mask, project, zero_outside
 from .residuals import Residuals
-from .run import Run
+from .run import Run, check_finite
 from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
 from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
 from .sharding import local, reduce_sums, wrap_like

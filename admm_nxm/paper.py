@@ -10,10 +10,9 @@ from torch import Tensor
 
 from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
-from .exact import check_finite
 from .projection import keep_mask
 from .residuals import Residuals, measure, ratio
-from .run import Moving, Run
+from .run import Moving, Run, check_finite
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import reduce_sums
 from .weights import CONSENSUS, MASK, Weight

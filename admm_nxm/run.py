@@ -6,7 +6,7 @@ changes during a run therefore lies in an object that all of them hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from .progress import Progress
 from .selection import Selection
+from .sharding import reduce_sums
 from .statistics import Statistics
 from .weights import MASK, Weight, Weights
 
-__all__ = ["Moving", "Run"]
+__all__ = ["Moving", "Run", "check_finite"]
 
 
 @dataclass
@@ -97,3 +98,19 @@ class Run:
 
 Moving = list[tuple[Weight, Tensor]]
 """The weights that take part in a step of the paper's form, each with its v."""
+
+
+def check_finite(run: Run, weights: Sequence[Weight]) -> None:
+    """Refuse weights with NaN or infinite entries, on every rank alike."""
+    if not weights:
+        return
+    device = weights[0].w.device
+    counts = [(~weight.w.isfinite()).sum().reshape(1).to(device) for weight in weights]
+    totals = reduce_sums(counts, [weight.param for weight in weights]).flatten().tolist()
+    names = [weight.name for weight, count in zip(weights, totals, strict=True) if count]
+    if names:
+        raise ValueError(
+            f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
+            f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
+            "the gradients"
+        )
