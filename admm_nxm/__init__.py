@@ -20,7 +20,7 @@ from .optimizer import ADMMNxM, ConvergenceWarning
 from .pattern import Pattern
 from .progress import Figures
 from .projection import keep_mask, project
-from .report import ModelReport, sparsity_report
+from .report import ModelReport, model_report
 from .residuals import Residuals, WeightResidual
 from .schedules import Constant, Every, Penalty, Ramp, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
@@ -51,8 +51,8 @@ __all__ = [
     "factorise",
     "keep_mask",
     "model_error",
+    "model_report",
     "project",
     "solve",
-    "sparsity_report",
     "verify",
 ]

@@ -291,7 +291,7 @@ def test_public_names_are_the_promised_ones() -> None:
         "Selection",
         "SkippedWeight",
     }
-    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "sparsity_report"}
+    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "model_report"}
     assert promised <= set(admm_nxm.__all__)
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)

@@ -207,7 +207,7 @@ def test_report_refuses_a_picture_before_it_counts(good, tmp_path, monkeypatch, 
     def count(*_):
         raise AssertionError("the weights were counted first")
 
-    monkeypatch.setattr(sys.modules["admm_nxm.report"], "sparsity_report", count)
+    monkeypatch.setattr(sys.modules["admm_nxm.report"], "model_report", count)
     (tmp_path / "folder.svg").mkdir()
     fails(capsys, "report", good, "--plot", tmp_path / name, "--overwrite", parts=parts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", good.name]

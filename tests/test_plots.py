@@ -14,7 +14,7 @@ from torch import nn
 
 from admm_nxm import ADMMNxM, Pattern, project, verify
 from admm_nxm.io import verify as verifying
-from admm_nxm.report import histogram, sparsity_report
+from admm_nxm.report import histogram, model_report
 from admm_nxm.report.history import Recorder
 from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from admm_nxm.selection import SkippedWeight, select_weights
@@ -303,7 +303,7 @@ def test_report_of_a_whole_model():
     net = make_net()
     with torch.no_grad():
         net.blocks[0].up.weight.copy_(project(net.blocks[0].up.weight, "2:4"))
-    figure = plot_sparsity(sparsity_report(net, "2:4"))
+    figure = plot_sparsity(model_report(net, "2:4"))
     found = cells(figure)
     assert found.keys() == {(str(i), kind) for i in (0, 1) for kind in ("up", "down")}
     assert found["0", "up"] == "50% †"
@@ -321,7 +321,7 @@ def test_nothing_but_dense_weights_outside_of_blocks():
 
 def test_weights_that_sparse_tensor_cores_take_have_no_dagger():
     weight = project(torch.randn(32, 64), "2:4").bfloat16()
-    figure = plot_sparsity(sparsity_report({"h.0.fc.weight": weight}))
+    figure = plot_sparsity(model_report({"h.0.fc.weight": weight}))
     assert cells(figure) == {("0", "fc"): "50%"}
 
 

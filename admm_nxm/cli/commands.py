@@ -62,12 +62,12 @@ def report(
     Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
     and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
     """
-    from ..report import sparsity_report
+    from ..report import model_report
 
     parsed, rules = rules_of(pattern, select)
     if plot is not None:
         _check_picture(plot, overwrite=overwrite)
-    found = sparsity_report(path, parsed if rules is None else rules)
+    found = model_report(path, parsed if rules is None else rules)
     if plot is not None:
         from ..report.plots import plot_sparsity, save_figure
 

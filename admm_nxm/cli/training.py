@@ -30,7 +30,7 @@ from ..io.selection_record import record_selection
 from ..io.verify import verify
 from ..optimizer import ConvergenceWarning
 from ..pattern import Pattern
-from ..report import sparsity_report
+from ..report import model_report
 from ..report.history import Recorder
 from ..report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from ..selection import Selection, select_weights
@@ -295,7 +295,7 @@ def _save(
     rows = [row for row in trainer.state.log_history if "loss" in row]
     Recorder(admm, rows).save(folder / "history.jsonl")
     record_selection(folder, admm.selection)
-    report = sparsity_report(model, admm.selection)
+    report = model_report(model, admm.selection)
     save_figure(plot_history(rows), folder / "history.svg")
     save_figure(plot_model_error(facts["pruning"]["model_errors"]), folder / "model_error.svg")
     save_figure(plot_sparsity(report), folder / "sparsity.svg")

@@ -327,7 +327,7 @@ def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure
 
     Args:
         report: from :func:`admm_nxm.verify` or ``finalize()``, which know of dense weights only those that the rules
-            asked for; or from :func:`admm_nxm.report.sparsity_report`, which knows all, and marks what sparse tensor
+            asked for; or from :func:`admm_nxm.report.model_report`, which knows all, and marks what sparse tensor
             cores cannot take. Biases and norms are left out; dense weights outside of the blocks are counted below.
         title: above all; none by default.
 
