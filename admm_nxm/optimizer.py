@@ -236,7 +236,7 @@ class ADMMNxM(Optimizer):
             f"{now.weights} weights with {now.entries:,} entries, "
             + (
                 f"to be pruned after step {now.prune_at}"
-                if now.frozen_at is None
+                if now.pruned_at is None
                 else f"{now.sparsity:.1%} of them zero"
             ),
         ]
@@ -435,7 +435,7 @@ class ADMMNxM(Optimizer):
             model_error=sum(errors.values()) / len(errors) if errors else None,
             model_errors=errors,
             rho=run.progress.rho,
-            frozen_at=run.progress.frozen_at if run.progress.frozen else None,
+            pruned_at=run.progress.pruned_at if run.progress.frozen else None,
         )
 
     @torch.no_grad()

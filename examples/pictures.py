@@ -127,7 +127,7 @@ def make_pictures(output: Path, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "lr": args.lr,
         "seed": args.seed,
-        "pruned_after": now.frozen_at,
+        "pruned_at": now.pruned_at,
         "model_error": now.model_error,
         "test_texts": len(data.test),
         "accuracy": {name: count / len(data.test) for name, count in correct.items()},

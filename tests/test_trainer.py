@@ -278,7 +278,7 @@ def test_an_interrupted_run_begins_anew_in_the_same_trainer(tmp_path: Path) -> N
     once.step = -1
     made.train()
     now = made.admm.figures()
-    assert (now.step, now.frozen_at) == (STEPS, PRUNE_AT)
+    assert (now.step, now.pruned_at) == (STEPS, PRUNE_AT)
     assert made.sparsity_report.ok
 
 
@@ -316,7 +316,7 @@ def test_resume_with_another_number_of_steps(tmp_path: Path) -> None:
     longer = trainer(tmp_path / "longer", max_steps=STEPS + 5)
     longer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{STEPS}"))
     now = longer.admm.figures()
-    assert (now.step, now.frozen_at) == (STEPS + 5, PRUNE_AT)
+    assert (now.step, now.pruned_at) == (STEPS + 5, PRUNE_AT)
     assert longer.sparsity_report.ok
     # Ten dense steps are behind; one of two calibration steps is all that is left.
     shorter = trainer(tmp_path / "shorter", max_steps=11)
@@ -512,7 +512,7 @@ def test_a_smaller_batch_found_by_itself_begins_the_run_anew(tmp_path: Path, fai
     assert made._train_batch_size < 8
     now = made.admm.figures()
     assert now.total_steps == now.step == made.state.max_steps == made.state.global_step
-    assert now.frozen_at == made.state.max_steps * 85 // 100
+    assert now.pruned_at == made.state.max_steps * 85 // 100
     assert made.sparsity_report.ok
 
 

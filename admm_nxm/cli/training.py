@@ -139,7 +139,7 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
         "data": {"labels": labels, "train": len(texts.train), "test": len(texts.test)},
         "accuracy": accuracy,
         "pruning": {
-            "pruned_after": now.frozen_at,
+            "pruned_at": now.pruned_at,
             "model_error": now.model_error,
             "model_errors": {**now.model_errors},
         },
@@ -349,7 +349,7 @@ def _result(settings: Settings, facts: dict[str, Any], report: SparsityReport, s
         verdict = f"verify    FAILED for {out}\n{report}"
     baseline = f"always '{accuracy['most_frequent_label']}' is right for {accuracy['most_frequent_share']:.1%}"
     lines = [
-        f"pruned    after step {pruning['pruned_after']}, model error {pruning['model_error']:.4f}",
+        f"pruned    after step {pruning['pruned_at']}, model error {pruning['model_error']:.4f}",
         f"accuracy  {accuracy['share']:.1%}: {tested}, 95 % interval {low:.1%} to {high:.1%}; {baseline}",
         verdict,
         f"saved     {out}: model, tokenizer, card, training.json, history.jsonl, pictures ({seconds:.0f} s in all)",

@@ -140,7 +140,7 @@ class ADMMTrainerMixin(_Base):
 
     - The length of the run comes from Trainer; warm-up, schedules, accumulation, clipping and precision stay Trainer's.
     - The training log has ``admm/phase``, ``admm/sparsity`` and, once they are known, ``admm/model_error`` and
-      ``admm/frozen_at``; in the paper's form also the residuals and rho.
+      ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
       (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
     - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint

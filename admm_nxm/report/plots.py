@@ -235,7 +235,7 @@ def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, A
 
 def _freeze(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the step after which the last weights were pruned."""
-    return next((float(row["admm/frozen_at"]) for row in rows if "admm/frozen_at" in row), None)
+    return next((float(row["admm/pruned_at"]) for row in rows if "admm/pruned_at" in row), None)
 
 
 def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
