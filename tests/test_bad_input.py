@@ -40,6 +40,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "epochs of a schedule": ({"total_steps": True}, TypeError, ["total_steps=True", "it counts optimizer steps"]),
     "pruned before the first step": ({"prune_at": -1}, ValueError, ["prune_at=-1", "at least 0"]),
     "pruned beyond the end": ({"prune_at": 41}, ValueError, ["prune_at=41", "total_steps=40", "at most"]),
+    "pruned after the whole run, as a share": (
+        {"prune_at": 1.0},
+        ValueError,
+        ["prune_at=1.0", "between 0 and 1", "0.85"],
+    ),
     "no calibration": ({"calibration_steps": 0}, ValueError, ["calibration_steps=0", "at least 1"]),
     "calibration of another type": ({"calibration_steps": 2.0}, TypeError, ["calibration_steps=2.0", "int"]),
     "calibration that does not fit": (
