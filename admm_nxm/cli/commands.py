@@ -100,7 +100,7 @@ def prune(
 
     Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
     """
-    from ..io.prune import prune as project_files
+    from ..io.prune import project_files
 
     parsed, rules = rules_of(pattern, select)
     report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)

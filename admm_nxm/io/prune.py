@@ -18,10 +18,10 @@ from .selection_record import RECORD_KEY, record_selection, selection_metadata
 from .tensor_files import NO_ZERO, Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
-__all__ = ["prune"]
+__all__ = ["project_files"]
 
 
-def prune(
+def project_files(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     pattern: Pattern | str = "2:4",
@@ -55,7 +55,7 @@ def prune(
     >>> from safetensors.torch import save_file
     >>> folder = Path(tempfile.mkdtemp())
     >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, folder / "dense.safetensors")
-    >>> prune(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
+    >>> project_files(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
     True
     """
     with open_checkpoint(source, purpose="prune") as checkpoint:
