@@ -70,10 +70,12 @@ class SparsityReport:
     Args:
         weights: one report a weight.
         skipped: what the selection rules asked for but no pattern fits, and why.
+        left_out: files that were not copied with the pruned ones, since they hold the weights from before.
     """
 
     weights: tuple[WeightReport, ...]
     skipped: tuple[SkippedWeight, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -107,6 +109,8 @@ class SparsityReport:
         ]
         lines = [format_table(("weight", "shape", "pattern", "zeros", "groups", "bad groups"), rows)]
         lines += [f"not covered: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
+        if self.left_out:
+            lines.append(f"not copied, as they hold the weights from before: {', '.join(self.left_out)}")
         verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
         lines.append(f"{len(self.weights)} weights, {self.sparsity:.2%} zeros, pattern {verdict}")
         return "\n".join(lines)

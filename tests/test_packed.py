@@ -591,23 +591,14 @@ def test_a_folder_is_overwritten_as_a_whole_and_never_the_source(tmp_path: Path)
             pack(tmp_path / "a", place, overwrite=True)
 
 
-@pytest.mark.parametrize("name", [INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_weights_that_would_be_loaded_in_place_of_the_packed_ones_are_refused(name: str, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    save_file({NAME: sparse(4, 8)}, tmp_path / "a" / "model.safetensors")
-    (tmp_path / "a" / name).write_bytes(b"{}")
-    with pytest.raises(ValueError, match=rf"{name} would be taken for the weights .* in model\.safetensors; move it"):
-        pack(tmp_path / "a", tmp_path / "p")
-
-
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    save_file({NAME: sparse(4, 8)}, tmp_path / "a" / "model.safetensors")
-    pack(tmp_path / "a", tmp_path / "p")
-    shutil.copy(tmp_path / "p" / "model.packed.safetensors", tmp_path / "a")
-    with pytest.raises(ValueError, match=r"holds both model\.packed\.safetensors and a file that would be called so"):
-        pack(tmp_path / "a", tmp_path / "p2")
-    assert not (tmp_path / "p2").exists()
+    folder = folder_of(transformers_model("llama")[0], tmp_path / "a", "5KB")
+    pack(folder, tmp_path / "p")
+    shard = min(file.name for file in folder.glob("*.safetensors"))
+    shutil.copy(folder / shard, tmp_path / "p")
+    with pytest.raises(ValueError, match=rf"holds both {shard} and a file that would be called so"):
+        unpack(tmp_path / "p", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_links_to_folders_and_dangling_links_are_refused(tmp_path: Path) -> None:

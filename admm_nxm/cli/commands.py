@@ -105,6 +105,7 @@ def prune(
     parsed, rules = rules_of(pattern, select)
     report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
     payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
+    payload["left_out"] = report.left_out
     return Result(payload, f"{report}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
 
 
@@ -133,7 +134,7 @@ def pack(
     sizes = ("bytes_before", "bytes_after")
     payload |= {name: getattr(report, name) for name in (*sizes, "ratio")}
     payload["weights"] = _fields(report, "name", "shape", "pattern", "dim", *sizes, "dtype")
-    payload["skipped"] = _fields(report.skipped, "name", "reason")
+    payload |= {"skipped": _fields(report.skipped, "name", "reason"), "left_out": report.left_out}
     text = f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
     return Result(payload, text)
 

@@ -261,7 +261,9 @@ def model_report(
             f"the FLOPs of {len(uncounted)} tensors that are no matrices are not counted ({such_as(uncounted)}); an "
             "example would count them"
         )
-    return ModelReport(tuple(weights), counts.skipped, dense, costs.total, costs.per, tuple(notes))
+    return ModelReport(
+        tuple(weights), counts.skipped, dense=dense, flops=costs.total, flops_per=costs.per, notes=tuple(notes)
+    )
 
 
 @dataclass(frozen=True)
