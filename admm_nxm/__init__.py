@@ -16,6 +16,7 @@ True
 
 from ._version import __version__
 from .io.verify import verify
+from .oneshot import prune
 from .optimizer import ADMMNxM, ConvergenceWarning
 from .pattern import Pattern
 from .progress import Figures
@@ -53,6 +54,7 @@ __all__ = [
     "model_error",
     "model_report",
     "project",
+    "prune",
     "solve",
     "verify",
 ]
