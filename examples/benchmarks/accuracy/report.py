@@ -87,7 +87,7 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
     rates = " and ".join(f"{lr:g}" for lr in plan.usual_lrs)
     trained = f"All methods train the same model on the same texts: {subject(plan)}."
     units = (
-        "Figures are percent of test texts answered right; differences are in points, with 95 % intervals over seeds."
+        "Figures are percent of test texts answered right; differences are in points with 95 % intervals over seeds."
     )
     methods = (
         "`dense` prunes nothing. `asp` is the usual way: the largest weights of each group are kept, once, before "
