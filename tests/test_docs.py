@@ -584,6 +584,17 @@ def test_every_public_name_is_on_the_api_page(module: str) -> None:
     assert missing == [], f"add to docs/api.md: {', '.join(f'::: {module}.{name}' for name in missing)}"
 
 
+def test_no_docstring_opens_with_a_question_word() -> None:
+    """It opens with a verb, or with the name of the thing: a second-language reader has to read "What ..." twice."""
+    opened = []
+    for file in sorted((ROOT / "admm_nxm").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+            if isinstance(text, str) and re.match(r"(What|Who|Whose|Where|When|How|Which|Why)\b", text.strip()):
+                opened.append(f"{file.relative_to(ROOT)}, line {node.lineno}")
+    assert opened == []
+
+
 # ------------------------------------------------------------------------------------------------------------ site
 
 
