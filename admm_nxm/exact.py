@@ -13,7 +13,7 @@ from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
 from .residuals import Residuals, measure
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
 from .sharding import part_of, rank_and_world, reduce_sums
 from .solving import solutions
@@ -51,7 +51,7 @@ class ExactStep:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
-            self._prune_by_magnitude(run, list(run.weights))
+            check_pruned(run)
             progress.frozen_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:
