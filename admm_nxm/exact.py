@@ -52,6 +52,7 @@ class ExactStep:
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
             check_pruned(run)
+            self._prune_by_magnitude(run, list(run.weights))  # for zeros without a sign, and in second sets too
             progress.pruned_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:

@@ -36,7 +36,7 @@ def prune(
     dims: Mapping[str, int] | None = None,
     ineligible: Ineligible = "error",
     statistics_memory: int | None = None,
-    sequential: bool | None = None,
+    sequential: bool = True,
     progress: Progress | None = None,
 ) -> SparsityReport:
     r"""Prune a model in place, once and without training.
@@ -57,14 +57,15 @@ def prune(
             anything else is the one argument. Tensors are moved to the model. They are all held in memory; some ten
             thousand tokens are enough.
         loss: ``loss(model, batch)`` returns the loss, 0-d. Without it the loss in the model's output counts, as
-            transformers' models have it of batches with ``labels``; and where there is none, A alone is gathered, to
-            which every token counts, padding too.
+            transformers' models have it of batches with ``labels``; and where there is none, A alone is gathered.
+            Padding does not count where an ``attention_mask`` tells it.
         select: rules that replace the default selection, as for :class:`admm_nxm.ADMMNxM`.
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
         statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 256 MB.
             More come in several windows of weights, and each takes a pass over the batches.
-        sequential: whether A of each block is that of the model whose earlier blocks are pruned already.
+        sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
+            more passes in all, as finished blocks are not computed again where the model allows that.
         progress: called with the number of weights that are done, of all of them, and what is going on. True shows a
             bar of tqdm.
 
@@ -102,7 +103,7 @@ def prune(
             else:
                 refuse_compiled(model)
                 with still(model):
-                    _calibrate(job, model, list(batches), loss, statistics_memory, bool(sequential))
+                    _calibrate(job, model, list(batches), loss, statistics_memory, sequential)
             job.write()
         except BaseException:
             job.undo()

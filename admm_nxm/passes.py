@@ -88,6 +88,7 @@ def gather(
         for number, batch in enumerate(batches, 1):
             batch = _moved(batch, model)
             if loss is None:
+                statistics.padding = _padding_in(batch)
                 with torch.no_grad():
                     _call(model, batch)
             else:
@@ -128,6 +129,12 @@ def _moved(batch: Any, model: nn.Module) -> Any:
     """Return a batch on the device of the model's first parameter."""
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     return batch if device is None else _mapped(batch, lambda t: t.to(device))
+
+
+def _padding_in(batch: Any) -> Tensor | None:
+    """Return which tokens of a batch are padding, as models of transformers are told; None if nothing says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask == 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -199,6 +206,7 @@ class Blocks:
                         _hook(stack, self._blocks[name], partial(_keep, outputs))
                     if chained:
                         _hook(stack, self._blocks[block], _stop)
+                    statistics.padding = _padding_in(batch)
                     self._pass(_moved(batch, self.model))
                 each(number + 1)
         finally:

@@ -72,7 +72,7 @@ class Statistics:
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
-            token counts.
+            token counts, but for those that ``padding`` marks.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
             taken, evenly spread and the same ones in every run.
 
@@ -93,6 +93,9 @@ class Statistics:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
+        self.padding: Tensor | None = None
+        """Without ``outputs``: which tokens of the passes to come are padding, boolean, (batch, tokens); None if none
+        is. Inputs of another shape are taken whole."""
         self.moments: dict[str, Moments] = {}
         """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
@@ -308,7 +311,9 @@ class _Hook:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
-            statistics._add(self._name, x, None)
+            padding = statistics.padding
+            fits = padding is not None and x.shape[:-1] == padding.shape
+            statistics._add(self._name, x[~padding.to(x.device)] if fits and padding is not None else x, None)
         transformed = torch._C._functorch.is_gradtrackingtensor(output) or forward_ad._current_level >= 0
         ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
         if not (statistics.outputs and ordinary):

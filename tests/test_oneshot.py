@@ -295,7 +295,7 @@ def test_a_failure_while_weights_are_written_puts_them_back(monkeypatch: pytest.
     monkeypatch.setattr(admm_nxm.oneshot, "solutions", solved)
     net, dense = make_net(), make_net()
     with pytest.raises(RuntimeError, match="size"):
-        prune(net, "2:4", batches(1))
+        prune(net, "2:4", batches(1), sequential=False)
     assert_same_weights(net, dense)
 
 
@@ -309,7 +309,7 @@ def test_modes_gradients_and_what_asks_for_them_stay_and_frozen_weights_are_prun
     copies = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
     seen: list[bool] = []
     with net.blocks[0].register_forward_hook(lambda module, *_: seen.append(module.training)), torch.no_grad():
-        assert prune(net, "2:4", batches(2), loss=loss_of).ok
+        assert prune(net, "2:4", batches(2), loss=loss_of, sequential=False).ok
     assert seen == [False, False]
     assert [net.training, net.blocks[0].training, net.blocks[1].training] == [True, True, False]
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == [WEIGHTS[0]]
@@ -476,3 +476,29 @@ def test_the_report_of_a_run_has_the_model_errors() -> None:
     report = optimizer.finalize()
     assert report.model_errors == optimizer.figures().model_errors
     assert report.model_errors.keys() == set(WEIGHTS)
+
+
+class Masked(nn.Module):
+    """Takes an attention mask, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_padding_does_not_count(sequential: bool, gathered: dict[str, Moments]) -> None:
+    x = torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    padded = x.masked_fill(mask[:, :, None] == 0, 100.0)
+    rule = {r".*up\.weight": "2:4"}
+    prune(Masked(), batches=[{"x": padded, "attention_mask": mask}], select=rule, sequential=sequential)
+    with_padding = dict(gathered)
+    texts = [{"x": x[:1, :3], "attention_mask": mask[:1, :3]}, {"x": x[1:], "attention_mask": mask[1:]}]
+    prune(Masked(), batches=texts, select=rule, sequential=sequential)
+    for name, seen in gathered.items():
+        assert int(with_padding[name].tokens) == int(seen.tokens) == 8
+        torch.testing.assert_close(with_padding[name].inputs, seen.inputs)

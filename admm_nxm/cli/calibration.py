@@ -60,8 +60,8 @@ def calibrate(settings: Settings) -> tuple[SparsityReport, dict[str, Any]]:
     device = find_device(settings.device)
     tokenizer = _tokenizer(settings.path)
     model, kind = _load(settings.path, device)
-    note(f"model   {type(model).__name__}, on {device}")
     batches, told = _batches(settings, kind, model, tokenizer)
+    note(f"model   {type(model).__name__}, on {device}")
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     gathered = "A and G" if "labels" in batches[0] else "A alone: there are no labels"
     note(f"data    {told}, {tokens:,} tokens ({gathered})")
