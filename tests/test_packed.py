@@ -51,7 +51,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @given(st.lists(sparse_tensors(), min_size=1, max_size=3), st.dictionaries(st.text(max_size=4), st.text(max_size=4)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_file_comes_back_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[Tensor, Pattern, int]], metadata: dict[str, str]
 ) -> None:
