@@ -38,7 +38,7 @@ class ExactStep:
 
     @property
     def windows(self) -> int:
-        """How many windows of weights are solved one after the other."""
+        """Number of windows of weights, which are solved one after the other."""
         return self.timeline.windows
 
     def phase(self, run: Run) -> str:

@@ -384,12 +384,12 @@ class ADMMNxM(Optimizer):
 
     @property
     def selection(self) -> Selection:
-        """What is pruned with which pattern along which dimension, and what is not and why."""
+        """The pruned weights with their patterns and dimensions, and the other parameters with the reason."""
         return self._run.selection
 
     @property
     def w_step(self) -> Literal["exact", "optimizer"]:
-        """Who does ADMM's w-step."""
+        """The way in which ADMM's w-step is done."""
         return self._w_step.name
 
     @property
@@ -541,9 +541,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone (ADMM then starts anew).
+        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone.
 
-        The model's weights are not part of it: load them too.
+        With the latter ADMM starts from the beginning. The model's weights are not part of it: load them too.
 
         Args:
             state_dict: not changed.
