@@ -116,7 +116,7 @@ class PenaltyStep:
     ) -> None:
         """Refuse a checkpoint whose rho would fall."""
         step, rho = int(counters["admm_step"]), counters["admm_rho"]
-        if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
+        if counters["admm_pruned_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
             raise ValueError(
                 f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
                 f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule "
@@ -185,7 +185,7 @@ class PenaltyStep:
             weight.replace_value(run.inner, z, mask)
         run.freeze_sums = torch.stack(sums)
         run.movement.clear()
-        run.progress.frozen_at = run.progress.step
+        run.progress.pruned_at = run.progress.step
 
     def _ending(self, run: Run, *, everywhere: bool) -> PaperEnding | None:
         """Turn the sums of the freeze into numbers."""
@@ -213,7 +213,7 @@ class PenaltyStep:
             progress.churn,
             bool(progress.dual_in_use),
             progress.rho,
-            progress.frozen_at,
+            progress.pruned_at,
             self.plan.prune_at,
             type(run.inner).__name__,
         )
