@@ -16,6 +16,7 @@ True
 
 from ._version import __version__
 from .io.verify import verify
+from .oneshot import prune
 from .optimizer import ADMMNxM, ConvergenceWarning
 from .pattern import Pattern
 from .progress import Figures
@@ -52,6 +53,7 @@ __all__ = [
     "keep_mask",
     "model_error",
     "project",
+    "prune",
     "solve",
     "sparsity_report",
     "verify",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,14 +15,12 @@ from .projection import keep_mask
 from .residuals import Residuals, measure
 from .run import Moving, Run, check_finite
 from .schedules import Timeline
-from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
-from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, model_error, solve
-from .statistics import Moments, Statistics
+from .sharding import part_of, rank_and_world, reduce_sums
+from .solving import solutions
+from .statistics import Statistics
 from .weights import MASK, Weight
 
 __all__ = ["ExactStep"]
-
-_DAMPING = {"inputs": INPUT_DAMPING, "outputs": OUTPUT_DAMPING}
 
 
 class ExactStep:
@@ -221,7 +218,8 @@ class ExactStep:
                 )
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
-        for weight, each in zip(weights, _solved_by_ranks(weights, moments), strict=True):
+        solved = list(solutions(weights, moments))
+        for weight, each in zip(weights, solved, strict=True):
             weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
             if weight.modules:
                 run.model_errors[weight.name] = each.error
@@ -247,62 +245,3 @@ class ExactStep:
                 "(an expert without tokens needs more calibration_steps), or call finalize(): it prunes it by magnitude"
             )
         return None
-
-
-def _solved_by_ranks(weights: Sequence[Weight], moments: dict[str, Moments]) -> list[Solved]:
-    """Solve each weight on one rank, and give the result to all, so that all have the same bits."""
-    rank, world = rank_and_world()
-    wholes: list[Tensor] = []
-    for index, weight in enumerate(weights):
-        whole = full(weight.param.detach())  # a collective where the weight is sharded
-        wholes.append(whole if index % world == rank else torch.empty_like(whole, device="meta"))
-    shared = _SharedFactors()
-    mine = {
-        index: _solve_one(weight, wholes[index], moments.get(weight.name), shared)
-        for index, weight in enumerate(weights)
-        if index % world == rank
-    }
-    return [
-        mine[index] if world == 1 else _shared_result(mine.get(index), weight, wholes[index], index % world)
-        for index, weight in enumerate(weights)
-    ]
-
-
-def _shared_result(mine: Solved | None, weight: Weight, whole: Tensor, source: int) -> Solved:
-    device = weight.w.device
-    value = torch.empty(whole.shape, dtype=whole.dtype, device=device) if mine is None else mine.weight.contiguous()
-    mask = torch.empty(whole.shape, dtype=torch.bool, device=device) if mine is None else mine.mask.contiguous()
-    figures = torch.zeros(2, dtype=torch.float64, device=device)
-    if mine is not None:
-        figures.copy_(torch.tensor([mine.error, mine.rounds]))
-    for t in (value, mask, figures):
-        broadcast(t, source)
-    error, rounds = figures.tolist()
-    return Solved(value, mask, error, int(rounds))
-
-
-class _SharedFactors:
-    """The factorisation of the last matrix of each kind: neighbours with the same inputs and live tokens share it."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[Tensor, Factor]] = {}
-
-    def of(self, kind: str, moment: Tensor) -> Factor:
-        last = self._last.get(kind)
-        if last is None or last[0].shape != moment.shape or not torch.equal(last[0], moment):
-            last = self._last[kind] = (moment, factorise(moment, _DAMPING[kind]))
-        return last[1]
-
-
-def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _SharedFactors) -> Solved:
-    spec = weight.spec
-    if moments is None:
-        return solve(whole, spec.pattern, None, None, dim=spec.dim)
-    inputs: Factor | None = shared.of("inputs", moments.inputs)
-    outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
-    raw: tuple[Tensor | None, Tensor | None] = moments.inputs, moments.outputs
-    if weight.moment_along_group == "outputs":
-        inputs, outputs, raw = outputs, inputs, (raw[1], raw[0])
-    solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
-    # The solver has the damped moments alone.
-    return replace(solved, error=model_error(whole, solved.weight, *raw, dim=spec.dim))

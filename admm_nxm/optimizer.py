@@ -318,7 +318,7 @@ class ADMMNxM(Optimizer):
         doing it again changes nothing. A collective where weights are sharded.
 
         Returns:
-            The count of every group of every prunable weight.
+            The count of every group of every prunable weight, with its model error where that is known.
 
         Warns:
             ConvergenceWarning: the run ended before its solve; in the paper's form, the weights were far from the
@@ -339,7 +339,7 @@ class ADMMNxM(Optimizer):
         run.progress.finalized = 1
         if verdict is not None:
             warnings.warn(verdict, ConvergenceWarning, stacklevel=3)  # past torch's no_grad wrapper
-        return check_weights(run.selection, lambda name: run.weights[name].param)
+        return check_weights(run.selection, lambda name: run.weights[name].param, run.model_errors)
 
     def _project_what_was_loaded(self) -> None:
         """Prune by magnitude what is not what the masks left: somebody has loaded these weights since."""

@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 
 from .progress import Progress
 from .selection import Selection
-from .sharding import reduce_sums
 from .statistics import Statistics
-from .weights import MASK, Weight, Weights
+from .weights import MASK, Weight, Weights, not_finite
 
 __all__ = ["Moving", "Run", "check_finite"]
 
@@ -102,12 +101,7 @@ Moving = list[tuple[Weight, Tensor]]
 
 def check_finite(run: Run, weights: Sequence[Weight]) -> None:
     """Refuse weights with NaN or infinite entries, on every rank alike."""
-    if not weights:
-        return
-    device = weights[0].w.device
-    counts = [(~weight.w.isfinite()).sum().reshape(1).to(device) for weight in weights]
-    totals = reduce_sums(counts, [weight.param for weight in weights]).flatten().tolist()
-    names = [weight.name for weight, count in zip(weights, totals, strict=True) if count]
+    names = not_finite(weights)
     if names:
         raise ValueError(
             f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "

@@ -26,6 +26,7 @@ __all__ = [
     "SelectedWeight",
     "Selection",
     "SkippedWeight",
+    "block_prefixes",
     "clean_name",
     "is_conv1d",
     "is_embedding",
@@ -289,7 +290,7 @@ def named_tensors(model: Source) -> dict[str, Tensor]:
 def _candidates(model: Source) -> list[_Candidate]:
     if isinstance(model, nn.Module):
         model = unwrap_model(model)
-        places, blocks = _places_in(model), _block_prefixes(model)
+        places, blocks = _places_in(model), block_prefixes(model)
     else:
         places = _places_by_name(model)
         blocks = _blocks_by_name([place.title for place in places])
@@ -383,7 +384,7 @@ def _holder_by_name(name: str, tensors: Mapping[str, Tensor]) -> _Holder | None:
     return _Holder(weight, None, "parametrization", "torch's utility of that name, and save the model again")
 
 
-def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
+def block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the repeated blocks: composite members of a ModuleList, or alike members of a Sequential."""
     prefixes = []
     for name, module in model.named_modules():

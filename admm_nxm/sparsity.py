@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -70,10 +70,14 @@ class SparsityReport:
     Args:
         weights: one report a weight.
         skipped: what the selection rules asked for but no pattern fits, and why.
+        selection: by which it was counted, to be recorded (:func:`admm_nxm.io.selection_record.record_selection`).
+        model_errors: name -> what pruning cost by the quadratic model of the loss, as far as that was measured.
     """
 
     weights: tuple[WeightReport, ...]
     skipped: tuple[SkippedWeight, ...] = ()
+    selection: Selection | None = field(default=None, repr=False, compare=False, kw_only=True)
+    model_errors: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     @property
     def ok(self) -> bool:
@@ -101,18 +105,25 @@ class SparsityReport:
         return iter(self.weights)
 
     def __str__(self) -> str:
+        header = ["weight", "shape", "pattern", "zeros", "groups", "bad groups"]
         rows = [
-            (w.name, "x".join(map(str, w.shape)), str(w.pattern), f"{w.sparsity:.2%}", w.groups, w.bad_groups)
+            [w.name, "x".join(map(str, w.shape)), str(w.pattern), f"{w.sparsity:.2%}", w.groups, w.bad_groups]
             for w in self.weights
         ]
-        lines = [format_table(("weight", "shape", "pattern", "zeros", "groups", "bad groups"), rows)]
+        if self.model_errors:
+            header.append("model error")
+            for row, w in zip(rows, self.weights, strict=True):
+                row.append(f"{self.model_errors[w.name]:.4f}" if w.name in self.model_errors else "")
+        lines = [format_table(header, rows)]
         lines += [f"not covered: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
         verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
         lines.append(f"{len(self.weights)} weights, {self.sparsity:.2%} zeros, pattern {verdict}")
         return "\n".join(lines)
 
 
-def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> SparsityReport:
+def check_weights(
+    selection: Selection, get: Callable[[str], Tensor], model_errors: Mapping[str, float] | None = None
+) -> SparsityReport:
     """Count the groups of each selected weight, got by name one after the other; a collective if they are sharded."""
     likes, counts = [], []
     for weight in selection:
@@ -126,7 +137,8 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     reports = (
         WeightReport(w.name, w.shape, w.pattern, w.dim, *count) for w, count in zip(selection, totals, strict=True)
     )
-    return SparsityReport(tuple(reports), tuple(skipped for skipped in selection.skipped if skipped.wanted))
+    skipped = tuple(skipped for skipped in selection.skipped if skipped.wanted)
+    return SparsityReport(tuple(reports), skipped, selection=selection, model_errors={**(model_errors or {})})
 
 
 def _check_countable(weight: SelectedWeight, t: Tensor) -> None:

@@ -273,9 +273,10 @@ def can_be_observed(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or bool(bases & _LINEAR_MAPS)
 
 
-def bytes_needed(module: nn.Module) -> int:
-    """Return the bytes that A and G of a module take."""
-    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in _sizes(module))
+def bytes_needed(module: nn.Module, *, outputs: bool = True) -> int:
+    """Return the bytes that A and G of a module take; without ``outputs`` A alone."""
+    sizes = _sizes(module) if outputs else _sizes(module)[:1]
+    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in sizes)
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from .checks import at_least
 from .projection import keep_mask, zero_outside
 from .selection import SelectedWeight, Selection, clean_name, is_conv1d
-from .sharding import check_sharding, local, wrap_like
+from .sharding import check_sharding, local, reduce_sums, wrap_like
 from .statistics import bytes_needed, can_be_observed
 
-__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "windows_of"]
+__all__ = ["CONSENSUS", "MASK", "Weight", "Weights", "not_finite", "windows_of"]
 
 MASK = "admm_mask"
 """Key of the mask in the inner optimizer's state of a weight: boolean, of the weight's shape, all True before the
@@ -222,13 +222,14 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: int | None) -> int:
-        """Cut the observed weights into windows whose statistics fit the memory; return how many there are."""
+    def assign_windows(self, memory: int | None, *, outputs: bool = True) -> int:
+        """Cut the observed weights into windows whose A and G fit the memory (without ``outputs`` A alone); return how
+        many there are."""
         if memory is None:
             memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
         at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
-        needs = [bytes_needed(weight.modules[0]) for weight in observed]
+        needs = [bytes_needed(weight.modules[0], outputs=outputs) for weight in observed]
         windows = windows_of(needs, memory)
         for weight in self.each:
             weight.window = -1
@@ -250,6 +251,16 @@ class Weights:
                 for spec in selection.weights
             ),
         )
+
+
+def not_finite(weights: Sequence[Weight]) -> list[str]:
+    """Return the names of the weights with NaN or infinite entries, on every rank alike."""
+    if not weights:
+        return []
+    device = weights[0].w.device
+    counts = [(~weight.w.isfinite()).sum().reshape(1).to(device) for weight in weights]
+    totals = reduce_sums(counts, [weight.param for weight in weights]).flatten().tolist()
+    return [weight.name for weight, count in zip(weights, totals, strict=True) if count]
 
 
 def windows_of(needs: Sequence[int], memory: float) -> list[int]:

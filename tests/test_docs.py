@@ -466,6 +466,7 @@ INTERNAL = {
     "admm_nxm.io.files": "checkpoints read one tensor at a time, and files written whole or not at all",
     "admm_nxm.io.tensor_files": "the bytes of a safetensors file",
     "admm_nxm.memory": "where a tensor lies",
+    "admm_nxm.passes": "passes of batches through a model that is pruned without training",
     "admm_nxm.paper": "the paper's w-step within a run, for the optimizer",
     "admm_nxm.progress": "the counters of a run; figures() gives them to users",
     "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
@@ -473,6 +474,7 @@ INTERNAL = {
     "admm_nxm.report.histogram": "what the pictures of weights count",
     "admm_nxm.run": "the state of a run, shared by the optimizer and its copies",
     "admm_nxm.sharding": "the edge to DTensor",
+    "admm_nxm.solving": "the layer problems of several weights, shared by processes",
     "admm_nxm.table": "tables of plain text",
     "admm_nxm.weights": "a prunable weight with its parameter, module and state, for the optimizer",
 }
@@ -490,6 +492,7 @@ INTERNAL_NAMES = {
     "admm_nxm.schedules": {"Plan", "Timeline", "check_update", "make_plan", "make_timeline", "next_rho"},
     # For reports and for the optimizer.
     "admm_nxm.selection": {
+        "block_prefixes",
         "TRAINABLE_DTYPES",
         "clean_name",
         "is_conv1d",
