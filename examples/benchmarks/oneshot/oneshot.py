@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pruners import METHODS, Clock, prune_with
-from subjects import SUBJECTS, Subject
 
 from admm_nxm import Pattern, project
+from pruners import METHODS, Clock, prune_with
+from subjects import SUBJECTS, Subject
 
 sys.path += [str(Path(__file__).resolve().parents[1] / sibling) for sibling in ("accuracy", "solver")]
 from speed import peak_of  # type: ignore[import-not-found,unused-ignore]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from corpus import GGUF, Corpus, assets, load_corpus
-from pruners import Batch, Task
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from corpus import GGUF, Corpus, assets, load_corpus
+from pruners import Batch, Task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
 from tasks import Split, load_task, model_folder  # type: ignore[import-not-found,unused-ignore]
