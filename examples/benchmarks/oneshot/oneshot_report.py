@@ -21,11 +21,11 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
 try:
-    from layout import NOT_RUN, difference, plain, table  # type: ignore[import-not-found,unused-ignore]
+    from layout import NOT_RUN, difference, plain, table
     from oneshot import KEY, PATTERNS, RESULTS, SEEDS, Line, key_of, plan
-    from plots import Cloud, Picture, draw  # type: ignore[import-not-found,unused-ignore]
+    from plots import Cloud, Picture, draw
     from pruners import METHODS
-    from records import (  # type: ignore[import-not-found,unused-ignore]
+    from records import (
         AMOUNT,
         COUNT,
         OBJECT,
@@ -37,9 +37,9 @@ try:
         lines_of,
         or_null,
     )
-    from report import differences  # type: ignore[import-not-found,unused-ignore]
-    from summary import Estimate, estimate  # type: ignore[import-not-found,unused-ignore]
-    from targets import Verdict, judge  # type: ignore[import-not-found,unused-ignore]
+    from report import differences
+    from summary import Estimate, estimate
+    from targets import Verdict, judge
 except ImportError as error:
     print(f'oneshot_report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
     sys.exit(2)

@@ -19,7 +19,7 @@ from admm_nxm.solver import INPUT_DAMPING, Factor
 from admm_nxm.statistics import Statistics
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from sparsegpt import sparsegpt  # type: ignore[import-not-found,unused-ignore]
+from sparsegpt import sparsegpt
 
 Batch = Mapping[str, Tensor]
 

@@ -19,7 +19,7 @@ from corpus import GGUF, Corpus, assets, load_corpus
 from pruners import Batch, Task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
-from tasks import Split, load_task, model_folder  # type: ignore[import-not-found,unused-ignore]
+from tasks import Split, load_task, model_folder
 
 BATCH = 4
 
