@@ -13,7 +13,7 @@ from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
 from .residuals import Residuals, measure
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
 from .sharding import part_of, rank_and_world, reduce_sums
 from .solving import solutions
@@ -51,8 +51,8 @@ class ExactStep:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
-            self._prune_by_magnitude(run, list(run.weights))
-            progress.frozen_at = progress.step
+            check_pruned(run)
+            progress.pruned_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:
             progress.calibrated = 0  # the run was made longer: its calibration comes later
@@ -113,7 +113,7 @@ class ExactStep:
         self._prune_by_magnitude(run, rest)
         run.stop_gathering()
         progress.windows_solved = self.timeline.windows
-        progress.frozen_at = progress.step
+        progress.pruned_at = progress.step
         return diagnose(ending)
 
     def verdict(self, run: Run) -> str | None:  # noqa: ARG002
@@ -129,7 +129,7 @@ class ExactStep:
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
         weights where this run begins with them."""
-        if counters["admm_frozen_at"] >= 0:
+        if counters["admm_pruned_at"] >= 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
         if under_way and counters["admm_windows"] != self.windows:
@@ -205,7 +205,7 @@ class ExactStep:
         run.progress.calibrated = 0
         run.progress.windows_solved += 1
         if run.progress.windows_solved == self.timeline.windows:
-            run.progress.frozen_at = run.progress.step
+            run.progress.pruned_at = run.progress.step
 
     def _solve(self, run: Run, weights: Sequence[Weight]) -> None:
         """Solve the layer problems of some weights; all or none."""

@@ -64,8 +64,8 @@ class ADMMNxM(Optimizer):
         model: the module that is trained.
         pattern: pattern of the default selection rules, such as ``"2:4"`` or ``Pattern(2, 4)``.
         total_steps: number of optimizer steps of the whole run; may be left out if ``prune_at`` is given.
-        prune_at: the step after which the weights are pruned; by default 85 % of ``total_steps``. 0 prunes at once, by
-            magnitude, and trains with frozen masks; weights that have the pattern already keep their zeros.
+        prune_at: the step after which the weights are pruned, an int, or a float: the share of the run, by default
+            0.85. 0 begins with a model that is pruned already (:func:`admm_nxm.prune`), and keeps its zeros.
         w_step: ``"exact"`` solves ADMM's w-step in closed form; ``"optimizer"``, or a :class:`Penalty` with rho and
             the update schedule, leaves it to the inner optimizer, as the paper does.
         calibration_steps: steps in which A and G of one window of weights are gathered; by default 16, or a fifth of
@@ -103,7 +103,7 @@ class ADMMNxM(Optimizer):
         *,
         pattern: Pattern | str = "2:4",
         total_steps: int | None = None,
-        prune_at: int | None = None,
+        prune_at: int | float | None = None,
         w_step: Literal["exact", "optimizer"] | Penalty = "exact",
         calibration_steps: int | None = None,
         statistics_memory: int | None = None,
@@ -236,7 +236,7 @@ class ADMMNxM(Optimizer):
             f"{now.weights} weights with {now.entries:,} entries, "
             + (
                 f"to be pruned after step {now.prune_at}"
-                if now.frozen_at is None
+                if now.pruned_at is None
                 else f"{now.sparsity:.1%} of them zero"
             ),
         ]
@@ -435,7 +435,7 @@ class ADMMNxM(Optimizer):
             model_error=sum(errors.values()) / len(errors) if errors else None,
             model_errors=errors,
             rho=run.progress.rho,
-            frozen_at=run.progress.frozen_at if run.progress.frozen else None,
+            pruned_at=run.progress.pruned_at if run.progress.frozen else None,
         )
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
 from .projection import keep_mask
 from .residuals import Residuals, measure, ratio
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import reduce_sums
 from .weights import CONSENSUS, MASK, Weight
@@ -44,6 +44,7 @@ class PenaltyStep:
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - it gathers none
         """Start a run, or go on with one that was loaded."""
         if self.plan.prune_at == 0 and not run.progress.frozen:
+            check_pruned(run)
             self._freeze(run)
         if run.progress.step == 0 and not run.progress.frozen:
             run.progress.rho = next_rho(self.plan, 0, 0.0, False)
@@ -120,7 +121,7 @@ class PenaltyStep:
     ) -> None:
         """Refuse a checkpoint whose rho would fall."""
         step, rho = int(counters["admm_step"]), counters["admm_rho"]
-        if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
+        if counters["admm_pruned_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
             raise ValueError(
                 f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
                 f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule "
@@ -189,7 +190,7 @@ class PenaltyStep:
             weight.replace_value(run.inner, z, mask)
         run.freeze_sums = torch.stack(sums)
         run.movement.clear()
-        run.progress.frozen_at = run.progress.step
+        run.progress.pruned_at = run.progress.step
 
     def residuals(self, run: Run) -> Residuals:
         """Measure how far w is from z."""
@@ -229,7 +230,7 @@ class PenaltyStep:
             progress.churn,
             bool(progress.dual_in_use),
             progress.rho,
-            progress.frozen_at,
+            progress.pruned_at,
             self.plan.prune_at,
             type(run.inner).__name__,
         )

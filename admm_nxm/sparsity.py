@@ -70,12 +70,14 @@ class SparsityReport:
     Args:
         weights: one report a weight.
         skipped: what the selection rules asked for but no pattern fits, and why.
+        left_out: files that were not copied with the pruned ones, since they hold the weights from before.
         selection: by which it was counted, to be recorded (:func:`admm_nxm.io.selection_record.record_selection`).
         model_errors: name -> what pruning cost by the quadratic model of the loss, as far as that was measured.
     """
 
     weights: tuple[WeightReport, ...]
     skipped: tuple[SkippedWeight, ...] = ()
+    left_out: tuple[str, ...] = ()
     selection: Selection | None = field(default=None, repr=False, compare=False, kw_only=True)
     model_errors: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
@@ -116,6 +118,8 @@ class SparsityReport:
                 row.append(f"{self.model_errors[w.name]:.4f}" if w.name in self.model_errors else "")
         lines = [format_table(header, rows)]
         lines += [f"not covered: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
+        if self.left_out:
+            lines.append(f"not copied, as they hold the weights from before: {', '.join(self.left_out)}")
         verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
         lines.append(f"{len(self.weights)} weights, {self.sparsity:.2%} zeros, pattern {verdict}")
         return "\n".join(lines)

@@ -36,7 +36,7 @@ try:
 
     from admm_nxm import ADMMNxM
     from admm_nxm.io.files import atomic_file
-    from admm_nxm.report import sparsity_report
+    from admm_nxm.report import model_report
     from admm_nxm.report.history import Recorder
     from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 except ImportError as error:
@@ -111,7 +111,7 @@ def make_pictures(output: Path, args: argparse.Namespace) -> dict[str, Any]:
     pictures = {
         "history.svg": plot_history(recorder),
         "model_error.svg": plot_model_error(optimizer.figures().model_errors),
-        "sparsity.svg": plot_sparsity(sparsity_report(model, optimizer.selection)),
+        "sparsity.svg": plot_sparsity(model_report(model, optimizer.selection)),
         "weights.svg": plot_weights(before, model, select=optimizer.selection, labels=pruned),
     }
     with blaming(f"--output {output}", OSError, remedy="; name a folder that can be written"):
@@ -127,7 +127,7 @@ def make_pictures(output: Path, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "lr": args.lr,
         "seed": args.seed,
-        "pruned_after": now.frozen_at,
+        "pruned_at": now.pruned_at,
         "model_error": now.model_error,
         "test_texts": len(data.test),
         "accuracy": {name: count / len(data.test) for name, count in correct.items()},

@@ -40,6 +40,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "epochs of a schedule": ({"total_steps": True}, TypeError, ["total_steps=True", "it counts optimizer steps"]),
     "pruned before the first step": ({"prune_at": -1}, ValueError, ["prune_at=-1", "at least 0"]),
     "pruned beyond the end": ({"prune_at": 41}, ValueError, ["prune_at=41", "total_steps=40", "at most"]),
+    "pruned after the whole run, as a share": (
+        {"prune_at": 1.0},
+        ValueError,
+        ["prune_at=1.0", "between 0 and 1", "0.85"],
+    ),
     "no calibration": ({"calibration_steps": 0}, ValueError, ["calibration_steps=0", "at least 1"]),
     "calibration of another type": ({"calibration_steps": 2.0}, TypeError, ["calibration_steps=2.0", "int"]),
     "calibration that does not fit": (
@@ -291,7 +296,7 @@ def test_public_names_are_the_promised_ones() -> None:
         "Selection",
         "SkippedWeight",
     }
-    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "sparsity_report"}
+    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "model_report"}
     assert promised <= set(admm_nxm.__all__)
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)

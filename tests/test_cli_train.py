@@ -135,7 +135,7 @@ def test_json_records_and_model_agree(arguments, capsys):
     assert told["settings"]["pattern"] == "2:4"
     assert told["settings"]["max_length"] == 64
     assert told["data"] == {"labels": ["fruit", "metal"], "train": 60, "test": 20}
-    assert told["pruning"]["pruned_after"] == 34
+    assert told["pruning"]["pruned_at"] == 34
     assert len(told["pruning"]["model_errors"]) == 12
     assert 0 < told["pruning"]["model_error"] < 1
     assert told["versions"]["torch"] == torch.__version__

@@ -21,6 +21,7 @@ from torch import Tensor
 from admm_nxm import project, verify
 from admm_nxm.io.files import atomic_file, atomic_folder, open_checkpoint, refuse_existing, written_anew
 from admm_nxm.io.packed import pack
+from admm_nxm.io.prune import prune
 from admm_nxm.io.tensor_files import CODE_OF, DTYPES, Stored, bytes_in, bytes_of, read_header, write_file
 from tests.helpers import same_bits
 
@@ -696,6 +697,51 @@ def test_other_files_are_copied_without_leftovers_and_version_control(
             pass
     assert others == sorted(map(Path, kept))
     assert {name: content for name, content in listing(tmp_path / "copy").items() if content is not None} == kept
+
+
+COPIES = [
+    "consolidated.00.pth",
+    "consolidated.safetensors",
+    "flax_model.msgpack",
+    "model-00001-of-00002.safetensors",
+    "model.Q4_K_M.gguf",
+    "model.fp16.safetensors",
+    "model.onnx",
+    "model.onnx_data",
+    "model.safetensors.index.json",
+    "onnx/model.onnx",
+    "original/params.json",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+]
+"""The model again, in other formats and precisions."""
+
+KEPT = [
+    "1_Pooling/config.json",
+    "2_Dense/model.safetensors",  # a further module
+    "adapter_model.safetensors",
+    "config.json",
+    "optimizer.pt",
+    "rng_state.pth",
+    "spiece.model",
+    "tokenizer.json",
+    "training_args.bin",
+]
+
+
+@pytest.mark.parametrize("write", [prune, pack])
+def test_further_copies_of_the_weights_are_left_out_and_named(write: Any, tmp_path: Path) -> None:
+    for name in (*COPIES, *KEPT):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"{}")
+    save_file({NAME: project(torch.randn(4, 8), "2:4")}, tmp_path / "a" / "model.safetensors")
+    report = write(tmp_path / "a", tmp_path / "b")
+    assert list(report.left_out) == COPIES
+    assert f": {', '.join(COPIES)}\n" in str(report)
+    written = {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert written - {"admm_nxm.json"} == {*KEPT, "model.safetensors" if write is prune else "model.packed.safetensors"}
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

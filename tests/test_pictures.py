@@ -75,7 +75,7 @@ def test_every_picture_of_a_run(pictures, arguments, monkeypatch, capsys):
     assert sorted(file.name for file in folder.iterdir()) == FILES
     figures = json.loads((folder / "figures.json").read_text())
     assert (figures["steps"], figures["seed"], figures["layers"], figures["pattern"]) == (40, 0, 2, "2:4")
-    assert (figures["pruned_after"], figures["sparsity"], figures["ok"]) == (34, 0.5, True)
+    assert (figures["pruned_at"], figures["sparsity"], figures["ok"]) == (34, 0.5, True)
     assert 0 < figures["model_error"] < 1
     assert [ok for ok, _, _ in seen] == [False, True]  # the dense start, and what has come of it
     assert figures["accuracy"] == {

@@ -62,12 +62,12 @@ def report(
     Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
     and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
     """
-    from ..report import sparsity_report
+    from ..report import model_report
 
     parsed, rules = rules_of(pattern, select)
     if plot is not None:
         _check_picture(plot, overwrite=overwrite)
-    found = sparsity_report(path, parsed if rules is None else rules)
+    found = model_report(path, parsed if rules is None else rules)
     if plot is not None:
         from ..report.plots import plot_sparsity, save_figure
 
@@ -100,11 +100,12 @@ def prune(
 
     Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
     """
-    from ..io.prune import prune as project_files
+    from ..io.prune import project_files
 
     parsed, rules = rules_of(pattern, select)
     report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
     payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
+    payload["left_out"] = report.left_out
     return Result(payload, f"{report}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
 
 
@@ -133,7 +134,7 @@ def pack(
     sizes = ("bytes_before", "bytes_after")
     payload |= {name: getattr(report, name) for name in (*sizes, "ratio")}
     payload["weights"] = _fields(report, "name", "shape", "pattern", "dim", *sizes, "dtype")
-    payload["skipped"] = _fields(report.skipped, "name", "reason")
+    payload |= {"skipped": _fields(report.skipped, "name", "reason"), "left_out": report.left_out}
     text = f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
     return Result(payload, text)
 

@@ -30,7 +30,7 @@ from ..io.selection_record import record_selection
 from ..io.verify import verify
 from ..optimizer import ConvergenceWarning
 from ..pattern import Pattern
-from ..report import sparsity_report
+from ..report import model_report
 from ..report.history import Recorder
 from ..report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from ..selection import Selection, select_weights
@@ -139,7 +139,7 @@ def _fill(folder: Path, settings: Settings, device: torch.device) -> dict[str, A
         "data": {"labels": labels, "train": len(texts.train), "test": len(texts.test)},
         "accuracy": accuracy,
         "pruning": {
-            "pruned_after": now.frozen_at,
+            "pruned_at": now.pruned_at,
             "model_error": now.model_error,
             "model_errors": {**now.model_errors},
         },
@@ -295,7 +295,7 @@ def _save(
     rows = [row for row in trainer.state.log_history if "loss" in row]
     Recorder(admm, rows).save(folder / "history.jsonl")
     record_selection(folder, admm.selection)
-    report = sparsity_report(model, admm.selection)
+    report = model_report(model, admm.selection)
     save_figure(plot_history(rows), folder / "history.svg")
     save_figure(plot_model_error(facts["pruning"]["model_errors"]), folder / "model_error.svg")
     save_figure(plot_sparsity(report), folder / "sparsity.svg")
@@ -349,7 +349,7 @@ def _result(settings: Settings, facts: dict[str, Any], report: SparsityReport, s
         verdict = f"verify    FAILED for {out}\n{report}"
     baseline = f"always '{accuracy['most_frequent_label']}' is right for {accuracy['most_frequent_share']:.1%}"
     lines = [
-        f"pruned    after step {pruning['pruned_after']}, model error {pruning['model_error']:.4f}",
+        f"pruned    after step {pruning['pruned_at']}, model error {pruning['model_error']:.4f}",
         f"accuracy  {accuracy['share']:.1%}: {tested}, 95 % interval {low:.1%} to {high:.1%}; {baseline}",
         verdict,
         f"saved     {out}: model, tokenizer, card, training.json, history.jsonl, pictures ({seconds:.0f} s in all)",

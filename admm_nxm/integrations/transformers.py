@@ -46,8 +46,7 @@ class ADMMConfig:
 
     Args:
         pattern: ``"keep:group"``, such as ``"2:4"``. YAML needs the quotation marks.
-        prune_at: as of :class:`admm_nxm.ADMMNxM`.
-        prune_ratio: the same as a share of the run, from 0 to 1.
+        prune_at: as of :class:`admm_nxm.ADMMNxM`: a step, or below 1 a share of the run.
         calibration_steps: as of :class:`admm_nxm.ADMMNxM`.
         statistics_memory: likewise.
         select: regular expression -> pattern or null, first match wins: a mapping, or JSON of one.
@@ -58,12 +57,11 @@ class ADMMConfig:
         update_every: its steps between two z/u updates.
 
     Raises:
-        TypeError, ValueError: unreadable, both ``prune_at`` and ``prune_ratio``, or ``rho`` without ``paper``.
+        TypeError, ValueError: unreadable, or ``rho`` without ``paper``.
     """
 
     pattern: str = _option("keep:group; 2:4 keeps 2 of every 4 weights", "2:4")
-    prune_at: int | None = _option("step after which the weights are pruned")
-    prune_ratio: float | None = _option("the same as a share of the run, 0.85 by default")
+    prune_at: float | None = _option("step after which the weights are pruned, or a share of the run, by default 0.85")
     calibration_steps: int | None = _option("steps in which statistics are gathered")
     statistics_memory: int | None = _option("bytes that the statistics may take")
     select: dict[str, str | None] | str | None = field(
@@ -84,10 +82,6 @@ class ADMMConfig:
         for expression, pattern in (rules or {}).items():
             if pattern is not None:
                 _read_pattern(f"select[{expression!r}]", pattern)
-        if self.prune_ratio is not None and self.prune_at is not None:
-            raise ValueError(f"prune_at={self.prune_at!r} and prune_ratio={self.prune_ratio!r} exclude each other")
-        if self.prune_ratio is not None and not 0 <= self.prune_ratio <= 1:
-            raise ValueError(f"prune_ratio={self.prune_ratio!r} must be from 0 to 1: it is a share of the run")
         if not self.paper and (self.rho is not None or self.update_every is not None):
             raise ValueError(
                 f"rho={self.rho!r} and update_every={self.update_every!r} belong to the paper's form: paper=True"
@@ -97,8 +91,8 @@ class ADMMConfig:
         """Return the keyword arguments of :class:`admm_nxm.ADMMNxM` for a run of that length."""
         names = ("pattern", "prune_at", "calibration_steps", "statistics_memory", "select", "dims", "ineligible")
         given = {name: getattr(self, name) for name in names}
-        if self.prune_ratio is not None:
-            given["prune_at"] = round(self.prune_ratio * total_steps)
+        if isinstance(self.prune_at, float) and self.prune_at != 1 and self.prune_at.is_integer():
+            given["prune_at"] = int(self.prune_at)  # a command line makes 40.0 of 40
         if self.paper:
             of_paper = {"rho": self.rho, "update_every": self.update_every}
             given["w_step"] = Penalty(**{name: value for name, value in of_paper.items() if value is not None})  # type: ignore[arg-type]
@@ -140,7 +134,7 @@ class ADMMTrainerMixin(_Base):
 
     - The length of the run comes from Trainer; warm-up, schedules, accumulation, clipping and precision stay Trainer's.
     - The training log has ``admm/phase``, ``admm/sparsity`` and, once they are known, ``admm/model_error`` and
-      ``admm/frozen_at``; in the paper's form also the residuals and rho.
+      ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
       (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
     - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint

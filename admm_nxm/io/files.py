@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple, Union
@@ -26,6 +26,14 @@ PACKED_SUFFIX = ".packed.safetensors"
 """Ending of files with packed weights in a folder: a loader that cannot unpack them does not find them, and says so."""
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# The same model a second time: another precision, format or save, as the folders of the Hub hold them.
+_COPY = re.compile(
+    r"(onnx|openvino|coreml|original)/.*"  # exports, and what was converted
+    r"|(?!adapter_)[^/]*\.(safetensors|gguf|h5|msgpack|ot|onnx|onnx[_.]data)"
+    r"|(pytorch_model|model|consolidated)[^/]*\.(bin|pt|pth|ckpt)"  # not training_args.bin, not optimizer.pt
+    r"|[^/]*\.(safetensors|bin|h5|msgpack)\.index\.json"
+)
 
 Place = Union[str, "os.PathLike[str]"]
 
@@ -108,6 +116,10 @@ class Checkpoint:
                     raise ValueError(f"{file} is a dangling link or no file, and cannot be copied; move it away")
                 found.append(file.relative_to(self.path))
         return sorted(found)
+
+    def copies(self) -> list[Path]:
+        """Return those of the others that hold the model a second time, such as ``pytorch_model.bin``."""
+        return [file for file in self.others() if _COPY.fullmatch(file.as_posix())]
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -292,9 +304,14 @@ def refuse_existing(path: Place, overwrite: bool) -> None:
 
 @contextmanager
 def written_anew(
-    checkpoint: Checkpoint, output: Place, *, overwrite: bool, ending: tuple[str, str] = (SUFFIX, SUFFIX)
+    checkpoint: Checkpoint,
+    output: Place,
+    *,
+    overwrite: bool,
+    ending: tuple[str, str] = (SUFFIX, SUFFIX),
+    without: Collection[Path] = (),
 ) -> Iterator[tuple[Path, dict[Path, Path]]]:
-    """Write a checkpoint again, whole or not at all: a folder with all its files, or a file."""
+    """Write a checkpoint again, whole or not at all: a folder with all its files but a few, or a file."""
     path, index = checkpoint.path, checkpoint.index
     if path == index:
         raise ValueError(f"{path} is an index; name its folder, {path.parent}")
@@ -305,7 +322,7 @@ def written_anew(
             yield file, {path: file}
         return
     with atomic_folder(output, overwrite=overwrite, source=path) as folder:
-        others = checkpoint.others()
+        others = [file for file in checkpoint.others() if file not in without]
         own = [*checkpoint.files, *([] if index is None else [index])]
         places = {file: ending[1].join(str(file.relative_to(path)).rsplit(ending[0], 1)) for file in own}
         taken = Counter([*map(str, others), *places.values()])

@@ -61,6 +61,8 @@ class PackReport:
     """What the selection rules asked for but no pattern fits, and why; it is stored as it was."""
     bytes_before: int
     bytes_after: int
+    left_out: tuple[str, ...] = ()
+    """Files of the folder that were not copied, since they hold the weights a second time, unpacked."""
 
     @property
     def ratio(self) -> float:
@@ -77,14 +79,12 @@ class PackReport:
             rows.append((w.name, shape, str(w.pattern), dtype, w.bytes_before, w.bytes_after, f"{w.ratio:.1%}"))
         lines = [format_table(("weight", "shape", "pattern", "dtype", "bytes before", "bytes after", "ratio"), rows)]
         lines += [f"not packed: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
+        if self.left_out:
+            lines.append(f"not copied, as they hold the weights a second time: {', '.join(self.left_out)}")
         packed = sum(w.bytes_after for w in self.weights) / max(sum(w.bytes_before for w in self.weights), 1)
         lines.append(f"{len(self.weights)} weights packed to {packed:.1%} of their size")
         lines.append(f"all tensors: {self.bytes_before:,} bytes before, {self.bytes_after:,} after ({self.ratio:.1%})")
         return "\n".join(lines)
-
-
-# What a loader would take in a packed folder in place of the packed weights.
-_TAKEN_INSTEAD = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def pack(
@@ -101,8 +101,8 @@ def pack(
     :func:`unpack`. One tensor is in memory at a time.
 
     Args:
-        source: a model folder, whose other files (config, tokenizer, …) are copied; a .safetensors file; a module; or
-            a state dict.
+        source: a model folder, whose other files (config, tokenizer, …) are copied, but for further copies of the
+            weights, which the report names; a .safetensors file; a module; or a state dict.
         output: the folder for a folder, the file for anything else.
         pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default. None takes the selection
             that is recorded with a path, and else means ``"2:4"``.
@@ -132,17 +132,11 @@ def pack(
         selection, params = cover(tensors, read_selection(checkpoint) if rules is None else rules)
         names = {id(t): name for name, t in tensors.items()}
         weights = {names[id(params[weight.name])]: weight for weight in selection}
-        if checkpoint.path.is_dir():
-            for name in _TAKEN_INSTEAD:
-                if Path(name) in checkpoint.others():
-                    raise ValueError(
-                        f"{checkpoint.path / name} would be taken for the weights of the packed folder, and they are "
-                        f"in {checkpoint.files[0].name}; move it away first"
-                    )
-        else:
+        copies = checkpoint.copies() if checkpoint.path.is_dir() else []
+        if not checkpoint.path.is_dir():
             _refuse_ordinary_name(Path(output))
         ending = (SUFFIX, PACKED_SUFFIX)
-        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending, without=copies) as (_, targets):
             layouts = _layouts(weights, checkpoint.get)
             for file, target in targets.items():
                 stored = checkpoint.headers[file].tensors
@@ -152,7 +146,7 @@ def pack(
                 else:
                     shutil.copyfile(file, target)
         before = sum(stored.nbytes for header in checkpoint.headers.values() for stored in header.tensors)
-    return _report(layouts, selection, before)
+    return _report(layouts, selection, before, copies)
 
 
 def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
@@ -337,13 +331,16 @@ def _layouts(weights: Mapping[str, SelectedWeight], get: Callable[[str], Tensor]
     return layouts
 
 
-def _report(layouts: Mapping[str, Layout], selection: Selection, before: int) -> PackReport:
+def _report(
+    layouts: Mapping[str, Layout], selection: Selection, before: int, copies: Iterable[Path] = ()
+) -> PackReport:
     weights = tuple(
         PackedWeight(name, lay.shape, lay.pattern, lay.dim, lay.dtype, lay.dense_nbytes, lay.nbytes)
         for name, lay in layouts.items()
     )
     saved = sum(w.bytes_before - w.bytes_after for w in weights)
-    return PackReport(weights, tuple(s for s in selection.skipped if s.wanted), before, before - saved)
+    skipped = tuple(s for s in selection.skipped if s.wanted)
+    return PackReport(weights, skipped, before, before - saved, tuple(map(str, copies)))
 
 
 def _write(

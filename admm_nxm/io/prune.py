@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from .selection_record import RECORD_KEY, record_selection, selection_metadata
 from .tensor_files import NO_ZERO, Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
-__all__ = ["prune"]
+__all__ = ["project_files"]
 
 
-def prune(
+def project_files(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     pattern: Pattern | str = "2:4",
@@ -32,8 +33,9 @@ def prune(
     """Project the weights of a saved model onto their pattern, once and without any fine-tuning.
 
     Of each group the ``keep`` weights of largest magnitude stay, with the bits that they had. The files keep their
-    layout; everything else in a folder is copied, and the selection is recorded
-    (:mod:`admm_nxm.io.selection_record`). One tensor is in memory at a time, and no model code is needed.
+    layout; everything else in a folder is copied, but for further copies of the weights (other formats and precisions,
+    earlier shards), which the report names. The selection is recorded (:mod:`admm_nxm.io.selection_record`). One tensor
+    is in memory at a time, and no model code is needed.
 
     Args:
         source: a model folder, a folder with a sharded checkpoint, or a .safetensors file; not packed.
@@ -44,7 +46,7 @@ def prune(
         overwrite: whether to replace what is at ``output``.
 
     Returns:
-        The count of every group in the files that were written.
+        The count of every group in the files that were written, with the files that were left out.
 
     Raises:
         FileExistsError, FileNotFoundError: something is at ``output``, nothing at ``source``, or no folder to write in.
@@ -55,14 +57,16 @@ def prune(
     >>> from safetensors.torch import save_file
     >>> folder = Path(tempfile.mkdtemp())
     >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, folder / "dense.safetensors")
-    >>> prune(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
+    >>> project_files(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
     True
     """
     with open_checkpoint(source, purpose="prune") as checkpoint:
         if checkpoint.packed:
             raise ValueError(f"{next(iter(checkpoint.packed))} is packed; unpack it first")
         chosen, selection = _choose(checkpoint, pattern, select)
-        with written_anew(checkpoint, output, overwrite=overwrite) as (place, targets):
+        # Next to sparse weights a dense copy of them waits to be loaded in their place.
+        copies = checkpoint.copies() if checkpoint.path.is_dir() else []
+        with written_anew(checkpoint, output, overwrite=overwrite, without=copies) as (place, targets):
             record = {} if place.is_dir() else selection_metadata(selection)
             if place.is_dir():
                 record_selection(place, selection)
@@ -71,7 +75,7 @@ def prune(
                 kept = {key: value for key, value in header.metadata.items() if key != RECORD_KEY}
                 sparse = partial(_sparse, checkpoint, file, chosen)
                 write_file(target, header.tensors, {**record, **kept}, map(sparse, header.tensors))
-    return verify(output, pattern if select is None else select)
+    return replace(verify(output, pattern if select is None else select), left_out=tuple(map(str, copies)))
 
 
 def _choose(

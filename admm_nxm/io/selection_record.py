@@ -52,7 +52,7 @@ VERSION = 1
 def record_selection(folder: str | os.PathLike[str], selection: Selection) -> Path:
     """Record in a folder which of the weights saved there were pruned, and how.
 
-    ``verify``, ``sparsity_report`` and ``pack`` read it. Call it after ``model.save_pretrained(folder)``.
+    ``verify``, ``model_report`` and ``pack`` read it. Call it after ``model.save_pretrained(folder)``.
 
     Args:
         folder: where the weights were saved.
