@@ -39,7 +39,7 @@ try:
     )
     from report import differences
     from summary import Estimate, estimate
-    from targets import Verdict, judge
+    from targets import Status, Verdict, judge
 except ImportError as error:
     print(f'oneshot_report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
     sys.exit(2)
@@ -188,7 +188,7 @@ def verdicts(study: Study) -> list[Verdict]:
 def _below(ours: Mapping[int, float], theirs: Mapping[int, float], other: str) -> Verdict:
     gains = minus(ours, theirs)
     won = sum(gain < 0 for gain in gains.values())
-    status = "not measured" if len(gains) < len(SEEDS) else "passed" if won == len(gains) else "failed"
+    status: Status = "not measured" if len(gains) < len(SEEDS) else "passed" if won == len(gains) else "failed"
     return Verdict(f"`admm-ag` below `{other}` in every seed", status, f"in {won} of {len(gains)} seeds")
 
 
