@@ -205,8 +205,9 @@ def run(args: argparse.Namespace) -> int:
 
     tell("dense", time.perf_counter())
     began = time.perf_counter()
-    with passes(args):
-        report = prune(model, args.pattern, batches(rows[: args.sequences], args.batch_size), progress=True)
+    texts_to_prune_by = batches(rows[: args.sequences], args.batch_size)
+    with passes(args):  # with 4 GB for its statistics, a model of this size takes one pass over the texts
+        report = prune(model, args.pattern, texts_to_prune_by, statistics_memory=4 * 10**9, progress=True)
     tell(f"{args.pattern}, one-shot", began)
     began = time.perf_counter()
     recover(model, rows, args)
