@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
 from .sharding import part_of, rank_and_world
 from .solving import solutions
@@ -36,7 +36,7 @@ class ExactStep:
 
     @property
     def windows(self) -> int:
-        """How many windows of weights are solved one after the other."""
+        """Number of windows of weights, which are solved one after the other."""
         return self.timeline.windows
 
     def phase(self, run: Run) -> str:
@@ -49,7 +49,7 @@ class ExactStep:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
-            self._prune_by_magnitude(run, list(run.weights))
+            check_pruned(run)
             progress.pruned_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:

@@ -11,11 +11,11 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from .memory import is_plain, takes_zeros
+from .memory import is_plain, offloaded, takes_zeros
 from .passes import Blocks, LossOf, gather, loss_of, still
 from .pattern import Pattern
 from .selection import Ineligible, Select, select_weights, unwrap_model
-from .sharding import part_of
+from .sharding import is_sharded
 from .solving import solutions
 from .sparsity import SparsityReport, check_weights
 from .statistics import Moments, refuse_compiled
@@ -86,8 +86,14 @@ def prune(
         raise TypeError("a loss needs batches; give both, or neither for pruning by magnitude")
     selection, params = select_weights(model, pattern, select, dims=dims, ineligible=ineligible, trainable=False)
     weights = Weights(selection, params, unwrap_model(model))
-    weights.check_placement()
-    _check_values(weights.each)
+    for weight in weights:
+        weight.param = _with_values(weight, unwrap_model(model))
+    names = not_finite(weights.each)
+    if names:
+        raise ValueError(
+            f"{len(names)} of {len(weights)} weights have NaN or infinite entries: {', '.join(names)}; nothing was "
+            "changed. Load a sound model, or leave them dense by a select rule"
+        )
     with _shown(progress) as show, torch.no_grad():
         job = _Job(weights, show)
         try:
@@ -128,7 +134,7 @@ class _Job:
         if weights:
             self.show(f"{text}: solving {weights[0].name}")
         for index, (weight, solved) in enumerate(zip(weights, solutions(weights, moments), strict=True)):
-            self._solved.append((weight, part_of(solved.weight, weight.param).cpu()))
+            self._solved.append((weight, solved.weight.cpu()))
             if weight.name in moments:
                 self.errors[weight.name] = solved.error
             self._done += 1
@@ -186,7 +192,7 @@ def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> 
         if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
             raise ValueError(
                 f"weight {weight.name!r} has no usable statistics: {int(seen.dropped)} of {int(seen.passes)} passes "
-                "through its module had infinite or NaN values. Nothing was changed; mend the batches, or load the "
+                "through its module had infinite or NaN values. Nothing was changed; correct the batches, or load the "
                 "model in bfloat16 or float32 instead of float16"
             )
         if seen is None or int(seen.tokens) == 0:
@@ -197,23 +203,31 @@ def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> 
             )
 
 
-def _check_values(weights: Sequence[Weight]) -> None:
-    """Refuse weights that hold nothing to prune, or into which nothing can be written."""
-    for weight in weights:
-        if weight.param.is_meta:
-            raise ValueError(
-                f"weight {weight.name!r} is on the device 'meta': it is offloaded (device_map of accelerate), or not "
-                "loaded. Load the model without offload, to one device or several, in bfloat16 if memory is short"
-            )
-        if not is_plain(weight.param) and not takes_zeros(weight.param):
-            kind = type(weight.param).__name__
-            raise ValueError(f"weight {weight.name!r} is a {kind}, into which zeros cannot be written; prune before")
-    names = not_finite(weights)
-    if names:
+def _with_values(weight: Weight, model: nn.Module) -> Tensor:
+    """Return the tensor that holds the values of a weight, which accelerate may have offloaded; refuse one into which
+    nothing can be written."""
+    param = weight.param
+    if is_sharded(param):
         raise ValueError(
-            f"{len(names)} of {len(weights)} weights have NaN or infinite entries: {', '.join(names)}; nothing was "
-            "changed. Load a sound model, or leave them dense by a select rule"
+            f"weight {weight.name!r} is sharded ({tuple(param.placements)}); prune the model before it is sharded, or "
+            'spread it over the devices with device_map="auto" (accelerate)'
         )
+    if param.is_meta:
+        path, _, key = weight.name.rpartition(".")
+        found = offloaded(model.get_submodule(path), key)
+        if found is None:
+            raise ValueError(
+                f"weight {weight.name!r} has no values in memory: it is offloaded to the disk (device_map of "
+                "accelerate), or not loaded. Load the model with more memory for 'cpu' (max_memory), in bfloat16 if "
+                "memory is short"
+            )
+        return found
+    if not is_plain(param) and not takes_zeros(param):
+        raise ValueError(
+            f"weight {weight.name!r} is a {type(param).__name__}, into which zeros cannot be written; prune the model "
+            "before it is converted to that"
+        )
+    return param
 
 
 _Show = Callable[[int, int, str], None]

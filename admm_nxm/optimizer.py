@@ -66,8 +66,7 @@ class ADMMNxM(Optimizer):
         pattern: pattern of the default selection rules, such as ``"2:4"`` or ``Pattern(2, 4)``.
         total_steps: number of optimizer steps of the whole run; may be left out if ``prune_at`` is given.
         prune_at: the step after which the weights are pruned, an int, or a float: the share of the run, by default
-            0.85. 0 prunes at once, by magnitude, and trains with frozen masks; weights that have the pattern already
-            keep their zeros.
+            0.85. 0 begins with a model that is pruned already (:func:`admm_nxm.prune`), and keeps its zeros.
         w_step: ``"exact"`` solves ADMM's w-step in closed form; ``"optimizer"``, or a :class:`Penalty` with rho and
             the update schedule, leaves it to the inner optimizer, as the paper does.
         calibration_steps: steps in which A and G of one window of weights are gathered; by default 16, or a fifth of
@@ -385,12 +384,12 @@ class ADMMNxM(Optimizer):
 
     @property
     def selection(self) -> Selection:
-        """What is pruned with which pattern along which dimension, and what is not and why."""
+        """The pruned weights with their patterns and dimensions, and the other parameters with the reason."""
         return self._run.selection
 
     @property
     def w_step(self) -> Literal["exact", "optimizer"]:
-        """Who does ADMM's w-step."""
+        """The way in which ADMM's w-step is done."""
         return self._w_step.name
 
     @property
@@ -555,9 +554,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone (ADMM then starts anew).
+        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone.
 
-        The model's weights are not part of it: load them too.
+        With the latter ADMM starts from the beginning. The model's weights are not part of it: load them too.
 
         Args:
             state_dict: not changed.

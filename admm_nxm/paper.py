@@ -12,7 +12,7 @@ from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
 from .projection import keep_mask, project
 from .residuals import ratio
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import reduce_sums
 from .weights import CONSENSUS, MASK, Weight
@@ -44,6 +44,7 @@ class PenaltyStep:
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - it gathers none
         """Start a run, or go on with one that was loaded."""
         if self.plan.prune_at == 0 and not run.progress.frozen:
+            check_pruned(run)
             self._freeze(run)
         if run.progress.step == 0 and not run.progress.frozen:
             run.progress.rho = next_rho(self.plan, 0, 0.0, False)

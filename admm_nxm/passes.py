@@ -41,17 +41,17 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor | None:
 def still(model: nn.Module) -> Iterator[None]:
     """Hold a model in evaluation mode, with no gradient for any parameter, and leave it as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: offloaded parameters are other objects after each pass.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(wanted[name])
 
 
 def gather(

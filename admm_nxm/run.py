@@ -1,4 +1,4 @@
-"""What a run consists of: one object, changed in place and never replaced.
+"""The state of a run: one object, changed in place and never replaced.
 
 Frameworks make proxies of an optimizer that share its attributes as they were at one moment (Lightning, Fabric). What
 changes during a run therefore lies in an object that all of them hold.
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .grouping import such_as
 from .progress import Progress
 from .selection import Selection
+from .sparsity import check_weights
 from .statistics import Statistics
 from .weights import MASK, Weight, Weights, not_finite
 
-__all__ = ["Moving", "Run", "check_finite"]
+__all__ = ["Moving", "Run", "check_finite", "check_pruned"]
 
 
 @dataclass
@@ -107,4 +109,18 @@ def check_finite(run: Run, weights: Sequence[Weight]) -> None:
             f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
             f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
             "the gradients"
+        )
+
+
+def check_pruned(run: Run) -> None:
+    """Refuse to begin frozen with weights that are not finite, or not pruned."""
+    check_finite(run, list(run.weights))
+    bad = check_weights(run.selection, lambda name: run.weights[name].param).violations
+    if bad:
+        named = [
+            f"{weight.name} ({weight.bad_groups} of {weight.groups} groups exceed {weight.pattern})" for weight in bad
+        ]
+        raise ValueError(
+            f"prune_at=0 begins with pruned weights, and {len(bad)} of {len(run.weights)} violate their pattern: "
+            f"{such_as(named)}. Prune the model first, with admm_nxm.prune(model, ...), or give a later prune_at"
         )

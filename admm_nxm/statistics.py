@@ -35,7 +35,7 @@ _LINEAR_MAPS = {
 
 @dataclass
 class Moments:
-    """What was gathered of one weight: sums over tokens, not means.
+    """Hold the statistics of one weight: sums over tokens, not means.
 
     Args:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
@@ -95,7 +95,7 @@ class Statistics:
         self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
         self.moments: dict[str, Moments] = {}
-        """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
+        """The statistics so far, by weight name. A name appears with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
         self._stay_eager: weakref.finalize[Any, Any] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -335,7 +335,7 @@ class _Hook:
 
 
 class _Inert:
-    """What the hook is in a copy of the model."""
+    """Stand for the hook in a copy of the model."""
 
     def __call__(self, *args: Any) -> None: ...
 

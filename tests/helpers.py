@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM
+from admm_nxm import ADMMNxM, prune, verify
 
 STEPS = 20
 """Length of a run here. With the exact w-step it is dense up to step 14, calibrates for 3 steps and is frozen after
@@ -205,16 +205,25 @@ FEW_OF_EACH_KIND = {**{name: TORCH_OPTIMIZERS[name] for name in A_FEW}, **OUTSID
 Build = Callable[..., ADMMNxM]
 
 
+def begun(net: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """The network, pruned by magnitude if the run is to begin with pruned weights."""
+    if options.get("prune_at") == 0 and not verify(net, options["pattern"]).ok:
+        prune(net, options["pattern"], select=options.get("select"))
+    return net
+
+
 def admm(net: nn.Module, factory: Factory | None = None, **options: Any) -> ADMMNxM:
     """The exact form around an inner optimizer (AdamW unless said otherwise), at pattern 1:4, over a run of STEPS."""
     inner = (factory or TORCH_OPTIMIZERS["AdamW-single"])(net)
-    return ADMMNxM(inner, net, **{"pattern": "1:4", "total_steps": STEPS, "calibration_steps": 3, **options})
+    options = {"pattern": "1:4", "total_steps": STEPS, "calibration_steps": 3, **options}
+    return ADMMNxM(inner, begun(net, options), **options)
 
 
 def paper(net: nn.Module, factory: Factory | None = None, **options: Any) -> ADMMNxM:
     """The paper's form likewise."""
     inner = (factory or TORCH_OPTIMIZERS["AdamW-single"])(net)
-    return ADMMNxM.paper(inner, net, **{"pattern": "1:4", "total_steps": STEPS, "rho": 0.5, **options})
+    options = {"pattern": "1:4", "total_steps": STEPS, "rho": 0.5, **options}
+    return ADMMNxM.paper(inner, begun(net, options), **options)
 
 
 FORMS: dict[str, Build] = {"exact": admm, "paper": paper}

@@ -332,8 +332,8 @@ def test_the_page(results: Path) -> None:
     page, log = pages.values()
     first = page.split("##")[0]
     assert 8 <= sum(line.startswith("- ") for line in first.splitlines()) <= 10
-    assert "2:4: dense 76.0; `admm` 75.0, which is -1.0 [" in first
-    assert "`admm` minus `asp` +5.0 [+5.0, +5.0], better." in first
+    assert "2:4: `dense` 76.0, `admm` 75.0; against `dense`, `admm` is at -1.0 [" in first
+    assert "`admm` minus `asp`: +5.0 [+5.0, +5.0], better." in first
     assert "Tuned, 1:4: `admm` is better than `asp-late`" in first
     assert (
         row(page.split("### Nothing tuned")[1].split("###")[0].split("Each task")[0], "`admm`")[1] == "75.0 ± 0.2 (5)"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -444,7 +444,7 @@ PLACES = [places(state) for state in STATES]
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 def test_any_damage_is_loaded_or_refused_and_never_half(data: st.DataObject) -> None:
     number = data.draw(st.integers(0, len(STATES) - 1))
     state = copy.deepcopy(STATES[number])

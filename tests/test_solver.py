@@ -21,7 +21,7 @@ from admm_nxm.solver import Factor, factorise, model_error, solve
 from tests.reference import solve_by_loops
 
 PATTERNS = ("2:4", "1:4", "1:2", "3:4")
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 def random(seed: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""A tiny BERT with a tokenizer of 17 words, and texts that a single word tells apart."""
+"""A tiny BERT and a tiny Llama with tokenizers of 17 words, and texts that a single word tells apart."""
 
 from __future__ import annotations
 
@@ -40,6 +40,36 @@ def tiny_bert(folder: Path, **changes: int) -> Path:
         "max_position_embeddings": 64,
     }
     transformers.BertModel(transformers.BertConfig(**{**config, **changes})).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Save the model and its tokenizer, with words in the place of tokens; 14 weights in two blocks can be pruned."""
+    import tokenizers
+    import transformers
+
+    words = ["[UNK]", "[END]", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[END]", pad_token="[END]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
