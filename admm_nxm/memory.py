@@ -1,4 +1,4 @@
-"""Where a tensor lies, and what can be written into one that is no plain tensor."""
+"""Find the memory of a tensor, and whether zeros can be written into one that is no plain tensor."""
 
 from __future__ import annotations
 

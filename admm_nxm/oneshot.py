@@ -192,7 +192,7 @@ def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> 
         if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
             raise ValueError(
                 f"weight {weight.name!r} has no usable statistics: {int(seen.dropped)} of {int(seen.passes)} passes "
-                "through its module had infinite or NaN values. Nothing was changed; mend the batches, or load the "
+                "through its module had infinite or NaN values. Nothing was changed; correct the batches, or load the "
                 "model in bfloat16 or float32 instead of float16"
             )
         if seen is None or int(seen.tokens) == 0:

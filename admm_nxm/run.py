@@ -1,4 +1,4 @@
-"""What a run consists of: one object, changed in place and never replaced.
+"""The state of a run: one object, changed in place and never replaced.
 
 Frameworks make proxies of an optimizer that share its attributes as they were at one moment (Lightning, Fabric). What
 changes during a run therefore lies in an object that all of them hold.

@@ -149,7 +149,7 @@ class Weights:
     def __getitem__(self, name: str) -> Weight:
         """Return the weight called ``name`` (or one of whose other names it is)."""
         for weight in self.each:
-            if name == weight.name or name in weight.spec.aliases:
+            if weight.spec.name_in((name,)):
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.each)}")
 

@@ -119,7 +119,10 @@ def _factory(cls: type[Optimizer], options: dict[str, object]) -> Factory:
 
 
 def torch_optimizers() -> dict[str, Factory]:
-    """Every torch.optim class that takes dense gradients, in each implementation it has."""
+    """Every torch.optim class that takes dense gradients, plain and fused.
+
+    The implementation by foreach keeps the same state, and does the same to the same tensors: two stand for it.
+    """
     refused = {"Optimizer", "LBFGS", "SparseAdam"}
     extra = {
         "SGD": [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
@@ -135,7 +138,9 @@ def torch_optimizers() -> dict[str, Factory]:
         accepted = inspect.signature(cls).parameters
         variants = [("", {})]
         if "foreach" in accepted:
-            variants = [("-single", {"foreach": False}), ("-foreach", {"foreach": True})]
+            variants = [("-single", {"foreach": False})]
+        if name in ("AdamW", "SGD"):
+            variants.append(("-foreach", {"foreach": True}))
         if "fused" in accepted:
             variants.append(("-fused", {"fused": True}))
         for number, options in enumerate(extra.get(name, [{}])):
@@ -190,6 +195,9 @@ OUTSIDE_OPTIMIZERS = outside_optimizers()
 ALL_OPTIMIZERS = {**TORCH_OPTIMIZERS, **OUTSIDE_OPTIMIZERS}
 
 A_FEW = ("AdamW-single", "AdamW-fused", "SGD-foreach-options", "Adagrad-single", "Adafactor-single")
+
+FEW_OF_EACH_KIND = {**{name: TORCH_OPTIMIZERS[name] for name in A_FEW}, **OUTSIDE_OPTIMIZERS}
+"""For what does not depend on the update: state before the first step, factored state, second sets of weights."""
 
 
 # ---------------------------------------------------------------- the two w-steps

@@ -52,7 +52,7 @@ def test_phases_follow_each_other_at_their_steps() -> None:
     share=st.none() | st.floats(0, 1),
     pattern=st.sampled_from(["2:4", "1:4", "3:8"]),
 )
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_any_run_ends_feasible_in_silence(total_steps: int, windows: int, share: float | None, pattern: str) -> None:
     net = make_net()
     options: dict[str, Any] = {"total_steps": total_steps, "pattern": pattern}

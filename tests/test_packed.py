@@ -51,7 +51,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @given(st.lists(sparse_tensors(), min_size=1, max_size=3), st.dictionaries(st.text(max_size=4), st.text(max_size=4)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_file_comes_back_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[Tensor, Pattern, int]], metadata: dict[str, str]
 ) -> None:
@@ -773,14 +773,14 @@ print(peak)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    tensors = {f"layers.{k}.fc.weight": sparse(512, 1024) for k in range(80)}
+    tensors = {f"layers.{k}.fc.weight": sparse(512, 1024) for k in range(40)}
     largest = 4 * 512 * 1024
     save_file(tensors, tmp_path / "a")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
-    # A quarter of the file: what a few of them take on the way, and what Python and torch allocate for themselves.
+    # Half of the file: what a few of them take on the way, and what Python and torch allocate for themselves.
     assert int(done.stdout) < 20 * largest
 
 

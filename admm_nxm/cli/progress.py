@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then elsewhere. Always on stderr."""
+"""Show the progress of a run on stderr: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by it
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what."""
+    """Name the columns of a table."""
 
     texts: tuple[str, ...] = ("text",)
     label: str = "label"

@@ -51,7 +51,7 @@ _READINGS = 50  # of the loss in a run: a reading waits for the device
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose; None where the run chooses."""
+    """Hold the options of the user; None where the run chooses."""
 
     model: str
     data: Path

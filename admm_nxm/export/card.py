@@ -237,7 +237,7 @@ def _merge_metadata(path: Path, text: str, tags: Sequence[str], wanted: Mapping[
         # Its attributes, not to_dict(): that leaves out entries that are null.
         data = dict(vars(hub.RepoCard(found.group().lstrip("\ufeff").lstrip()).data)) if found else {}
     except Exception as error:  # YAML has error types of its own
-        raise ValueError(f"the metadata of {path} cannot be read; mend it: {error}") from error
+        raise ValueError(f"the metadata of {path} cannot be read; correct it: {error}") from error
     given = data.get("tags") or []
     given = [given] if isinstance(given, str) else list(given)
     merged = {**data, "tags": [*given, *(tag for tag in dict.fromkeys(tags) if tag not in given)]}

@@ -39,7 +39,7 @@ def _option(text: str, default: Any = None) -> Any:
 
 @dataclass
 class ADMMConfig:
-    """What :class:`ADMMTrainerMixin` gives to :class:`admm_nxm.ADMMNxM`; ``HfArgumentParser`` parses it.
+    """Hold the arguments of :class:`admm_nxm.ADMMNxM` for :class:`ADMMTrainerMixin`; ``HfArgumentParser`` parses it.
 
     The fields are that class's arguments, which it checks when training begins, and some besides. What a command line
     cannot spell (schedules, callables) goes into :meth:`ADMMTrainerMixin.build_admm`.
@@ -137,8 +137,8 @@ class ADMMTrainerMixin(_Base):
       ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
       (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
-    - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint
-      whose writing was interrupted.
+    - A resumed run gives the same weights, bit for bit, as a run without a stop. ``resume_from_checkpoint=True`` passes
+      over a checkpoint whose writing was interrupted.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
       solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
     - The selection is recorded beside each sparse model that is saved, where :func:`admm_nxm.verify` reads it.
@@ -292,7 +292,7 @@ class ADMMTrainer(ADMMTrainerMixin, Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Checks that training begins with ADMM, starts the choice of the best model anew at the solve, and finalizes."""
+    """Checks that training begins with ADMM, starts the choice of the best model again at the solve, and finalizes."""
 
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer

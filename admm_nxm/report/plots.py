@@ -303,7 +303,7 @@ Row = tuple[str, int]  # a stack of blocks, and the number in it; -1 outside of 
 
 @dataclass
 class _Cell:
-    """What is known of the weights of one kind in one block."""
+    """Describe the weights of one kind in one block."""
 
     zeros: int = 0
     entries: int = 0
