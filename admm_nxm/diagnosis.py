@@ -61,7 +61,9 @@ def _weights(count: int) -> str:
 @dataclass(frozen=True)
 class PaperEnding:
     """Describe how a run of the paper's form got its masks: the residual and the mask churn at the freeze (shares of
-    the weights' norm and of the kept places), those of the worst weight, and the step beside the planned one."""
+    the norm of the weights and of the kept places), what is known of the worst weight, and the step beside the planned
+    one.
+    """
 
     residual: float
     worst: float

@@ -41,17 +41,17 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor | None:
 def still(model: nn.Module) -> Iterator[None]:
     """Hold a model in evaluation mode, with no gradient for any parameter, and leave it as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: offloaded parameters are other objects after each pass.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(wanted[name])
 
 
 def gather(
@@ -88,6 +88,7 @@ def gather(
         for number, batch in enumerate(batches, 1):
             batch = _moved(batch, model)
             if loss is None:
+                statistics.padding = _padding_in(batch)
                 with torch.no_grad():
                     _call(model, batch)
             else:
@@ -128,6 +129,12 @@ def _moved(batch: Any, model: nn.Module) -> Any:
     """Return a batch on the device of the model's first parameter."""
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     return batch if device is None else _mapped(batch, lambda t: t.to(device))
+
+
+def _padding_in(batch: Any) -> Tensor | None:
+    """Return which tokens of a batch are padding, as models of transformers are told; None if nothing says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask == 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -199,6 +206,7 @@ class Blocks:
                         _hook(stack, self._blocks[name], partial(_keep, outputs))
                     if chained:
                         _hook(stack, self._blocks[block], _stop)
+                    statistics.padding = _padding_in(batch)
                     self._pass(_moved(batch, self.model))
                 each(number + 1)
         finally:

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from admm_nxm.cli import main
 from admm_nxm.cli.app import app
 from admm_nxm.cli.console import Result, plain, show
-from admm_nxm.io.prune import project_files
+from admm_nxm.io.prune import prune_files
 
 COMMANDS = ("train", "verify", "report", "prune", "pack", "unpack")
 
@@ -266,18 +266,18 @@ def test_prune_refuses_weights_that_have_no_order(tmp_path, capsys, value):
 
 
 def test_prune_as_a_function(sharded, bad, tmp_path):
-    assert project_files(sharded, tmp_path / "a", "2:4").ok
+    assert prune_files(sharded, tmp_path / "a", "2:4").ok
     with pytest.raises(FileExistsError, match="exists"):
-        project_files(sharded, tmp_path / "a", "2:4")
-    assert project_files(sharded, tmp_path / "a", "1:4", overwrite=True).sparsity == 0.75
+        prune_files(sharded, tmp_path / "a", "2:4")
+    assert prune_files(sharded, tmp_path / "a", "1:4", overwrite=True).sparsity == 0.75
     with pytest.raises(ValueError, match=r"cannot be pruned to 2:7.*no multiple of 7"):
-        project_files(sharded, tmp_path / "b", "2:7")
+        prune_files(sharded, tmp_path / "b", "2:7")
     with pytest.raises(ValueError, match="is an index; name its folder"):
-        project_files(sharded / "model.safetensors.index.json", tmp_path / "b", "2:4")
+        prune_files(sharded / "model.safetensors.index.json", tmp_path / "b", "2:4")
     with pytest.raises(ValueError, match="what is read"):
-        project_files(bad, bad, "2:4", overwrite=True)
+        prune_files(bad, bad, "2:4", overwrite=True)
     with pytest.raises(ValueError, match="what is read"):
-        project_files(sharded, sharded, "2:4", overwrite=True)
+        prune_files(sharded, sharded, "2:4", overwrite=True)
     assert not verify(bad).ok
     assert not verify(sharded).ok
     assert not (tmp_path / "b").exists()

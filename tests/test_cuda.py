@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from admm_nxm import ADMMNxM, keep_mask, solve
+from admm_nxm import ADMMNxM, keep_mask, prune, solve
 from admm_nxm.export.semi_structured import to_semi_structured
 from admm_nxm.projection import project
 from admm_nxm.statistics import Statistics
@@ -72,6 +72,14 @@ def test_the_solve_is_as_good_as_on_the_cpu() -> None:
     there, here = solve(weight.to(GPU), "2:4", a.to(GPU), b.to(GPU)), solve(weight, "2:4", a, b)
     assert is_feasible(there.weight.cpu())
     assert there.error == pytest.approx(here.error, rel=0.05)
+
+
+def test_pruning_without_training_is_as_good_as_on_the_cpu() -> None:
+    net = make_net()
+    other = copy.deepcopy(net).to(GPU)
+    here, there = (prune(model, "2:4", batches(8), loss=loss_of) for model in (net, other))
+    assert there.ok
+    assert there.model_errors == pytest.approx(here.model_errors, rel=0.1, abs=1e-3)
 
 
 def test_statistics_are_those_of_the_cpu() -> None:

@@ -134,7 +134,7 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend():
 
 def test_live_run_saved_run_and_checkpoint_give_the_same_picture(tmp_path):
     net = make_net()
-    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, prune_at=0), log_history())
+    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, total_steps=40), log_history())
     saved = recorder.save(tmp_path / "h.jsonl")
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": recorder.rows}))

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import pack, prune, report, unpack, verify
+from .commands import pack, report, unpack, verify
 from .console import Result, show
 from .errors import InputError, reason_of
+from .prune import prune
 from .signals import Ended, ending
 from .train import train
 

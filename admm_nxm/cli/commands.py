@@ -1,4 +1,4 @@
-"""The commands on saved models: ``verify``, ``report``, ``prune``, ``pack`` and ``unpack``."""
+"""The commands on saved models: ``verify``, ``report``, ``pack`` and ``unpack``."""
 
 # ruff: noqa: ARG001 - ``json`` is read from the command line as a whole, see app.py
 
@@ -17,8 +17,6 @@ from ..sparsity import SparsityReport, SparsityViolation
 from .console import Result, note
 from .errors import InputError
 from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
-
-_BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
 
 
 def verify(path: Source, pattern: PatternText = None, select: Select = None, json: Json = False) -> Result:
@@ -86,27 +84,6 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
     if file.is_dir():
         raise InputError(f"--plot {file} is a folder; name a file")
     refuse_existing(file, overwrite)
-
-
-def prune(
-    path: Source,
-    output: Output,
-    pattern: PatternText = None,
-    select: Select = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> Result:
-    """Prune once, without fine-tuning: the baseline.
-
-    Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
-    """
-    from ..io.prune import project_files
-
-    parsed, rules = rules_of(pattern, select)
-    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
-    payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
-    payload["left_out"] = report.left_out
-    return Result(payload, f"{report}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
 
 
 def pack(
