@@ -196,6 +196,20 @@ def test_pages_with_code_are_found() -> None:
     assert expected <= {page.name for page in pages_with("python")}
 
 
+def test_the_cells_of_the_tour_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without({"matplotlib", "transformers"})
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("TOUR_STEPS", "40")
+    module: dict[str, Any] = {"__name__": "tour"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"tour.ipynb, {cell['id']}", "exec", dont_inherit=True), module)
+    assert set(module["results"]) == {"dense", "dense, then cut to 2:4", "2:4 with ADMMNxM"}
+    assert (tmp_path / "packed" / "model.packed.safetensors").is_file()
+
+
 # ------------------------------------------------------------------------------------------------------------ bash
 
 

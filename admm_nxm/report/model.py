@@ -234,7 +234,8 @@ def model_report(
         ValueError: as for :func:`admm_nxm.verify`; an example without a module, or one that the module does not take.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(32, 16)
-    >>> report = model_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
+    >>> state = {"layers.0.fc.weight": weight.bfloat16(), "bias": torch.zeros(32)}
+    >>> report = model_report(state)
     >>> report.ok, report.weights[0].backends, report.flops
     (True, ('cutlass', 'cusparselt'), 4096)
     """
