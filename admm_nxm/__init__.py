@@ -16,11 +16,12 @@ True
 
 from ._version import __version__
 from .io.verify import verify
+from .oneshot import prune
 from .optimizer import ADMMNxM, ConvergenceWarning
 from .pattern import Pattern
 from .progress import Figures
 from .projection import keep_mask, project
-from .report import ModelReport, sparsity_report
+from .report import ModelReport, model_report
 from .residuals import Residuals, WeightResidual
 from .schedules import Constant, Every, Penalty, Ramp, Update
 from .selection import SelectedWeight, Selection, SkippedWeight
@@ -51,8 +52,9 @@ __all__ = [
     "factorise",
     "keep_mask",
     "model_error",
+    "model_report",
     "project",
+    "prune",
     "solve",
-    "sparsity_report",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
+"""Put the ADMM state into the inner optimizer's state dict, and take it apart again.
 
 In the state of each parameter: the mask, and v in the paper's form. In each group: the counters. Beside ``state`` and
 ``param_groups``, under ``"admm"``: the name of each prunable weight's key, the statistics of a calibration that is
@@ -218,7 +218,7 @@ def _check_names(extra: Mapping[str, Any], order: Mapping[int, int], weights: It
 def _is_pruned(run: Run, weight: Weight, counters: Mapping[str, int | float]) -> bool:
     """Whether the mask of a weight was in force, as far as that can be told here."""
     solved = counters["admm_windows_solved"] if counters["admm_windows"] == run.progress.windows else 0
-    return counters["admm_frozen_at"] >= 0 or (solved > 0 and weight.window < solved)
+    return counters["admm_pruned_at"] >= 0 or (solved > 0 and weight.window < solved)
 
 
 def _check_statistics(statistics: object) -> None:

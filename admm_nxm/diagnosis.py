@@ -1,4 +1,4 @@
-"""What went wrong in a run and what to do about it: from figures to a text, pure."""
+"""Say in words, from the figures of a run, why it went wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LEAVE_OUT = "leave the dual out (update_every=Every(interval, dual_start=None))
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run with the exact w-step came to its masks in ``finalize()``: its steps and calibration steps beside the
-    planned ones, how many weights were solved with what there was, and how many had no statistics."""
+    """Describe how a run with the exact w-step got its masks in ``finalize()``: its steps and calibration steps beside
+    the planned ones, how many weights were solved with what there was, and how many had no statistics."""
 
     step: int
     prune_at: int
@@ -60,8 +60,10 @@ def _weights(count: int) -> str:
 
 @dataclass(frozen=True)
 class PaperEnding:
-    """How a run of the paper's form came to its masks: the residual and the mask churn at the freeze (shares of the
-    weights' norm and of the kept places), what is known of the worst weight, and the step beside the planned one."""
+    """Describe how a run of the paper's form got its masks: the residual and the mask churn at the freeze (shares of
+    the norm of the weights and of the kept places), what is known of the worst weight, and the step beside the planned
+    one.
+    """
 
     residual: float
     worst: float

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
-from .residuals import Residuals, measure
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
-from .sharding import broadcast, full, part_of, rank_and_world, reduce_sums
-from .solver import INPUT_DAMPING, OUTPUT_DAMPING, Factor, Solved, factorise, model_error, solve
-from .statistics import Moments, Statistics
+from .sharding import part_of, rank_and_world
+from .solving import solutions
+from .statistics import Statistics
 from .weights import MASK, Weight
 
 __all__ = ["ExactStep"]
-
-_DAMPING = {"inputs": INPUT_DAMPING, "outputs": OUTPUT_DAMPING}
 
 
 class ExactStep:
@@ -41,7 +36,7 @@ class ExactStep:
 
     @property
     def windows(self) -> int:
-        """How many windows of weights are solved one after the other."""
+        """Number of windows of weights, which are solved one after the other."""
         return self.timeline.windows
 
     def phase(self, run: Run) -> str:
@@ -54,8 +49,9 @@ class ExactStep:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
-            self._prune_by_magnitude(run, list(run.weights))
-            progress.frozen_at = progress.step
+            check_pruned(run)
+            self._prune_by_magnitude(run, list(run.weights))  # for zeros without a sign, and in second sets too
+            progress.pruned_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:
             progress.calibrated = 0  # the run was made longer: its calibration comes later
@@ -116,23 +112,21 @@ class ExactStep:
         self._prune_by_magnitude(run, rest)
         run.stop_gathering()
         progress.windows_solved = self.timeline.windows
-        progress.frozen_at = progress.step
+        progress.pruned_at = progress.step
         return diagnose(ending)
 
     def verdict(self, run: Run) -> str | None:  # noqa: ARG002
         """Return None: a run that has not come to its solve is dense, and nobody takes it for more."""
         return None
 
-    def announce(self, run: Run) -> None:
-        """Put a mask where the inner optimizer has state before its first step."""
-        for weight in run.weights:
-            if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
-                weight.store(run.inner, MASK, run.mask(weight))
+    def state(self, run: Run, weight: Weight) -> dict[str, Tensor]:
+        """Return what is to lie beside the inner optimizer's state of a weight."""
+        return {MASK: run.mask(weight)}
 
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
         weights where this run begins with them."""
-        if counters["admm_frozen_at"] >= 0:
+        if counters["admm_pruned_at"] >= 0:
             return
         under_way = counters["admm_calibrated"] or counters["admm_windows_solved"]
         if under_way and counters["admm_windows"] != self.windows:
@@ -162,15 +156,6 @@ class ExactStep:
     def dual(self, run: Run, weight: Weight) -> Tensor:  # noqa: ARG002
         """Return zeros: u lives within the solve."""
         return torch.zeros_like(weight.w)
-
-    def residuals(self, run: Run) -> Residuals:
-        """Measure how far w is from its projection."""
-        weights = list(run.weights)
-        device = weights[0].w.device
-        sums = [primal_sums(weight.w, self.auxiliary(run, weight)).to(device) for weight in weights]
-        table = reduce_sums(sums, [weight.param for weight in weights]).tolist()
-        unknown = [0.0 if run.progress.frozen else float("nan")] * 4
-        return measure({weight.name: [*row, *unknown] for weight, row in zip(weights, table, strict=True)})
 
     def _projected(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
         w = weight.w
@@ -208,7 +193,7 @@ class ExactStep:
         run.progress.calibrated = 0
         run.progress.windows_solved += 1
         if run.progress.windows_solved == self.timeline.windows:
-            run.progress.frozen_at = run.progress.step
+            run.progress.pruned_at = run.progress.step
 
     def _solve(self, run: Run, weights: Sequence[Weight]) -> None:
         """Solve the layer problems of some weights; all or none."""
@@ -221,7 +206,8 @@ class ExactStep:
                 )
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
-        for weight, each in zip(weights, _solved_by_ranks(weights, moments), strict=True):
+        solved = list(solutions(weights, moments))
+        for weight, each in zip(weights, solved, strict=True):
             weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
             if weight.modules:
                 run.model_errors[weight.name] = each.error
@@ -247,62 +233,3 @@ class ExactStep:
                 "(an expert without tokens needs more calibration_steps), or call finalize(): it prunes it by magnitude"
             )
         return None
-
-
-def _solved_by_ranks(weights: Sequence[Weight], moments: dict[str, Moments]) -> list[Solved]:
-    """Solve each weight on one rank, and give the result to all, so that all have the same bits."""
-    rank, world = rank_and_world()
-    wholes: list[Tensor] = []
-    for index, weight in enumerate(weights):
-        whole = full(weight.param.detach())  # a collective where the weight is sharded
-        wholes.append(whole if index % world == rank else torch.empty_like(whole, device="meta"))
-    shared = _SharedFactors()
-    mine = {
-        index: _solve_one(weight, wholes[index], moments.get(weight.name), shared)
-        for index, weight in enumerate(weights)
-        if index % world == rank
-    }
-    return [
-        mine[index] if world == 1 else _shared_result(mine.get(index), weight, wholes[index], index % world)
-        for index, weight in enumerate(weights)
-    ]
-
-
-def _shared_result(mine: Solved | None, weight: Weight, whole: Tensor, source: int) -> Solved:
-    device = weight.w.device
-    value = torch.empty(whole.shape, dtype=whole.dtype, device=device) if mine is None else mine.weight.contiguous()
-    mask = torch.empty(whole.shape, dtype=torch.bool, device=device) if mine is None else mine.mask.contiguous()
-    figures = torch.zeros(2, dtype=torch.float64, device=device)
-    if mine is not None:
-        figures.copy_(torch.tensor([mine.error, mine.rounds]))
-    for t in (value, mask, figures):
-        broadcast(t, source)
-    error, rounds = figures.tolist()
-    return Solved(value, mask, error, int(rounds))
-
-
-class _SharedFactors:
-    """The factorisation of the last matrix of each kind: neighbours with the same inputs and live tokens share it."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, tuple[Tensor, Factor]] = {}
-
-    def of(self, kind: str, moment: Tensor) -> Factor:
-        last = self._last.get(kind)
-        if last is None or last[0].shape != moment.shape or not torch.equal(last[0], moment):
-            last = self._last[kind] = (moment, factorise(moment, _DAMPING[kind]))
-        return last[1]
-
-
-def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _SharedFactors) -> Solved:
-    spec = weight.spec
-    if moments is None:
-        return solve(whole, spec.pattern, None, None, dim=spec.dim)
-    inputs: Factor | None = shared.of("inputs", moments.inputs)
-    outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
-    raw: tuple[Tensor | None, Tensor | None] = moments.inputs, moments.outputs
-    if weight.moment_along_group == "outputs":
-        inputs, outputs, raw = outputs, inputs, (raw[1], raw[0])
-    solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)
-    # The solver has the damped moments alone.
-    return replace(solved, error=model_error(whole, solved.weight, *raw, dim=spec.dim))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
-from .projection import keep_mask
-from .residuals import Residuals, measure, ratio
-from .run import Moving, Run, check_finite
+from .projection import keep_mask, project
+from .residuals import ratio
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import reduce_sums
 from .weights import CONSENSUS, MASK, Weight
@@ -44,6 +44,7 @@ class PenaltyStep:
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - it gathers none
         """Start a run, or go on with one that was loaded."""
         if self.plan.prune_at == 0 and not run.progress.frozen:
+            check_pruned(run)
             self._freeze(run)
         if run.progress.step == 0 and not run.progress.frozen:
             run.progress.rho = next_rho(self.plan, 0, 0.0, False)
@@ -104,13 +105,9 @@ class PenaltyStep:
         run.announced = ending is not None
         return None if ending is None else diagnose_paper(ending)
 
-    def announce(self, run: Run) -> None:
-        """Put a mask and v where the inner optimizer has state before its first step."""
-        for weight in run.weights:
-            if run.inner.state.get(weight.param):
-                for key, part in ((MASK, run.mask(weight)), (CONSENSUS, self._consensus(run, weight))):
-                    if weight.stored(run.inner, key) is None:
-                        weight.store(run.inner, key, part)
+    def state(self, run: Run, weight: Weight) -> dict[str, Tensor]:
+        """Return what is to lie beside the inner optimizer's state of a weight."""
+        return {MASK: run.mask(weight), CONSENSUS: self._consensus(run, weight)}
 
     def check_resume(
         self,
@@ -120,7 +117,7 @@ class PenaltyStep:
     ) -> None:
         """Refuse a checkpoint whose rho would fall."""
         step, rho = int(counters["admm_step"]), counters["admm_rho"]
-        if counters["admm_frozen_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
+        if counters["admm_pruned_at"] < 0 and counters["admm_dual_in_use"] and self.plan.rho(step) < rho:
             raise ValueError(
                 f"the checkpoint has rho = {rho:.4g} at step {step} with the dual in use, and the schedule built here "
                 f"goes on from {self.plan.rho(step):.4g}; rho may not fall then. Build ADMMNxM with the rho schedule "
@@ -137,7 +134,7 @@ class PenaltyStep:
         """Return z."""
         if run.progress.frozen:
             return torch.where(weight.mask(run.inner), weight.w, torch.zeros_like(weight.w))
-        return admm.auxiliary(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+        return project(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
 
     def target(self, run: Run, weight: Weight) -> Tensor:
         """Return P(w + u)."""
@@ -189,19 +186,7 @@ class PenaltyStep:
             weight.replace_value(run.inner, z, mask)
         run.freeze_sums = torch.stack(sums)
         run.movement.clear()
-        run.progress.frozen_at = run.progress.step
-
-    def residuals(self, run: Run) -> Residuals:
-        """Measure how far w is from z."""
-        weights = list(run.weights)
-        unknown = torch.full((4,), float("nan"))
-        rows = []
-        for weight in weights:
-            movement = torch.zeros(4) if run.progress.frozen else run.movement.get(weight.name, unknown)
-            sums = admm.primal_sums(weight.w, self.auxiliary(run, weight))
-            rows.append(torch.cat([sums, movement.to(sums.device)]).to(weights[0].w.device))
-        table = reduce_sums(rows, [weight.param for weight in weights]).tolist()
-        return measure({weight.name: row for weight, row in zip(weights, table, strict=True)})
+        run.progress.pruned_at = run.progress.step
 
     def _ending(self, run: Run, *, everywhere: bool) -> PaperEnding | None:
         """Turn the sums of the freeze into numbers."""
@@ -229,7 +214,7 @@ class PenaltyStep:
             progress.churn,
             bool(progress.dual_in_use),
             progress.rho,
-            progress.frozen_at,
+            progress.pruned_at,
             self.plan.prune_at,
             type(run.inner).__name__,
         )

@@ -42,10 +42,10 @@ COUNTERS: dict[str, int | float] = {}
 
 
 class Progress:
-    """Where a run stands.
+    """Read and write the counters of a run.
 
     Args:
-        inner: the optimizer whose parameter groups hold the counters; they are looked up anew each time, because
+        inner: the optimizer whose parameter groups hold the counters; they are looked up again each time, because
             loading a state dict replaces them.
     """
 
@@ -53,7 +53,7 @@ class Progress:
     windows_solved = _Counter(0)  # exact w-step: windows whose weights are pruned
     windows = _Counter(0)  # exact w-step: how many windows there are
     calibrated = _Counter(0)  # exact w-step: calibration steps of the present window
-    frozen_at = _Counter(-1)  # the step after which the last mask was set; -1 before
+    pruned_at = _Counter(-1)  # the step after which the last mask was set; -1 before
     finalized = _Counter(0)  # whether ``finalize()`` was called
     selection = _Counter(0)  # a number that tells one selection from another
     rho = _Counter(0.0)  # paper's form: the penalty in force
@@ -68,7 +68,7 @@ class Progress:
     @property
     def frozen(self) -> bool:
         """Whether all masks are set."""
-        return self.frozen_at >= 0
+        return self.pruned_at >= 0
 
     def announce(self) -> None:
         """Write every counter into every group, as loaders look for the keys there."""
@@ -96,12 +96,12 @@ def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int | float]:
         if not fits or (isinstance(COUNTERS[key], int) and number != int(number)):
             raise ValueError(f"the checkpoint's {key} is {value!r}, which it cannot be: the checkpoint is damaged")
         found[key] = type(COUNTERS[key])(number)
-    if found["admm_frozen_at"] > found["admm_step"]:
+    if found["admm_pruned_at"] > found["admm_step"]:
         raise ValueError(
-            f"the checkpoint is at ADMM step {found['admm_step']} and its mask was frozen at step "
-            f"{found['admm_frozen_at']}: the checkpoint is damaged"
+            f"the checkpoint is at ADMM step {found['admm_step']} and its weights were pruned at step "
+            f"{found['admm_pruned_at']}: the checkpoint is damaged"
         )
-    if found["admm_windows_solved"] >= max(found["admm_windows"], 1) and found["admm_frozen_at"] < 0:
+    if found["admm_windows_solved"] >= max(found["admm_windows"], 1) and found["admm_pruned_at"] < 0:
         raise ValueError(
             f"the checkpoint has solved {found['admm_windows_solved']} of {found['admm_windows']} windows, and its "
             "masks are not frozen: the checkpoint is damaged"
@@ -111,7 +111,7 @@ def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int | float]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Where a run stands, in plain numbers.
+    """Describe the state of a run in plain numbers.
 
     Args:
         phase: ``"dense"``, ``"calibration"`` or ``"frozen"``; the paper's form has ``"admm"`` and ``"frozen"``.
@@ -127,7 +127,7 @@ class Figures:
             that at zero; None before the solve, and where a checkpoint did not carry it.
         model_errors: the same for each solved weight, by name.
         rho: penalty in force in the paper's form; 0 otherwise.
-        frozen_at: the step after which the last mask was set; None before.
+        pruned_at: the step after which the last mask was set; None before.
     """
 
     phase: str
@@ -142,4 +142,4 @@ class Figures:
     model_error: float | None
     model_errors: Mapping[str, float] = field(default_factory=dict)
     rho: float = 0.0
-    frozen_at: int | None = None
+    pruned_at: int | None = None

@@ -1,4 +1,4 @@
-"""When a run prunes, and how the paper's form moves rho, z and u: picklable values, step -> value.
+"""Schedules: the step at which a run prunes, and rho, z and u of the paper's form. All are picklable, step -> value.
 
 ``step`` counts finished optimizer steps.
 """
@@ -28,8 +28,8 @@ __all__ = [
     "next_rho",
 ]
 
-PRUNE_AT_PERCENT = 85  # the share of a run after which the solve stands
-PAPER_PRUNE_AT_PERCENT = 70  # the same for the paper's form
+PRUNE_AT = 0.85  # the share of a run after which the solve stands
+PAPER_PRUNE_AT = 0.7  # the same for the paper's form
 CALIBRATION_STEPS = 16  # of one window, where the run is long enough
 _FEW_CALIBRATION_STEPS = 8  # below this many, a default gets a warning
 
@@ -57,7 +57,7 @@ class Timeline:
 
     @property
     def few_calibration_steps(self) -> str | None:
-        """What to say of a default that leaves too few calibration steps; None if there are enough."""
+        """A warning about a default that leaves too few calibration steps; None if there are enough."""
         if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
             return None
         fits = self.prune_at >= self.windows * _FEW_CALIBRATION_STEPS
@@ -69,20 +69,20 @@ class Timeline:
 
 
 def make_timeline(
-    total_steps: int | None, prune_at: int | None, calibration_steps: int | None, windows: int
+    total_steps: int | None, prune_at: int | float | None, calibration_steps: int | None, windows: int
 ) -> Timeline:
     """Place the solve and the calibration steps in a run.
 
     Args:
         total_steps: optimizer steps of the whole run, or None.
-        prune_at: the step after which the solve stands, or None for 85 % of ``total_steps``; 0 begins frozen.
+        prune_at: the step after which the solve stands, or a share of the run, or None for 0.85; 0 begins frozen.
         calibration_steps: calibration steps of each window, or None for 16, or for a fifth of a short run.
         windows: how many windows of weights there are.
 
     Raises:
         TypeError, ValueError: neither length is given, a number is out of range, or the calibration does not fit.
     """
-    prune_at = _check_lengths(total_steps, prune_at, PRUNE_AT_PERCENT)
+    prune_at = _check_lengths(total_steps, prune_at, PRUNE_AT)
     if calibration_steps is not None:
         is_count("calibration_steps", calibration_steps, 1)
     if prune_at == 0:
@@ -104,28 +104,35 @@ def make_timeline(
     return Timeline(total_steps, prune_at, windows, calibration_steps)
 
 
-def _check_lengths(total_steps: int | None, prune_at: int | None, percent: int) -> int:
-    """Return ``prune_at``, or its default."""
+def _check_lengths(total_steps: int | None, prune_at: int | float | None, default: float) -> int:
+    """Return ``prune_at`` as a number of steps; ``default`` is a share of the run."""
     if total_steps is not None:
         is_count("total_steps", total_steps, 1)
-    if prune_at is not None:
-        is_count("prune_at", prune_at, 0)
-        if total_steps is not None and prune_at > total_steps:
-            raise ValueError(f"prune_at={prune_at} lies beyond total_steps={total_steps}; it must be at most that")
-        return prune_at
-    if total_steps is None:
+    if total_steps is None and prune_at is None:
         raise ValueError(
             "neither total_steps nor prune_at is given, so nothing says when to prune; give total_steps=(the number of "
             "optimizer steps of the whole run), or prune_at=(the step after which the weights are pruned)"
         )
-    return max(1, total_steps * percent // 100)
+    share = default if prune_at is None else prune_at
+    if isinstance(share, float):
+        if not 0 < share < 1:
+            raise ValueError(
+                f"prune_at={share} must be a step, which is an int, or a share of the run between 0 and 1, such as 0.85"
+            )
+        if total_steps is None:
+            raise ValueError(f"prune_at={share} is a share of the run, and total_steps is not given; give it as well")
+        return max(1, math.floor(share * total_steps + 1e-9))  # 0.29 * 100 is a little less than 29
+    is_count("prune_at", share, 0)
+    if total_steps is not None and share > total_steps:
+        raise ValueError(f"prune_at={share} lies beyond total_steps={total_steps}; it must be at most that")
+    return share
 
 
 # ---------------------------------------------------------------- the paper's form
 
 
 class Update(enum.IntEnum):
-    """What moves after a step."""
+    """Say which variables move after a step."""
 
     NONE = 0
     AUXILIARY = 1
@@ -257,18 +264,18 @@ class Plan:
     prune_at: int
 
 
-def make_plan(penalty: Penalty, total_steps: int | None, prune_at: int | None) -> Plan:
+def make_plan(penalty: Penalty, total_steps: int | None, prune_at: int | float | None) -> Plan:
     """Fill in the defaults of the paper's form, and walk through its schedules once.
 
     Args:
         penalty: rho and the update schedule.
         total_steps: optimizer steps of the whole run, or None.
-        prune_at: the step after which the mask freezes, or None for 70 % of ``total_steps``.
+        prune_at: the step after which the mask freezes, or a share of the run, or None for 0.7.
 
     Raises:
         TypeError, ValueError: a value out of range; the message names it, the range and the remedy.
     """
-    prune_at = _check_lengths(total_steps, prune_at, PAPER_PRUNE_AT_PERCENT)
+    prune_at = _check_lengths(total_steps, prune_at, PAPER_PRUNE_AT)
     rho, every = penalty.rho, penalty.update_every
     if isinstance(rho, (int, float)) and not isinstance(rho, bool):
         rho = Constant(float(rho))

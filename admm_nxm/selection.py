@@ -1,4 +1,4 @@
-"""Which weights are pruned, with which pattern, along which dimension, and what was left dense and why."""
+"""Select the weights to prune, with pattern and dimension, and note why the others stay dense."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "SelectedWeight",
     "Selection",
     "SkippedWeight",
+    "block_prefixes",
     "clean_name",
     "is_conv1d",
     "is_embedding",
@@ -153,7 +154,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Holder:
-    """How a weight is held that is no parameter itself, and is made anew from others in every pass."""
+    """Describe a weight that is no parameter itself, and is computed from others in every pass."""
 
     weight: str
     owner: nn.Module | None
@@ -289,7 +290,7 @@ def named_tensors(model: Source) -> dict[str, Tensor]:
 def _candidates(model: Source) -> list[_Candidate]:
     if isinstance(model, nn.Module):
         model = unwrap_model(model)
-        places, blocks = _places_in(model), _block_prefixes(model)
+        places, blocks = _places_in(model), block_prefixes(model)
     else:
         places = _places_by_name(model)
         blocks = _blocks_by_name([place.title for place in places])
@@ -383,7 +384,7 @@ def _holder_by_name(name: str, tensors: Mapping[str, Tensor]) -> _Holder | None:
     return _Holder(weight, None, "parametrization", "torch's utility of that name, and save the model again")
 
 
-def _block_prefixes(model: nn.Module) -> tuple[str, ...]:
+def block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Name prefixes of the repeated blocks: composite members of a ModuleList, or alike members of a Sequential."""
     prefixes = []
     for name, module in model.named_modules():
@@ -436,7 +437,7 @@ def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _default_reason(candidate: _Candidate) -> str | None:
-    """Why the default rules leave a parameter dense; None if they prune it."""
+    """Return why the default rules leave a parameter dense; None if they prune it."""
     title, owner = candidate.title, candidate.owner
     if is_embedding(title, owner) or any(is_embedding(place.name, place.owner) for place in candidate.places[1:]):
         return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
@@ -586,12 +587,12 @@ def _leaf(module_name: str) -> str:
 def _ineligible(
     candidate: _Candidate, pattern: Pattern, dim: int, trainable: bool, held: Collection[int] | None
 ) -> tuple[str, str] | None:
-    """Why a weight cannot be pruned and what to do about it; None if it can."""
+    """Return why a weight cannot be pruned and what to do about it; None if it can."""
     param = candidate.param
     if candidate.holder is not None:
         remedy = f"undo that first, with {candidate.holder.remedy}"
         return (
-            f"it is no parameter: {candidate.holder.what} makes it anew in every pass",
+            f"it is no parameter: {candidate.holder.what} computes it again in every pass",
             f"{remedy}, before the inner optimizer is built" if trainable else remedy,
         )
     if param.layout != torch.strided:

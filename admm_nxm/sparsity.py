@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,15 @@ class SparsityReport:
         weights: one report a weight.
         skipped: what the selection rules asked for but no pattern fits, and why.
         left_out: files that were not copied with the pruned ones, since they hold the weights from before.
+        selection: by which it was counted, to be recorded (:func:`admm_nxm.io.selection_record.record_selection`).
+        model_errors: name -> what pruning cost by the quadratic model of the loss, as far as that was measured.
     """
 
     weights: tuple[WeightReport, ...]
     skipped: tuple[SkippedWeight, ...] = ()
     left_out: tuple[str, ...] = ()
+    selection: Selection | None = field(default=None, repr=False, compare=False, kw_only=True)
+    model_errors: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     @property
     def ok(self) -> bool:
@@ -120,8 +124,14 @@ class SparsityReport:
             zeros = sum(w.zeros for w in alike) / max(1, sum(w.numel for w in alike))
             shape, name = "x".join(map(str, alike[0].shape)), joint_name([w.name for w in alike])
             counts = (sum(w.groups for w in alike), sum(w.bad_groups for w in alike))
-            rows.append((name, len(alike), shape, str(alike[0].pattern), f"{zeros:.2%}", *counts))
-        headers = ("weights", "number", "shape", "pattern", "zeros", "groups", "bad groups")
+            row = [name, len(alike), shape, str(alike[0].pattern), f"{zeros:.2%}", *counts]
+            if self.model_errors:
+                errors = [self.model_errors[w.name] for w in alike if w.name in self.model_errors]
+                row.append(f"{max(errors):.4f}" if errors else "")
+            rows.append(row)
+        headers = ["weights", "number", "shape", "pattern", "zeros", "groups", "bad groups"]
+        if self.model_errors:
+            headers.append("model error" if per_weight else "worst model error")
         lines = [format_table(headers, rows, width)]
         lines += [f"not covered: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
         if self.left_out:
@@ -131,7 +141,9 @@ class SparsityReport:
         return "\n".join(lines)
 
 
-def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> SparsityReport:
+def check_weights(
+    selection: Selection, get: Callable[[str], Tensor], model_errors: Mapping[str, float] | None = None
+) -> SparsityReport:
     """Count the groups of each selected weight, got by name one after the other; a collective if they are sharded."""
     likes, counts = [], []
     for weight in selection:
@@ -145,7 +157,8 @@ def check_weights(selection: Selection, get: Callable[[str], Tensor]) -> Sparsit
     reports = (
         WeightReport(w.name, w.shape, w.pattern, w.dim, *count) for w, count in zip(selection, totals, strict=True)
     )
-    return SparsityReport(tuple(reports), tuple(skipped for skipped in selection.skipped if skipped.wanted))
+    skipped = tuple(skipped for skipped in selection.skipped if skipped.wanted)
+    return SparsityReport(tuple(reports), skipped, selection=selection, model_errors={**(model_errors or {})})
 
 
 def _check_countable(weight: SelectedWeight, t: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from .selection import is_conv1d
+from .sharding import full, is_sharded
 
 __all__ = ["MAX_TOKENS", "Moments", "Statistics", "bytes_needed", "can_be_observed", "refuse_compiled"]
 
@@ -34,7 +35,7 @@ _LINEAR_MAPS = {
 
 @dataclass
 class Moments:
-    """What was gathered of one weight: sums over tokens, not means.
+    """Hold the statistics of one weight: sums over tokens, not means.
 
     Args:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
@@ -72,7 +73,7 @@ class Statistics:
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
-            token counts.
+            token counts, but for those that ``padding`` marks.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
             taken, evenly spread and the same ones in every run.
 
@@ -93,8 +94,11 @@ class Statistics:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
+        self.padding: Tensor | None = None
+        """Without ``outputs``: which tokens of the passes to come are padding, boolean, (batch, tokens); None if none
+        is. Inputs of another shape are taken whole."""
         self.moments: dict[str, Moments] = {}
-        """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
+        """The statistics so far, by weight name. A name appears with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
         self._stay_eager: weakref.finalize[Any, Any] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -195,7 +199,7 @@ class Statistics:
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add one pass of one module: x of shape (..., d_in), the gradient of shape (..., d_out), or None."""
-        x = self._thin(_plain(x))
+        x = self._thin(full(x))
         if x.shape[0] == 0:
             return
         if self._equal:
@@ -205,7 +209,7 @@ class Statistics:
         if gradient is None:
             alive = torch.ones_like(peaks, dtype=torch.bool)
         else:
-            gradient = self._thin(_plain(gradient))
+            gradient = self._thin(full(gradient))
             gradient_peaks = gradient.abs().amax(1)
             alive = gradient_peaks != 0
             peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
@@ -273,9 +277,10 @@ def can_be_observed(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or bool(bases & _LINEAR_MAPS)
 
 
-def bytes_needed(module: nn.Module) -> int:
-    """Return the bytes that A and G of a module take."""
-    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in _sizes(module))
+def bytes_needed(module: nn.Module, *, outputs: bool = True) -> int:
+    """Return the bytes that A and G of a module take; without ``outputs`` A alone."""
+    sizes = _sizes(module) if outputs else _sizes(module)[:1]
+    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in sizes)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -307,7 +312,9 @@ class _Hook:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
-            statistics._add(self._name, x, None)
+            padding = statistics.padding
+            fits = padding is not None and x.shape[:-1] == padding.shape
+            statistics._add(self._name, x[~padding.to(x.device)] if fits and padding is not None else x, None)
         transformed = torch._C._functorch.is_gradtrackingtensor(output) or forward_ad._current_level >= 0
         ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
         if not (statistics.outputs and ordinary):
@@ -315,7 +322,7 @@ class _Hook:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What the module has made of x is out of reach, and x itself may be changed in place by now.
-            x = x if _is_dtensor(x) else statistics._thin(x)
+            x = x if is_sharded(x) else statistics._thin(x)
             x = x.to(torch.get_autocast_dtype(kind))
         return _Tap.apply(output, x, self)  # type: ignore[no-untyped-call,unused-ignore]
 
@@ -333,7 +340,7 @@ class _Hook:
 
 
 class _Inert:
-    """What the hook is in a copy of the model."""
+    """Stand for the hook in a copy of the model."""
 
     def __call__(self, *args: Any) -> None: ...
 
@@ -388,15 +395,6 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
     """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
     total.addmm_(rows.T, rows)
-
-
-def _plain(t: Tensor) -> Tensor:
-    """Return the whole of a DTensor, and any other tensor as it is."""
-    return t.full_tensor() if _is_dtensor(t) else t  # type: ignore[attr-defined,no-any-return,unused-ignore]
-
-
-def _is_dtensor(t: Tensor) -> bool:
-    return hasattr(t, "full_tensor")
 
 
 def _observable(name: str, modules: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -40,6 +40,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "epochs of a schedule": ({"total_steps": True}, TypeError, ["total_steps=True", "it counts optimizer steps"]),
     "pruned before the first step": ({"prune_at": -1}, ValueError, ["prune_at=-1", "at least 0"]),
     "pruned beyond the end": ({"prune_at": 41}, ValueError, ["prune_at=41", "total_steps=40", "at most"]),
+    "pruned after the whole run, as a share": (
+        {"prune_at": 1.0},
+        ValueError,
+        ["prune_at=1.0", "between 0 and 1", "0.85"],
+    ),
     "no calibration": ({"calibration_steps": 0}, ValueError, ["calibration_steps=0", "at least 1"]),
     "calibration of another type": ({"calibration_steps": 2.0}, TypeError, ["calibration_steps=2.0", "int"]),
     "calibration that does not fit": (
@@ -98,6 +103,55 @@ def test_bad_option_is_refused_with_value_range_and_remedy_and_the_inner_optimiz
     assert [dict(group) for group in inner.param_groups] == groups
     assert not inner.state
     assert exact(net).phase == "dense"
+
+
+class Around(torch.optim.Optimizer):
+    """Optimizers that hold another one, in the shapes that are out there."""
+
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        self.inside = inside
+        self.param_groups = inside.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inside.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inside": self.inside.state_dict()}
+
+
+class CannotSave(Around):
+    state_dict = torch.optim.Optimizer.state_dict
+
+
+class WithoutGroups(Around):
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        self.inside = inside
+
+
+class InBackward(torch.optim.SGD):
+    def fused_backward(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (Around, "Around saves no 'state' and 'param_groups'.*wrap the optimizer inside it.*put Around around that"),
+        (CannotSave, "CannotSave cannot save its state .AttributeError.*wrap the optimizer inside it"),
+        (WithoutGroups, "WithoutGroups has no param_groups; use an optimizer that has them"),
+        (InBackward, "InBackward updates the weights during the backward pass.*such as AdamW"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_stepped_and_resumed_from_outside_is_refused(cls: Any, said: str) -> None:
+    net = make_net()
+    with pytest.raises(TypeError, match=said):
+        ADMMNxM(cls(net.parameters() if cls is InBackward else adamw(net)), net, **LENGTH)  # type: ignore[arg-type]
+    if cls in (Around, CannotSave):
+        inside = exact(net)
+        train(net, cls(inside), 40)
+        assert inside.finalize().ok
 
 
 @pytest.mark.parametrize("gone", ["penalty", "saliency", "state_dtype", "freeze_at", "residual_tolerance", "rho"])
@@ -291,7 +345,7 @@ def test_public_names_are_the_promised_ones() -> None:
         "Selection",
         "SkippedWeight",
     }
-    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "sparsity_report"}
+    promised |= {"SparsityReport", "SparsityViolation", "WeightReport", "verify", "ModelReport", "model_report"}
     assert promised <= set(admm_nxm.__all__)
     assert sorted(admm_nxm.__all__) == list(admm_nxm.__all__)
     assert all(hasattr(admm_nxm, name) for name in admm_nxm.__all__)

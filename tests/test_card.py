@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from admm_nxm import ADMMNxM, Pattern, SparsityReport, WeightReport, project, verify
+from admm_nxm import ADMMNxM, Pattern, SparsityReport, WeightReport, project, prune, verify
 from admm_nxm.export.card import model_card, write_model_card
 from admm_nxm.io.selection_record import record_selection
 from tests.helpers import make_net, train
@@ -83,6 +83,7 @@ def test_the_command_counts_the_weights_of_the_card_and_no_others(tmp_path: Path
 
     net = make_net()
     select = {r"blocks\.\d\.up\.weight": "1:4", r"head\.weight": "2:4"}
+    prune(net, select=select)
     optimizer = ADMMNxM(torch.optim.AdamW(net.parameters()), net, prune_at=0, select=select)
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     record_selection(tmp_path, optimizer.selection)

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from admm_nxm.cli import main
 from admm_nxm.cli.app import app
 from admm_nxm.cli.console import Result, plain, show
-from admm_nxm.io.prune import prune
+from admm_nxm.io.prune import prune_files
 
 COMMANDS = ("train", "eval", "verify", "report", "prune", "pack", "unpack")
 
@@ -207,7 +207,7 @@ def test_report_refuses_a_picture_before_it_counts(good, tmp_path, monkeypatch, 
     def count(*_):
         raise AssertionError("the weights were counted first")
 
-    monkeypatch.setattr(sys.modules["admm_nxm.report"], "sparsity_report", count)
+    monkeypatch.setattr(sys.modules["admm_nxm.report"], "model_report", count)
     (tmp_path / "folder.svg").mkdir()
     fails(capsys, "report", good, "--plot", tmp_path / name, "--overwrite", parts=parts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", good.name]
@@ -266,18 +266,18 @@ def test_prune_refuses_weights_that_have_no_order(tmp_path, capsys, value):
 
 
 def test_prune_as_a_function(sharded, bad, tmp_path):
-    assert prune(sharded, tmp_path / "a", "2:4").ok
+    assert prune_files(sharded, tmp_path / "a", "2:4").ok
     with pytest.raises(FileExistsError, match="exists"):
-        prune(sharded, tmp_path / "a", "2:4")
-    assert prune(sharded, tmp_path / "a", "1:4", overwrite=True).sparsity == 0.75
+        prune_files(sharded, tmp_path / "a", "2:4")
+    assert prune_files(sharded, tmp_path / "a", "1:4", overwrite=True).sparsity == 0.75
     with pytest.raises(ValueError, match=r"cannot be pruned to 2:7.*no multiple of 7"):
-        prune(sharded, tmp_path / "b", "2:7")
+        prune_files(sharded, tmp_path / "b", "2:7")
     with pytest.raises(ValueError, match="is an index; name its folder"):
-        prune(sharded / "model.safetensors.index.json", tmp_path / "b", "2:4")
+        prune_files(sharded / "model.safetensors.index.json", tmp_path / "b", "2:4")
     with pytest.raises(ValueError, match="what is read"):
-        prune(bad, bad, "2:4", overwrite=True)
+        prune_files(bad, bad, "2:4", overwrite=True)
     with pytest.raises(ValueError, match="what is read"):
-        prune(sharded, sharded, "2:4", overwrite=True)
+        prune_files(sharded, sharded, "2:4", overwrite=True)
     assert not verify(bad).ok
     assert not verify(sharded).ok
     assert not (tmp_path / "b").exists()

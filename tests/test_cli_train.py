@@ -157,7 +157,7 @@ def test_json_records_and_model_agree(arguments, capsys):
     assert told["settings"]["pattern"] == "2:4"
     assert told["settings"]["max_length"] == 64
     assert told["data"] == {"labels": ["fruit", "metal"], "train": 60, "test": 20}
-    assert told["pruning"]["pruned_after"] == 34
+    assert told["pruning"]["pruned_at"] == 34
     assert len(told["pruning"]["model_errors"]) == 12
     assert 0 < told["pruning"]["model_error"] < 1
     assert told["versions"]["torch"] == torch.__version__
@@ -870,7 +870,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path):
     from admm_nxm.cli.texts import Columns, read_file
 
     said = []
-    columns = Columns(skip_bad_rows=True)
+    columns = Columns(on_bad_row="skip")
     table = 'text;label\nfig;x\n;y\na;b;c\n"a"b;x\npear;y\n'
     (tmp_path / "rows.csv").write_text(table)
     assert read_file(tmp_path / "rows.csv", columns, tell=said.append) == [("fig", "x"), ("pear", "y")]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, ConvergenceWarning, factorise, project, solve
-from admm_nxm import exact as module
+from admm_nxm import solving as module
 from admm_nxm.statistics import Statistics
 from tests.cores import BYTES_A_WEIGHT, WEIGHTS, adamw, exact, is_feasible
 from tests.helpers import Net, assert_same_weights, batches, loss_of, make_net, same_bits, train, weights_of

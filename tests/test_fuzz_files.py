@@ -244,7 +244,7 @@ def test_a_damaged_state_of_a_weight_is_named(build: Build, damage: str) -> None
     [
         *(("admm_step", value) for value in (-5, 1.5, "x", None, float("inf"), torch.ones(3))),
         *(("admm_rho", value) for value in (float("nan"), -1.0, torch.tensor(float("nan")), [1])),
-        *(("admm_frozen_at", value) for value in (torch.ones(2), float("nan"), 2**70)),
+        *(("admm_pruned_at", value) for value in (torch.ones(2), float("nan"), 2**70)),
         ("admm_selection", "x"),
         ("admm_residual", None),
         ("admm_worst_residual", "x"),
@@ -254,7 +254,7 @@ def test_a_damaged_state_of_a_weight_is_named(build: Build, damage: str) -> None
 def test_a_damaged_counter_is_named(build: Build, key: str, value: Any) -> None:
     state_dict = trained(build, 5).state_dict()
     state_dict["param_groups"][0][key] = value
-    refuses(build, state_dict, f"the checkpoint's {key} is .*damaged|its mask was frozen at step .*damaged")
+    refuses(build, state_dict, f"the checkpoint's {key} is .*damaged|its weights were pruned at step .*damaged")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_rows_hold_what_the_optimizer_says():
         "admm/phase": "frozen",
         "admm/sparsity": 0.5,
         "admm/model_error": now.model_error,
-        "admm/frozen_at": 17,
+        "admm/pruned_at": 17,
     }
 
 
@@ -64,7 +64,7 @@ def test_the_papers_form_has_its_residuals_and_what_is_not_known_yet_is_left_out
     figures = (now.primal, now.dual, now.mask_churn, optimizer.rho)
     names = ("primal_residual", "dual_residual", "mask_churn", "rho")
     assert {name: last[f"admm/{name}"] for name in names} == dict(zip(names, figures, strict=True))
-    assert (last["admm/phase"], last["admm/frozen_at"]) == ("frozen", 14)
+    assert (last["admm/phase"], last["admm/pruned_at"]) == ("frozen", 14)
 
 
 @pytest.mark.parametrize("paper", [False, True])

@@ -14,7 +14,7 @@ from torch import nn
 
 from admm_nxm import ADMMNxM, Pattern, project, verify
 from admm_nxm.io import verify as verifying
-from admm_nxm.report import histogram, sparsity_report
+from admm_nxm.report import histogram, model_report
 from admm_nxm.report.history import Recorder
 from admm_nxm.report.plots import plot_history, plot_model_error, plot_sparsity, plot_weights, save_figure
 from admm_nxm.selection import SkippedWeight, select_weights
@@ -27,16 +27,16 @@ matplotlib = pytest.importorskip("matplotlib")
 PRIMAL, DUAL, CHURN, RHO = "admm/primal_residual", "admm/dual_residual", "admm/mask_churn", "admm/rho"
 
 
-def log_history(steps=10, frozen_at=8, paper=True):
+def log_history(steps=10, pruned_at=8, paper=True):
     """Rows as Trainer has them, with evaluations between, and a last one with times."""
     rows = []
     for step in range(1, steps + 1):
-        frozen = step >= frozen_at
+        frozen = step >= pruned_at
         row = {"step": step, "epoch": step / 5, "loss": 3 / step, "learning_rate": 1e-3, "grad_norm": 1.0}
-        early = "admm" if paper else "dense" if step < frozen_at - 2 else "calibration"
+        early = "admm" if paper else "dense" if step < pruned_at - 2 else "calibration"
         row |= {"admm/phase": "frozen" if frozen else early, "admm/sparsity": 0.5 * frozen}
         if frozen:
-            row["admm/frozen_at"] = frozen_at
+            row["admm/pruned_at"] = pruned_at
         if frozen and not paper:
             row["admm/model_error"] = 0.0123
         if paper:
@@ -102,15 +102,15 @@ def test_phases_and_the_solve():
 
 
 def test_steps_are_whole_numbers_and_a_run_may_be_short_and_dense():
-    figure = plot_history(log_history(steps=2, frozen_at=9, paper=False))
+    figure = plot_history(log_history(steps=2, pruned_at=9, paper=False))
     assert spans(figure.axes[0]) == {"dense": (1, 2)}
     assert all(tick == int(tick) for axes in figure.axes for tick in axes.get_xticks())
     assert not any("pruned" in text for text in legend(figure))
 
 
 def test_several_runs_differ_in_colour_and_dashes():
-    runs = {f"run {i}": log_history(frozen_at=4 + i) for i in range(6)}
-    runs["never frozen"] = [row for row in log_history(frozen_at=99) if row["step"] < 3]
+    runs = {f"run {i}": log_history(pruned_at=4 + i) for i in range(6)}
+    runs["never frozen"] = [row for row in log_history(pruned_at=99) if row["step"] < 3]
     figure = plot_history(runs, title="all of them")
     assert figure.get_suptitle() == "all of them"
     axes = panels(figure)["primal residual"]
@@ -134,7 +134,7 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend():
 
 def test_live_run_saved_run_and_checkpoint_give_the_same_picture(tmp_path):
     net = make_net()
-    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, prune_at=0), log_history())
+    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, total_steps=40), log_history())
     saved = recorder.save(tmp_path / "h.jsonl")
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": recorder.rows}))
@@ -303,7 +303,7 @@ def test_report_of_a_whole_model():
     net = make_net()
     with torch.no_grad():
         net.blocks[0].up.weight.copy_(project(net.blocks[0].up.weight, "2:4"))
-    figure = plot_sparsity(sparsity_report(net, "2:4"))
+    figure = plot_sparsity(model_report(net, "2:4"))
     found = cells(figure)
     assert found.keys() == {(str(i), kind) for i in (0, 1) for kind in ("up", "down")}
     assert found["0", "up"] == "50% †"
@@ -321,7 +321,7 @@ def test_nothing_but_dense_weights_outside_of_blocks():
 
 def test_weights_that_sparse_tensor_cores_take_have_no_dagger():
     weight = project(torch.randn(32, 64), "2:4").bfloat16()
-    figure = plot_sparsity(sparsity_report({"h.0.fc.weight": weight}))
+    figure = plot_sparsity(model_report({"h.0.fc.weight": weight}))
     assert cells(figure) == {("0", "fc"): "50%"}
 
 

@@ -26,8 +26,8 @@ def two_groups() -> torch.optim.Optimizer:
 def test_counters_lie_in_every_group_and_are_read_where_they_lie_now() -> None:
     inner = two_groups()
     progress = Progress(inner)
-    assert (progress.step, progress.frozen_at, progress.frozen, progress.rho) == (0, -1, False, 0.0)
-    progress.step, progress.frozen_at = 7, 5
+    assert (progress.step, progress.pruned_at, progress.frozen, progress.rho) == (0, -1, False, 0.0)
+    progress.step, progress.pruned_at = 7, 5
     assert [group["admm_step"] for group in inner.param_groups] == [7, 7]
     assert progress.frozen
     inner.load_state_dict(inner.state_dict())  # replaces the groups
@@ -80,7 +80,7 @@ def test_meta_tensors_are_damage() -> None:
         of(step=torch.tensor(5, device="meta"))
 
 
-@pytest.mark.parametrize(("key", "low"), [("frozen_at", -1), ("residual", -1), ("rho", 0), ("calibrated", 0)])
+@pytest.mark.parametrize(("key", "low"), [("pruned_at", -1), ("residual", -1), ("rho", 0), ("calibrated", 0)])
 def test_each_counter_has_its_least_value(key: str, low: int) -> None:
     assert of(**{key: low})[f"admm_{key}"] == low
     with pytest.raises(ValueError, match=f"admm_{key} is {low - 1}"):
@@ -90,7 +90,7 @@ def test_each_counter_has_its_least_value(key: str, low: int) -> None:
 @pytest.mark.parametrize(
     ("counters", "said"),
     [
-        ({"step": 4, "frozen_at": 5}, "at ADMM step 4 and its mask was frozen at step 5"),
+        ({"step": 4, "pruned_at": 5}, "at ADMM step 4 and its weights were pruned at step 5"),
         ({"step": 4, "windows": 1, "windows_solved": 1}, "has solved 1 of 1 windows, and its masks are not frozen"),
         ({"step": 4, "windows": 2, "windows_solved": 7}, "has solved 7 of 2 windows"),
     ],
@@ -134,7 +134,7 @@ def test_figures_of_a_run_in_each_phase() -> None:
         phase="frozen",
         step=34,
         windows_solved=1,
-        frozen_at=34,
+        pruned_at=34,
         sparsity=0.5,
         model_error=found.model_error,
         model_errors=errors,

@@ -1,4 +1,4 @@
-"""sparsity_report: the counts of verify, what tensor cores take, and FLOPs worked out by hand."""
+"""model_report: the counts of verify, what tensor cores take, and FLOPs worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from admm_nxm import SelectedWeight, Selection, SparsityViolation, project, verify
-from admm_nxm.report import ModelReport, sparsity_report
+from admm_nxm.report import ModelReport, model_report
 from admm_nxm.report.tensor_cores import obstacles
 from admm_nxm.selection import select_weights
 from tests.helpers import Net, make_net
@@ -64,7 +64,7 @@ def test_counts_are_those_of_verify(good: bool, kind: str, tmp_path: Path) -> No
         "folder": lambda: as_file(model, tmp_path).parent,
     }
     target = targets[kind]()
-    report, counts = sparsity_report(target), verify(target)
+    report, counts = model_report(target), verify(target)
     assert report.ok == good
     shared = ("name", "shape", "pattern", "dim", "groups", "bad_groups", "zeros")
     assert [[getattr(w, field) for field in shared] for w in report] == [
@@ -94,12 +94,12 @@ def test_counts_are_those_of_verify(good: bool, kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("architecture", ["bert classifier", "gpt2", "bert masked lm", "llama", "t5"])
 def test_module_state_dict_and_folder_agree_on_real_architectures(architecture: str, tmp_path: Path) -> None:
     model = pruned(tiny(architecture))
-    by_module, by_state = sparsity_report(model), sparsity_report(model.state_dict())
+    by_module, by_state = model_report(model), model_report(model.state_dict())
     assert by_module.parameters == by_state.parameters == sum(p.numel() for p in model.parameters())
     assert by_module.flops == by_state.flops
     assert {w.name: w for w in by_module.weights} == {w.name: w for w in by_state.weights}
     model.save_pretrained(tmp_path)
-    by_file = sparsity_report(tmp_path, select_weights(model, trainable=False)[0])
+    by_file = model_report(tmp_path, select_weights(model, trainable=False)[0])
     assert {w.name: (w.flops, w.tensor_cores) for w in by_file.weights} == {
         w.name: (w.flops, w.tensor_cores) for w in by_module.weights
     }
@@ -107,19 +107,19 @@ def test_module_state_dict_and_folder_agree_on_real_architectures(architecture: 
 
 
 def test_fused_experts_are_named_as_not_counted_per_token() -> None:
-    report = sparsity_report(tiny("mixtral"))
+    report = model_report(tiny("mixtral"))
     uncounted = {w.name.split(".", 3)[-1] for w in report.dense if w.flops is None}
     assert uncounted == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
     assert all(w.flops == 2 * w.numel for w in report.dense if w.name.endswith("mlp.gate.weight"))
     assert any("4 tensors that are no matrices are not counted" in note for note in report.notes)
-    counted = sparsity_report(tiny("mixtral"), example={"input_ids": torch.arange(10).view(2, 5)})
+    counted = model_report(tiny("mixtral"), example={"input_ids": torch.arange(10).view(2, 5)})
     assert all(w.flops for w in counted.dense if w.name.endswith("mlp.gate.weight"))
 
 
 def test_positions_and_counters_in_a_state_dict_are_no_parameters() -> None:
     weight = project(torch.randn(8, 8), "2:4")
     state = {"layers.0.fc.weight": weight, "position_ids": torch.arange(512)[None], "mask": torch.ones(4, 4) > 0}
-    report = sparsity_report(state)
+    report = model_report(state)
     assert report.parameters == 64
     assert report.flops == 128
     assert report.dense == ()
@@ -131,7 +131,7 @@ def test_packed_files_are_read_as_the_weights_that_they_hold(tmp_path: Path) -> 
     model = pruned(make_net()).to(BF16)
     plain = as_file(model, tmp_path)
     pack(plain, tmp_path / "weights.packed.safetensors")
-    assert sparsity_report(tmp_path / "weights.packed.safetensors").to_dict() == sparsity_report(plain).to_dict()
+    assert model_report(tmp_path / "weights.packed.safetensors").to_dict() == model_report(plain).to_dict()
 
 
 # ---------------------------------------------------------------- tensor cores
@@ -145,7 +145,7 @@ class Layers(nn.Module):
 
 def test_what_tensor_cores_take_and_why_not() -> None:
     model = pruned(Layers((32, 64), (16, 16), (8, 16))).to(BF16)
-    report = sparsity_report(model)
+    report = model_report(model)
     assert [w.backends for w in report.weights] == [("cutlass", "cusparselt"), ("cusparselt",), ()]
     assert [w.tensor_cores for w in report.weights] == [obstacles(w.shape, BF16, "2:4") for w in report.weights]
     assert (report.tensor_cores().weights, report.tensor_cores("cutlass").weights) == (2, 1)
@@ -160,7 +160,7 @@ def test_a_weight_that_violates_its_pattern_is_taken_by_none() -> None:
     model = pruned(Layers((32, 64), (32, 64))).to(BF16)
     with torch.no_grad():
         model.layers[0][0].weight[:5, :4] = 1.0
-    report = sparsity_report(model)
+    report = model_report(model)
     assert set(report.weights[0].tensor_cores.values()) == {"5 of 512 groups exceed 2:4: finalize or project it first"}
     assert report.weights[1].backends == ("cutlass", "cusparselt")
 
@@ -172,7 +172,7 @@ def test_a_weight_grouped_along_the_wrong_dimension_is_taken_by_none(tmp_path: P
         model.layers[1][0].weight.copy_(project(model.layers[1][0].weight, "2:4", 1))
     selection = select_weights(model, dims={r"layers\.0\..*": 0}, trainable=False)[0]
     for target in (model, model.state_dict(), as_file(model, tmp_path)):
-        report = sparsity_report(target, selection)
+        report = model_report(target, selection)
         assert report.ok
         assert set(report.weights[0].tensor_cores.values()) == {
             "grouped along dim 0, but the layer sums over dim 1: prune along that one"
@@ -190,7 +190,7 @@ def test_a_weight_that_layers_sum_over_in_two_ways_goes_as_the_selection_says() 
     selection = select_weights(model, dims={r".*": 1}, trainable=False)[0]
     with torch.no_grad():
         model.layers[0][0].weight.copy_(project(model.layers[0][0].weight, "2:4", 1))
-    report = sparsity_report(model.to(BF16), selection)
+    report = model_report(model.to(BF16), selection)
     assert report.weights[0].backends == ("cutlass", "cusparselt")
     assert report.weights[0].flops == 2 * 2 * 64 * 64
 
@@ -201,7 +201,7 @@ def test_the_weight_of_a_conv1d_is_judged_by_its_transpose() -> None:
 
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(Conv1D(32, 64)), nn.Sequential(Conv1D(64, 32))])
-    report = sparsity_report(pruned(model).to(BF16))
+    report = model_report(pruned(model).to(BF16))
     assert [(w.shape, w.dim) for w in report.weights] == [((64, 32), 0), ((32, 64), 0)]
     assert [w.backends for w in report.weights] == [("cutlass", "cusparselt"), ("cusparselt",)]
 
@@ -220,13 +220,13 @@ def test_a_tied_head_counts_as_the_head_and_an_embedding_costs_nothing(tmp_path:
                 self.lm_head.weight = self.embed.weight
 
     for target in (tied := Model(True), tied.state_dict()):
-        report = sparsity_report(target)
+        report = model_report(target)
         assert flops(report) == {"layers.0.0.weight": 128, "embed.weight": 160}
         assert (report.flops, report.parameters) == (288, 80 + 72)
-    assert flops(sparsity_report(Model(False))) == {"layers.0.0.weight": 128, "lm_head.weight": 160}
+    assert flops(model_report(Model(False))) == {"layers.0.0.weight": 128, "lm_head.weight": 160}
     # A file of transformers holds such a head under the embedding's name alone, and the note says so.
     save_file({k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}, tmp_path / "model.safetensors")
-    stored = sparsity_report(tmp_path)
+    stored = model_report(tmp_path)
     assert flops(stored) == {"layers.0.0.weight": 128}
     assert any("a head that is stored as its embedding only" in note for note in stored.notes)
 
@@ -234,7 +234,7 @@ def test_a_tied_head_counts_as_the_head_and_an_embedding_costs_nothing(tmp_path:
 def test_a_layer_in_two_places_costs_twice() -> None:
     model = make_net()
     model.blocks[1] = model.blocks[0]
-    report = sparsity_report(model)
+    report = model_report(model)
     assert flops(report) == {"blocks.0.up.weight": 512, "blocks.0.down.weight": 512, "head.weight": 16}
     assert report.parameters == 2 * 128 + 24 + 9
 
@@ -246,13 +246,13 @@ def test_attention_of_torch_is_counted_and_convolutions_are_named_as_not() -> No
             self.conv = nn.Conv1d(4, 4, 3)
             self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
 
-    report = sparsity_report(Model(), {r".*\.linear1\.weight": "2:4"})
+    report = model_report(Model(), {r".*\.linear1\.weight": "2:4"})
     assert report.flops == 2 * (24 * 8 + 8 * 8 + 16 * 8 + 8 * 16)
     conv = next(w for w in report.dense if w.name == "conv.weight")
     assert conv.flops is None
     assert conv.to_dict()["flops"] is None
     assert any("1 tensors that are no matrices are not counted (conv.weight)" in note for note in report.notes)
-    covered = sparsity_report(Model(), {r"conv\.weight": "2:4"})
+    covered = model_report(Model(), {r"conv\.weight": "2:4"})
     assert covered.weights[0].flops is None
     assert set(covered.weights[0].tensor_cores.values()) == {"3 dimensions: only matrices are taken"}
     assert "not counted" in str(covered)
@@ -269,8 +269,8 @@ def test_an_example_counts_a_forward_pass_and_restores_the_model(kind: str) -> N
     fast = torch.backends.mha.get_fastpath_enabled()
     x = torch.randn(3, 5, 8)
     example = {"tensor": x, "tuple": (x,), "list": [x], "dict": {"x": x}}[kind]
-    report = sparsity_report(model, example=example)
-    assert flops(report) == {name: 15 * cost for name, cost in flops(sparsity_report(model)).items() if cost}
+    report = model_report(model, example=example)
+    assert flops(report) == {name: 15 * cost for name, cost in flops(model_report(model)).items() if cost}
     assert report.flops == 15 * 2 * 520
     assert report.flops_per == "forward pass"
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -294,7 +294,7 @@ class Twice(Net):
 
 
 def test_a_forward_pass_is_counted_as_it_ran() -> None:
-    report = sparsity_report(Twice(), example=torch.randn(2, 8))
+    report = model_report(Twice(), example=torch.randn(2, 8))
     assert {w.name: w.flops for w in report.weights} == {
         "blocks.0.up.weight": 3 * 2 * 256,
         "blocks.0.down.weight": 3 * 2 * 256,
@@ -327,7 +327,7 @@ class Learned(nn.Module):
 def test_a_parameter_as_a_layers_input_leaves_the_layers_weight_its_flops(kind: str, rows: int) -> None:
     model = Learned(kind)
     model.layers[0][0].bias.requires_grad_(False)
-    report = sparsity_report(model, example=torch.randn(2, 5, 8, requires_grad=True))
+    report = model_report(model, example=torch.randn(2, 5, 8, requires_grad=True))
     assert flops(report) == {"layers.0.0.weight": rows * 2 * 8 * 8}
     assert report.covered.flop_share == 1.0
 
@@ -338,9 +338,9 @@ def test_requires_grad_is_restored_with_its_hooks_and_after_errors_too() -> None
     weight, fired = model.layers[0][0].weight, []
     weight.register_hook(lambda grad: fired.append("gradient"))
     weight.register_post_accumulate_grad_hook(lambda _: fired.append("accumulated"))
-    sparsity_report(model, example=torch.randn(2, 5, 8))
+    model_report(model, example=torch.randn(2, 5, 8))
     with pytest.raises(ValueError, match="the forward pass on example= failed"):
-        sparsity_report(model, example={"y": torch.randn(2, 5, 8)})
+        model_report(model, example={"y": torch.randn(2, 5, 8)})
     assert {name: p.requires_grad for name, p in model.named_parameters()} == {
         "query": True,
         "layers.0.0.weight": True,
@@ -365,7 +365,7 @@ class Attention(nn.Module):
 
 def test_products_of_activations_belong_to_no_weight() -> None:
     model = Attention()
-    report = sparsity_report(model, example=torch.randn(2, 5, 8))
+    report = model_report(model, example=torch.randn(2, 5, 8))
     projections, attention = 2 * 10 * 24 * 8, 2 * 2 * 5 * 5 * 8 * 2
     assert report.weights[0].flops == projections
     assert report.flops == projections + attention
@@ -377,8 +377,8 @@ def test_casts_of_a_weight_are_the_weight() -> None:
     model = make_net()
     x = torch.randn(3, 8)
     with torch.autocast("cpu", dtype=BF16):
-        report = sparsity_report(model, example=x)
-    assert flops(report) == {name: 3 * cost for name, cost in flops(sparsity_report(model)).items() if cost}
+        report = model_report(model, example=x)
+    assert flops(report) == {name: 3 * cost for name, cost in flops(model_report(model)).items() if cost}
 
 
 def test_torchs_own_layers_are_counted_although_they_have_a_fused_kernel() -> None:
@@ -386,9 +386,9 @@ def test_torchs_own_layers_are_counted_although_they_have_a_fused_kernel() -> No
     model = nn.Module()
     model.layers = nn.ModuleList([layer])
     model.forward = lambda x: layer(x)  # type: ignore[method-assign]
-    report = sparsity_report(model, {r".*\.(linear\d|in_proj_|out_proj\.)?weight": "2:4"}, example=torch.randn(2, 5, 8))
+    report = model_report(model, {r".*\.(linear\d|in_proj_|out_proj\.)?weight": "2:4"}, example=torch.randn(2, 5, 8))
     attention = 2 * 2 * 5 * 5 * 8 * 2
-    assert report.flops == 10 * sparsity_report(model).flops + attention
+    assert report.flops == 10 * model_report(model).flops + attention
     assert flops(report)["layers.0.self_attn.in_proj_weight"] == 10 * 2 * 24 * 8
     assert flops(report)["layers.0.self_attn.out_proj.weight"] == 10 * 2 * 8 * 8
 
@@ -397,8 +397,8 @@ def test_torchs_own_layers_are_counted_although_they_have_a_fused_kernel() -> No
 def test_real_architectures_spend_their_flops_as_counted_per_token(architecture: str) -> None:
     model = tiny(architecture)
     ids = torch.arange(10).view(2, 5)
-    report = sparsity_report(model, example={"input_ids": ids})
-    per_token = {w.name: w.flops for w in sparsity_report(model).weights}
+    report = model_report(model, example={"input_ids": ids})
+    per_token = {w.name: w.flops for w in model_report(model).weights}
     assert {w.name: w.flops for w in report.weights} == {name: 10 * (cost or 0) for name, cost in per_token.items()}
     attention = 2 * 2 * (2 * 5 * 5 * 16) * 2  # two layers, scores and sums, two texts, width 16
     assert report.flops == attention + sum(cost or 0 for cost in flops(report).values())
@@ -407,7 +407,7 @@ def test_real_architectures_spend_their_flops_as_counted_per_token(architecture:
 def test_parameters_without_an_address_are_counted_too() -> None:
     model = make_net()
     model.table = nn.Parameter(torch.eye(4).to_sparse())
-    report = sparsity_report(model, example=torch.ones(1, 8))
+    report = model_report(model, example=torch.ones(1, 8))
     assert report.flops == 2 * 520
     assert next(w for w in report.dense if w.name == "table").numel == 16
 
@@ -418,31 +418,31 @@ def test_a_failed_forward_pass_says_so_and_restores_the_model() -> None:
     with pytest.raises(
         ValueError, match=r"the forward pass on example= failed with TypeError: .*'y'.*give the arguments"
     ):
-        sparsity_report(model, example={"y": torch.ones(1, 8)})
+        model_report(model, example={"y": torch.ones(1, 8)})
     with pytest.raises(ValueError, match="the forward pass on example= failed with RuntimeError"):
-        sparsity_report(model, example=torch.ones(1, 9))
+        model_report(model, example=torch.ones(1, 9))
     assert all(module.training for module in model.modules())
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="example is a str; a dict of keyword arguments, a tuple"):
-        sparsity_report(make_net(), example="text")
+        model_report(make_net(), example="text")
     with pytest.raises(ValueError, match="an example needs a module to run"):
-        sparsity_report(make_net().state_dict(), example=torch.ones(1, 8))
+        model_report(make_net().state_dict(), example=torch.ones(1, 8))
     with pytest.raises(TypeError, match="cannot report on a int; a module, a state dict or a path is needed"):
-        sparsity_report(7)  # type: ignore[arg-type]
+        model_report(7)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="nothing to report on at"):
-        sparsity_report("no-such-file.safetensors")
+        model_report("no-such-file.safetensors")
     with pytest.raises(ValueError, match="no prunable weight"):
-        sparsity_report({"bias": torch.ones(3)})
+        model_report({"bias": torch.ones(3)})
 
 
 # ---------------------------------------------------------------- skipped weights, selections
 
 
 def test_what_no_pattern_fits_is_in_skipped_and_in_dense() -> None:
-    report = sparsity_report({"layers.0.a.weight": torch.zeros(4, 6), "layers.0.b.weight": torch.zeros(4, 8)})
+    report = model_report({"layers.0.a.weight": torch.zeros(4, 6), "layers.0.b.weight": torch.zeros(4, 8)})
     assert [w.name for w in report.skipped] == ["layers.0.a.weight"]
     (dense,) = report.dense
     assert (dense.name, dense.wanted, dense.numel) == ("layers.0.a.weight", True, 24)
@@ -452,9 +452,9 @@ def test_what_no_pattern_fits_is_in_skipped_and_in_dense() -> None:
 
 def test_a_selection_that_says_nothing_of_the_rest_leaves_it_dense_all_the_same() -> None:
     model = pruned(make_net())
-    whole = sparsity_report(model)
+    whole = model_report(model)
     selection = Selection((SelectedWeight("blocks.0.up.weight", (16, 8), whole.weights[0].pattern, 1),), ())
-    report = sparsity_report(model, selection)
+    report = model_report(model, selection)
     assert report.covered.weights == 1
     assert (report.parameters, report.flops) == (whole.parameters, whole.flops)
     assert {w.reason for w in report.dense} == {"not named by the selection"}
@@ -466,7 +466,7 @@ KEYS = {"ok", "sparsity", "parameters", "flops", "flops_per", "totals", "weights
 
 
 def test_the_dictionary_is_plain_json_with_the_documented_keys() -> None:
-    report = sparsity_report(pruned(make_net()), example=torch.ones(1, 8))
+    report = model_report(pruned(make_net()), example=torch.ones(1, 8))
     found = report.to_dict()
     assert found.keys() == KEYS
     assert json.loads(report.to_json()) == found
@@ -507,7 +507,7 @@ def test_the_dictionary_is_plain_json_with_the_documented_keys() -> None:
 
 def test_alike_weights_share_a_line() -> None:
     model = pruned(make_net())
-    lines = str(sparsity_report(model)).splitlines()
+    lines = str(model_report(model)).splitlines()
     row = next(line for line in lines if line.startswith("blocks.*.up.weight"))
     assert row.split() == [
         "blocks.*.up.weight",
@@ -521,7 +521,7 @@ def test_alike_weights_share_a_line() -> None:
     ]
     with torch.no_grad():
         model.blocks[1].up.weight.fill_(1.0)
-    report = sparsity_report(model)
+    report = model_report(model)
     rows = [line.split() for line in str(report).splitlines() if ".up.weight" in line and " 16x8 " in line]
     assert [(row[0], row[1], row[6]) for row in rows] == [
         ("blocks.0.up.weight", "1", "0"),
@@ -546,14 +546,14 @@ def test_sharded_weights_are_counted_whole_and_refuse_an_example() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = pruned(make_net())
-    plain = sparsity_report(model)
+    plain = model_report(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         for block in model.blocks:
             block.up.weight = nn.Parameter(distribute_tensor(block.up.weight.detach(), mesh, [Shard(0)]))
-        assert sparsity_report(model).to_dict() == plain.to_dict()
+        assert model_report(model).to_dict() == plain.to_dict()
         with pytest.raises(ValueError, match=r"weight 'blocks\.0\.up\.weight' is sharded"):
-            sparsity_report(model, example=torch.ones(1, 8))
+            model_report(model, example=torch.ones(1, 8))
     finally:
         dist.destroy_process_group()

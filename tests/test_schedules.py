@@ -113,8 +113,29 @@ def test_pruning_after_the_run_is_refused(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("make", LENGTHS)
-@pytest.mark.parametrize(("name", "low"), [("total_steps", 1), ("prune_at", 0)])
-@pytest.mark.parametrize("bad", [10.0, "10", True, math.inf, -1])
+@pytest.mark.parametrize(
+    ("share", "total_steps", "expected"),
+    [(0.5, 40, 20), (0.29, 100, 29), (0.85, 41, 34), (0.999, 40, 39)],
+)
+def test_a_float_is_a_share_of_the_run(make: Callable[..., Any], share: float, total_steps: int, expected: int) -> None:
+    assert make(total_steps=total_steps, prune_at=share).prune_at == expected
+
+
+@pytest.mark.parametrize("make", LENGTHS)
+@pytest.mark.parametrize("bad", [0.0, 1.0, 40.0, -0.5, math.inf, math.nan])
+def test_a_share_out_of_range_or_of_nothing_is_refused(make: Callable[..., Any], bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"prune_at={bad} must be a step, .* between 0 and 1"):
+        make(total_steps=100, prune_at=bad)
+    with pytest.raises(ValueError, match=r"prune_at=0\.5 is a share of the run, and total_steps is not given"):
+        make(prune_at=0.5)
+
+
+@pytest.mark.parametrize("make", LENGTHS)
+@pytest.mark.parametrize(
+    ("name", "low", "bad"),
+    [("total_steps", 1, bad) for bad in (10.0, "10", True, math.inf, -1)]
+    + [("prune_at", 0, bad) for bad in ("10", True, -1)],
+)
 def test_a_number_of_steps_out_of_range_is_refused_by_name(
     make: Callable[..., Any], name: str, low: int, bad: object
 ) -> None:

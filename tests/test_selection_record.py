@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from admm_nxm import Pattern, SelectedWeight, Selection, SkippedWeight, project, sparsity_report, verify
+from admm_nxm import Pattern, SelectedWeight, Selection, SkippedWeight, model_report, project, verify
 from admm_nxm.cli import main
 from admm_nxm.io.files import open_checkpoint
 from admm_nxm.io.packed import load_packed, pack, unpack
-from admm_nxm.io.prune import prune
+from admm_nxm.io.prune import prune_files
 from admm_nxm.io.selection_record import (
     read_selection,
     record_selection,
@@ -152,7 +152,7 @@ def test_a_folder_is_counted_by_its_record(shards: bool, tmp_path: Path) -> None
     assert counted(report) == COUNTED
     with open_checkpoint(tmp_path) as checkpoint:
         assert read_selection(checkpoint) == selection
-    full = sparsity_report(tmp_path)
+    full = model_report(tmp_path)
     assert (full.ok, counted(full)) == (True, COUNTED)
     assert {weight.name: weight.reason for weight in full.dense}["blocks.1.up.weight"] == "no select rule matches"
     assert list(count_pairs(tmp_path, tmp_path, None, str, 8)) == list(COUNTED)
@@ -162,7 +162,7 @@ def test_a_file_is_counted_by_the_record_in_its_metadata(tmp_path: Path) -> None
     in_a_file(tmp_path / "weights.safetensors")
     report = verify(tmp_path / "weights.safetensors")
     assert (report.ok, counted(report)) == (True, COUNTED)
-    assert counted(sparsity_report(tmp_path / "weights.safetensors")) == COUNTED
+    assert counted(model_report(tmp_path / "weights.safetensors")) == COUNTED
     assert counted(verify(tmp_path)) == COUNTED
 
 
@@ -249,17 +249,17 @@ def test_prune_records_what_it_did(shards: bool, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     in_a_folder(tmp_path / "a", shards=shards)
     rules = {r"blocks\.1\..*": "1:8"}
-    prune(tmp_path / "a", tmp_path / "b", select=rules)
+    prune_files(tmp_path / "a", tmp_path / "b", select=rules)
     report = verify(tmp_path / "b")
     assert (report.ok, counted(report)) == (True, {f"blocks.1.{part}.weight": "1:8" for part in ("up", "down")})
 
 
 def test_prune_records_in_the_metadata_of_a_file(tmp_path: Path) -> None:
     in_a_file(tmp_path / "a.safetensors")
-    prune(tmp_path / "a.safetensors", tmp_path / "b.safetensors", select={r"blocks\.1\..*": "1:8"})
+    prune_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", select={r"blocks\.1\..*": "1:8"})
     assert set(counted(verify(tmp_path / "b.safetensors")).values()) == {"1:8"}
     save_file(make_net().state_dict(), tmp_path / "c.safetensors")
-    prune(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "1:4")
+    prune_files(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "1:4")
     assert verify(tmp_path / "d.safetensors").ok
     assert set(counted(verify(tmp_path / "d.safetensors")).values()) == {"1:4"}
     with safe_open(tmp_path / "d.safetensors", "pt") as file:
@@ -269,7 +269,7 @@ def test_prune_records_in_the_metadata_of_a_file(tmp_path: Path) -> None:
 def test_files_pruned_within_a_folder_do_not_keep_a_stale_record(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     in_a_file(tmp_path / "a" / "model.safetensors")
-    prune(tmp_path / "a", tmp_path / "b", "1:4")
+    prune_files(tmp_path / "a", tmp_path / "b", "1:4")
     assert set(counted(verify(tmp_path / "b")).values()) == {"1:4"}
 
 
@@ -297,7 +297,7 @@ def test_a_packed_file_of_no_record_says_what_is_packed(tmp_path: Path) -> None:
     pack(tmp_path / "a.safetensors", tmp_path / "b.safetensors", select=HEAD)
     report = verify(tmp_path / "b.safetensors")
     assert (report.ok, counted(report)) == (True, COUNTED)
-    reasons = {weight.name: weight.reason for weight in sparsity_report(tmp_path / "b.safetensors").dense}
+    reasons = {weight.name: weight.reason for weight in model_report(tmp_path / "b.safetensors").dense}
     assert reasons["blocks.1.up.weight"] == "stored as it was"
     assert reasons["blocks.0.up.bias"] == "not a matrix"
 
@@ -361,7 +361,7 @@ def test_weights_without_an_address_are_not_taken_for_one(tmp_path: Path) -> Non
     inside = wrapped(net)
     assert {t.data_ptr() for name, t in inside.state_dict().items() if name.endswith("weight")} == {0}
     assert verify(inside, selection).ok
-    report = sparsity_report(inside, selection)
+    report = model_report(inside, selection)
     assert (report.ok, counted(report)) == (True, COUNTED)
     assert report.parameters == sum(t.numel() for t in plain_state.values())
     pack(inside, tmp_path / "a.safetensors", select=selection)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -171,7 +171,6 @@ def sparse_weights(draw: st.DrawFn) -> tuple[Tensor, Pattern, int]:
 
 
 @given(sparse_weights())
-@settings(deadline=None)
 def test_counts_equal_a_loop_over_all_groups(case: tuple[Tensor, Pattern, int]) -> None:
     w, pattern, dim = case
     rows = w.movedim(dim, -1).reshape(-1, pattern.group).tolist()

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from ..checks import missing
-from .commands import pack, prune, report, unpack, verify
+from .commands import pack, report, unpack, verify
 from .console import Result, show, silence
 from .errors import InputError, reason_of
 from .evaluate import evaluate
+from .prune import prune
 from .signals import Ended, ending
 from .train import train
 

@@ -1,4 +1,4 @@
-"""The commands on saved models: ``verify``, ``report``, ``prune``, ``pack`` and ``unpack``."""
+"""The commands on saved models: ``verify``, ``report``, ``pack`` and ``unpack``."""
 
 # ruff: noqa: ARG001 - ``json`` is read from the command line as a whole, see app.py
 
@@ -23,15 +23,12 @@ from .options import (
     Output,
     Overwrite,
     PackedSource,
-    PatternText,
     PerWeight,
     RecordedPattern,
     Select,
     Source,
     rules_of,
 )
-
-_BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
 
 
 def verify(
@@ -49,11 +46,12 @@ def verify(
     parsed, rules = rules_of(pattern, select)
     report = count(path, parsed if rules is None else rules)
     return Result(
-        {"command": "verify", "path": str(path), **as_dict(report)}, _text(report, per_weight), 0 if report.ok else 1
+        {"command": "verify", "path": str(path), **as_dict(report)}, as_text(report, per_weight), 0 if report.ok else 1
     )
 
 
-def _text(report: SparsityReport | PackReport, per_weight: bool) -> str:
+def as_text(report: SparsityReport | PackReport, per_weight: bool) -> str:
+    """Return a report as tables that fit the terminal."""
     return report.to_text(per_weight=per_weight, width=width())
 
 
@@ -88,19 +86,19 @@ def report(
     Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
     and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
     """
-    from ..report import sparsity_report
+    from ..report import model_report
 
     parsed, rules = rules_of(pattern, select)
     if plot is not None:
         _check_picture(plot, overwrite=overwrite)
-    found = sparsity_report(path, parsed if rules is None else rules)
+    found = model_report(path, parsed if rules is None else rules)
     if plot is not None:
         from ..report.plots import plot_sparsity, save_figure
 
         save_figure(plot_sparsity(found), plot)
         note(f"picture {plot}")
     payload = {"command": "report", "path": str(path), "plot": None if plot is None else str(plot), **found.to_dict()}
-    return Result(payload, _text(found, per_weight), 0 if found.ok else 1)
+    return Result(payload, as_text(found, per_weight), 0 if found.ok else 1)
 
 
 def _check_picture(file: Path, *, overwrite: bool) -> None:
@@ -112,28 +110,6 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
     if file.is_dir():
         raise InputError(f"--plot {file} is a folder; name a file")
     refuse_existing(file, overwrite)
-
-
-def prune(
-    path: Source,
-    output: Output,
-    pattern: PatternText = None,
-    select: Select = None,
-    overwrite: Overwrite = False,
-    per_weight: PerWeight = False,
-    json: Json = False,
-) -> Result:
-    """Prune once, without fine-tuning: the baseline.
-
-    Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
-    """
-    from ..io.prune import prune as project_files
-
-    parsed, rules = rules_of(pattern, select)
-    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
-    payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
-    payload["left_out"] = report.left_out
-    return Result(payload, f"{_text(report, per_weight)}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
 
 
 def pack(
@@ -164,7 +140,7 @@ def pack(
     payload["weights"] = _fields(report, "name", "shape", "pattern", "dim", *sizes, "dtype")
     payload |= {"skipped": _fields(report.skipped, "name", "reason"), "left_out": report.left_out}
     saved = f"saved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
-    return Result(payload, f"{_text(report, per_weight)}\n{saved}")
+    return Result(payload, f"{as_text(report, per_weight)}\n{saved}")
 
 
 def unpack(path: PackedSource, output: Output, overwrite: Overwrite = False, json: Json = False) -> Result:

@@ -1,4 +1,4 @@
-"""What a command hands back, and how it reaches the user: results on stdout, everything else on stderr."""
+"""Show the result of a command: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def evaluate(
         texts,
         label_column or trained.get("label_column", "label"),
         "; name others with --text-column and --label-column",
-        on_bad_row == "skip",
+        on_bad_row,
     )
     where = find_device(device)
     rows = read_file(data, columns, tell=lambda text: note(f"note    --data: {text}"))

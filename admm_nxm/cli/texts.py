@@ -25,15 +25,16 @@ _LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by it
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, and what to do with rows that lack something."""
+    """Name the columns of a table, and say what to do with rows that lack something."""
 
     texts: tuple[str, ...] = ("text",)
     label: str = "label"
     hint: str = ""
-    skip_bad_rows: bool = False
+    on_bad_row: str | None = None
+    """None where there is no such option."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self.texts, self.label))
+        return iter(dict.fromkeys((*self.texts, self.label)))
 
 
 def read_file(
@@ -68,10 +69,9 @@ def read_file(
             try:
                 rows.append(row_of(record, f"{name}, line {line}: record {number}", columns))
             except InputError as error:  # noqa: PERF203
-                if not columns.skip_bad_rows:
-                    raise InputError(
-                        f"{error}{'; --on-bad-row skip leaves such rows out' if columns.hint else ''}"
-                    ) from None
+                if columns.on_bad_row != "skip":
+                    way_out = "; --on-bad-row skip leaves such rows out" if columns.on_bad_row else ""
+                    raise InputError(f"{error}{way_out}") from None
                 bad.append(error)
     finally:
         csv.field_size_limit(limit)

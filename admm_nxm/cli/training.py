@@ -26,7 +26,7 @@ from ..io.files import atomic_folder
 from ..io.verify import verify
 from ..optimizer import ConvergenceWarning
 from ..pattern import Pattern
-from ..report.model import ModelReport, sparsity_report
+from ..report.model import ModelReport, model_report
 from ..report.tensor_cores import obstacles
 from ..selection import Selection, select_weights
 from ..sparsity import SparsityReport
@@ -52,7 +52,7 @@ _NOT_THE_RUN = ("output", "device", "checkpoint_every", "resume", "overwrite")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose; None where the run chooses."""
+    """Hold the options of the user; None where the run chooses."""
 
     model: str
     data: Path
@@ -80,7 +80,7 @@ class Settings:
     def columns(self) -> Columns:
         """Which columns of the data hold what."""
         hint = "; name others with --text-column and --label-column"
-        return Columns(self.text_columns, self.label_column, hint, self.on_bad_row == "skip")
+        return Columns(self.text_columns, self.label_column, hint, self.on_bad_row)
 
 
 class _Texts(NamedTuple):
@@ -173,7 +173,7 @@ def _fill(
         pruning = None
         if (admm := getattr(trainer, "admm", None)) is not None:
             now = admm.figures()
-            pruning = {"pruned_after": now.frozen_at, "model_error": now.model_error}
+            pruning = {"pruned_at": now.pruned_at, "model_error": now.model_error}
             pruning["model_errors"] = {**now.model_errors}
         chosen = {"pattern": None if settings.dense else str(settings.pattern), "steps": steps, "device": str(device)}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -187,7 +187,7 @@ def _fill(
             "notes": notes,
         }
         model.to("cpu")
-        report = None if selection is None else sparsity_report(model, selection)
+        report = None if selection is None else model_report(model, selection)
         save(folder, settings.output, Trained(trainer, model, tokenizer, before, report, facts))
     return facts, report
 
@@ -325,7 +325,7 @@ def _result(
     ok = count is None or count.ok
     lines = []
     if pruning is not None:
-        lines.append(f"pruned    after step {pruning['pruned_after']}, model error {pruning['model_error']:.2g}")
+        lines.append(f"pruned    after step {pruning['pruned_at']}, model error {pruning['model_error']:.2g}")
     if dense is not None:
         lines.append(f"dense     {told(dense)}")
     baseline = f"always '{accuracy['most_frequent_label']}' is right for {accuracy['most_frequent_share']:.1%}"

@@ -201,7 +201,7 @@ def _share(weights: Sequence[WeightReport], optimizer: ADMMNxM | None, parameter
 def _run(optimizer: ADMMNxM) -> dict[str, str]:
     now = optimizer.figures()
     planned = f" of {now.total_steps:,}" if now.total_steps not in (None, now.step) else ""
-    pruned = f"pruned after step {now.frozen_at}" if now.frozen_at is not None else "not pruned yet"
+    pruned = f"pruned after step {now.pruned_at}" if now.pruned_at is not None else "not pruned yet"
     w_step = "in closed form" if optimizer.w_step == "exact" else f"by the optimizer, rho {now.rho:.4g} at the end"
     return {
         "optimizer": f"{type(optimizer.inner).__name__}; w-step {w_step}",
@@ -234,7 +234,7 @@ def _merge_metadata(path: Path, tags: Sequence[str], wanted: Mapping[str, Any]) 
     try:
         data = metadata_load(path) or {}
     except Exception as error:  # YAML has error types of its own
-        raise ValueError(f"the metadata cannot be read; mend it: {error}") from error
+        raise ValueError(f"the metadata cannot be read; correct it: {error}") from error
     given = data.get("tags") or []
     given = [given] if isinstance(given, str) else list(given)
     merged = {**data, "tags": [*given, *(tag for tag in dict.fromkeys(tags) if tag not in given)]}

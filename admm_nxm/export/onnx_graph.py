@@ -24,7 +24,7 @@ from ..selection import Selection
 __all__ = ["METADATA_KEY", "GraphWeight", "OnnxGraph", "read_graph", "require"]
 
 METADATA_KEY = "admm_nxm"
-"""Where an exported file records the selection of the prunable weights."""
+"""Key under which an exported file records the selection of the prunable weights."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # module path of each node, as torch's exporter leaves it
 # Names that exporters and optimizers make up: val_12, onnx::MatMul_345, _to_copy_3, 77.
@@ -58,7 +58,7 @@ class GraphWeight:
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What an ONNX file says of its weights."""
+    """Describe the weights of an ONNX file."""
 
     weights: tuple[GraphWeight, ...]  # every constant operand of a MatMul, Gemm or Conv
     recorded: Selection | None  # as noted at the export; None in files of other makers

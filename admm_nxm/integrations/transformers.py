@@ -39,15 +39,14 @@ def _option(text: str, default: Any = None) -> Any:
 
 @dataclass
 class ADMMConfig:
-    """What :class:`ADMMTrainerMixin` gives to :class:`admm_nxm.ADMMNxM`; ``HfArgumentParser`` parses it.
+    """Hold the arguments of :class:`admm_nxm.ADMMNxM` for :class:`ADMMTrainerMixin`; ``HfArgumentParser`` parses it.
 
     The fields are that class's arguments, which it checks when training begins, and some besides. What a command line
     cannot spell (schedules, callables) goes into :meth:`ADMMTrainerMixin.build_admm`.
 
     Args:
         pattern: ``"keep:group"``, such as ``"2:4"``. YAML needs the quotation marks.
-        prune_at: as of :class:`admm_nxm.ADMMNxM`.
-        prune_ratio: the same as a share of the run, from 0 to 1.
+        prune_at: as of :class:`admm_nxm.ADMMNxM`: a step, or below 1 a share of the run.
         calibration_steps: as of :class:`admm_nxm.ADMMNxM`.
         statistics_memory: likewise.
         select: regular expression -> pattern or null, first match wins: a mapping, or JSON of one.
@@ -58,12 +57,11 @@ class ADMMConfig:
         update_every: its steps between two z/u updates.
 
     Raises:
-        TypeError, ValueError: unreadable, both ``prune_at`` and ``prune_ratio``, or ``rho`` without ``paper``.
+        TypeError, ValueError: unreadable, or ``rho`` without ``paper``.
     """
 
     pattern: str = _option("keep:group; 2:4 keeps 2 of every 4 weights", "2:4")
-    prune_at: int | None = _option("step after which the weights are pruned")
-    prune_ratio: float | None = _option("the same as a share of the run, 0.85 by default")
+    prune_at: float | None = _option("step after which the weights are pruned, or a share of the run, by default 0.85")
     calibration_steps: int | None = _option("steps in which statistics are gathered")
     statistics_memory: int | None = _option("bytes that the statistics may take")
     select: dict[str, str | None] | str | None = field(
@@ -84,10 +82,6 @@ class ADMMConfig:
         for expression, pattern in (rules or {}).items():
             if pattern is not None:
                 _read_pattern(f"select[{expression!r}]", pattern)
-        if self.prune_ratio is not None and self.prune_at is not None:
-            raise ValueError(f"prune_at={self.prune_at!r} and prune_ratio={self.prune_ratio!r} exclude each other")
-        if self.prune_ratio is not None and not 0 <= self.prune_ratio <= 1:
-            raise ValueError(f"prune_ratio={self.prune_ratio!r} must be from 0 to 1: it is a share of the run")
         if not self.paper and (self.rho is not None or self.update_every is not None):
             raise ValueError(
                 f"rho={self.rho!r} and update_every={self.update_every!r} belong to the paper's form: paper=True"
@@ -97,8 +91,8 @@ class ADMMConfig:
         """Return the keyword arguments of :class:`admm_nxm.ADMMNxM` for a run of that length."""
         names = ("pattern", "prune_at", "calibration_steps", "statistics_memory", "select", "dims", "ineligible")
         given = {name: getattr(self, name) for name in names}
-        if self.prune_ratio is not None:
-            given["prune_at"] = round(self.prune_ratio * total_steps)
+        if isinstance(self.prune_at, float) and self.prune_at != 1 and self.prune_at.is_integer():
+            given["prune_at"] = int(self.prune_at)  # a command line makes 40.0 of 40
         if self.paper:
             of_paper = {"rho": self.rho, "update_every": self.update_every}
             given["w_step"] = Penalty(**{name: value for name, value in of_paper.items() if value is not None})  # type: ignore[arg-type]
@@ -140,11 +134,11 @@ class ADMMTrainerMixin(_Base):
 
     - The length of the run comes from Trainer; warm-up, schedules, accumulation, clipping and precision stay Trainer's.
     - The training log has ``admm/phase``, ``admm/sparsity`` and, once they are known, ``admm/model_error`` and
-      ``admm/frozen_at``; in the paper's form also the residuals and rho.
+      ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
       (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
-    - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint
-      whose writing was interrupted.
+    - A resumed run gives the same weights, bit for bit, as a run without a stop. ``resume_from_checkpoint=True`` passes
+      over a checkpoint whose writing was interrupted.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
       solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
     - The selection is recorded beside each sparse model that is saved, where :func:`admm_nxm.verify` reads it.
@@ -155,8 +149,8 @@ class ADMMTrainerMixin(_Base):
         kwargs: as for the Trainer.
 
     Raises:
-        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, an optimizer that steps in the
-            backward pass, a config beside an ADMMNxM of one's own, or what :class:`admm_nxm.ADMMNxM` refuses.
+        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, a config beside an ADMMNxM of one's
+            own, or what :class:`admm_nxm.ADMMNxM` refuses.
 
     >>> from transformers import Seq2SeqTrainer
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
@@ -209,7 +203,6 @@ class ADMMTrainerMixin(_Base):
             return made  # asked for outside train(), which asks again
         admm = find_admm(made)
         if admm is None:
-            _check_optimizer(made)
             made = self._built = self.build_admm(made, total_steps)
         elif admm is not self._built and self._configured:
             raise ValueError(
@@ -298,7 +291,7 @@ class ADMMTrainer(ADMMTrainerMixin, Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Checks that training begins with ADMM, starts the choice of the best model anew at the solve, and finalizes."""
+    """Checks that training begins with ADMM, starts the choice of the best model again at the solve, and finalizes."""
 
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer
@@ -367,13 +360,4 @@ def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
         raise ValueError(
             f"{'FSDP1' if old_fsdp else 'DeepSpeed'} flattens parameters, which tears the groups of the pattern apart; "
             "use DDP or FSDP2, fsdp_config={'fsdp_version': 2, ...}"
-        )
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    # What steps in the backward pass never comes to step().
-    if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):
-        raise ValueError(
-            f"{type(optimizer).__name__} updates the weights during the backward pass, where ADMM cannot take part; "
-            "choose an optim= that updates them in step(), such as adamw_torch_fused"
         )

@@ -57,11 +57,11 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing a model saved, in bytes of all tensors without the headers of files; prints as a table."""
+    """Sizes before and after packing, in bytes of all tensors without the headers of files; prints as a table."""
 
     weights: tuple[PackedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
-    """What the selection rules asked for but no pattern fits, and why; it is stored as it was."""
+    """Weights that the selection rules asked for but no pattern fits, and why; they are stored as they were."""
     bytes_before: int
     bytes_after: int
     left_out: tuple[str, ...] = ()

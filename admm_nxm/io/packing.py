@@ -79,7 +79,7 @@ _ENTRIES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How one weight is packed.
+    """Describe how one weight is packed.
 
     Args:
         shape: shape of the weight.

@@ -52,7 +52,7 @@ VERSION = 1
 def record_selection(folder: str | os.PathLike[str], selection: Selection) -> Path:
     """Record in a folder which of the weights saved there were pruned, and how.
 
-    ``verify``, ``sparsity_report`` and ``pack`` read it. Call it after ``model.save_pretrained(folder)``.
+    ``verify``, ``model_report`` and ``pack`` read it. Call it after ``model.save_pretrained(folder)``.
 
     Args:
         folder: where the weights were saved.
@@ -148,7 +148,7 @@ def selection_from_json(text: str) -> Selection:
 
 
 def _read(place: str, text: str | Path) -> Selection:
-    with refusing(f"{place} is no readable record of a selection, and is to be mended or deleted"):
+    with refusing(f"{place} is no readable record of a selection, and has to be corrected or deleted"):
         return selection_from_json(text if isinstance(text, str) else text.read_text(encoding="utf-8"))
 
 

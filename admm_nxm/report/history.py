@@ -1,4 +1,4 @@
-"""What a run measured on its way, as rows like those of Trainer's log history."""
+"""Record the measurements of a run as rows like those of Trainer's log history."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def figures_row(optimizer: ADMMNxM) -> Row:
     is a collective where they are sharded.
 
     Returns:
-        ``admm/phase``, ``admm/sparsity``, once they are known ``admm/model_error`` and ``admm/frozen_at``, and in the
+        ``admm/phase``, ``admm/sparsity``, once they are known ``admm/model_error`` and ``admm/pruned_at``, and in the
         paper's form ``admm/primal_residual``, ``admm/dual_residual``, ``admm/mask_churn`` and ``admm/rho``.
     """
     now = optimizer.figures()
-    row: Row = {name: getattr(now, name) for name in ("phase", "sparsity", "model_error", "frozen_at")}
+    row: Row = {name: getattr(now, name) for name in ("phase", "sparsity", "model_error", "pruned_at")}
     if optimizer.w_step == "optimizer":
         far = optimizer.residuals()
         row |= {"primal_residual": far.primal, "dual_residual": far.dual, "mask_churn": far.mask_churn, "rho": now.rho}

@@ -20,7 +20,7 @@ from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
 
-__all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "sparsity_report"]
+__all__ = ["DenseWeight", "ModelReport", "ModelWeight", "Share", "model_report"]
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def sparsity_report(
+def model_report(
     target: Target, pattern: Pattern | str | Select | Selection | None = None, *, example: object = None
 ) -> ModelReport:
     """Count every group of every covered weight, the FLOPs, and what sparse tensor cores can take.
@@ -239,7 +239,7 @@ def sparsity_report(
         ValueError: as for :func:`admm_nxm.verify`; an example without a module, or one that the module does not take.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(32, 16)
-    >>> report = sparsity_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
+    >>> report = model_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
     >>> report.ok, report.weights[0].backends, report.flops
     (True, ('cutlass', 'cusparselt'), 4096)
     """

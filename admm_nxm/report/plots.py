@@ -236,7 +236,7 @@ def _draw_panel(axes: Axes, key: str, runs: Mapping[str, Sequence[Mapping[str, A
 
 def _freeze(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the step after which the last weights were pruned."""
-    return next((float(row["admm/frozen_at"]) for row in rows if "admm/frozen_at" in row), None)
+    return next((float(row["admm/pruned_at"]) for row in rows if "admm/pruned_at" in row), None)
 
 
 def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -304,7 +304,7 @@ Row = tuple[str, int]  # a stack of blocks, and the number in it; -1 outside of 
 
 @dataclass
 class _Cell:
-    """What is known of the weights of one kind in one block."""
+    """Describe the weights of one kind in one block."""
 
     zeros: int = 0
     entries: int = 0
@@ -328,7 +328,7 @@ def plot_sparsity(report: SparsityReport, *, title: str | None = None) -> Figure
 
     Args:
         report: from :func:`admm_nxm.verify` or ``finalize()``, which know of dense weights only those that the rules
-            asked for; or from :func:`admm_nxm.report.sparsity_report`, which knows all, and marks what sparse tensor
+            asked for; or from :func:`admm_nxm.report.model_report`, which knows all, and marks what sparse tensor
             cores cannot take. Biases and norms are left out; dense weights outside of the blocks are counted below.
         title: above all; none by default.
 
