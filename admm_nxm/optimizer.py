@@ -288,11 +288,13 @@ class ADMMNxM(Optimizer):
                 if first:
                     zero_outside(weight.w, mask)
             moving = self._w_step.before(run)
+            # Some optimizers drop the gradients in their step.
+            stepped = dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.grad is not None)
             raw_step(self.inner, first=first)
             for weight, mask in zip(pruned, masks, strict=True):
                 for t in (weight.w, *weight.copies(self.inner)):
                     zero_outside(t, mask)
-            run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)))
+            run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)), stepped)
             self._w_step.after(run, moving)
             if not trial:  # torch.distributed.checkpoint steps with zero gradients at a zero rate, to learn the keys
                 run.progress.step += 1

@@ -6,7 +6,7 @@ changes during a run therefore lies in an object that all of them hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,7 @@ class Run:
         for weight in self.weights:
             weight.copy_keys = None  # the flags stay: a trial step may have set what a checkpoint does not tell
 
-    def store_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def store_masks(self, masks: Mapping[str, Tensor], stepped: Collection[Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.
 
         A weight that is not pruned gets a mask that keeps all: loaders that fill a state dict in place must find the
@@ -84,17 +84,15 @@ class Run:
         """
         first = self.progress.step == 0
         for weight in self.weights:
-            if weight.gradient is not None and (first or weight.stored(self.inner, MASK) is None):
+            if weight.param in stepped and (first or weight.stored(self.inner, MASK) is None):
                 mask = masks.get(weight.name)
                 weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
                 weight.look_for_copies(self.inner)
         if first:
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.
-            for group in self.inner.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self.inner.state.setdefault(p, {})
+            for p in stepped:
+                self.inner.state.setdefault(p, {})
 
 
 Moving = list[tuple[Weight, Tensor]]

@@ -97,8 +97,8 @@ class Weight:
         neither is sure. Nothing waits for the device.
         """
         w = self.w.float()
-        for key, entry in inner.state.get(self.param, {}).items():
-            if key in self.copy_flags or key in (MASK, CONSENSUS) or not isinstance(entry, Tensor):
+        for key, entry in _tensors(inner.state.get(self.param, {})):
+            if key in self.copy_flags or key in (MASK, CONSENSUS):
                 continue
             t = local(entry)
             if type(t) is Tensor and t.is_floating_point() and t.shape == w.shape and entry is not self.param:
@@ -110,7 +110,7 @@ class Weight:
         if self.copy_keys is None and state:
             self.look_for_copies(inner)  # what was created since the weight's first step
             self.copy_keys = tuple(key for key, flag in self.copy_flags.items() if bool(flag))
-        return [local(state[key]) for key in self.copy_keys or () if key in state]
+        return [local(t) for key, t in _tensors(state) if key in self.copy_keys] if self.copy_keys else []
 
     def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
         """Set the weight and its mask; second sets of weights make the same move, and are masked."""
@@ -122,6 +122,15 @@ class Weight:
         stored = self.stored(inner, MASK)
         if stored is not None:
             stored.copy_(mask)
+
+
+def _tensors(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Walk through the tensors in the state of a parameter; some optimizers nest it."""
+    for key, entry in state.items():
+        if isinstance(entry, Tensor):
+            yield f"{prefix}{key}", entry
+        elif isinstance(entry, Mapping):
+            yield from _tensors(entry, f"{prefix}{key}.")
 
 
 class Weights:

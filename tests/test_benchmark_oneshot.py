@@ -30,7 +30,8 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-corpus, pruners, subjects, oneshot, report = map(load, ("corpus", "pruners", "subjects", "oneshot", "oneshot_report"))
+NAMES = ("corpus", "pruners", "subjects", "oneshot", "oneshot_report", "sizes")
+corpus, pruners, subjects, oneshot, report, sizes = map(load, NAMES)
 
 PATTERN = Pattern(2, 4)
 
@@ -203,3 +204,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "smollm2.jsonl").write_text('{"model": "smollm2"}\n')
     assert report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
     assert "smollm2.jsonl:1: no key 'pattern'" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_page_are_computed() -> None:
+    page = (BENCHMARKS.parents[1] / "docs" / "language-models.md").read_text(encoding="utf-8")
+    assert sizes.memory() in page
+    assert sizes.operations() in page

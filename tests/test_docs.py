@@ -30,6 +30,7 @@ import pytest
 import torch
 
 import admm_nxm
+from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +87,7 @@ def needs(text: str) -> set[str]:
 
 def skip_without(names: set[str]) -> None:
     """The oldest environment that is tested has torch and nothing of Hugging Face; the packages that an extra has."""
-    optional = {"accelerate", "matplotlib", "onnx", "onnxruntime", "onnxscript", "transformers", "typer"}
+    optional = {"accelerate", "matplotlib", "onnx", "onnxruntime", "onnxscript", "transformers", "trl", "typer"}
     if "onnx" in names:
         names = names | {"onnxruntime", "onnxscript"}
     for name in sorted(names & optional):
@@ -154,12 +155,16 @@ def test_code_blocks_of_a_page_run_one_after_the_other(
         imported |= {"transformers", "accelerate"}
     skip_without(imported)
     monkeypatch.chdir(tmp_path)
+    if "trl" in imported:
+        tiny_llama(tmp_path / "tiny-llama")
     module = types.ModuleType(f"page_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # what a block defines can be pickled and inspected
     for block in found:
         code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # TRL sets options by the names that transformers had before.
+            warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
             exec(code, module.__dict__)
 
 

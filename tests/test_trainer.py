@@ -613,15 +613,6 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what cannot work
 
 
-def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path: Path) -> None:
-    class InBackward(torch.optim.SGD):
-        def fused_backward(self) -> None: ...
-
-    made = trainer(tmp_path, extra={"optimizer_cls_and_kwargs": (InBackward, {"lr": 0.1})})
-    with pytest.raises(ValueError, match="InBackward updates the weights during the backward pass"):
-        made.train()
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The PEFT config")  # peft is a little behind transformers
 def test_peft_models_are_refused_and_merged_ones_are_not(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -44,30 +44,27 @@ def tiny_bert(folder: Path, **changes: int) -> Path:
 
 
 def tiny_llama(folder: Path) -> Path:
-    """Save the model and its tokenizer, with words in the place of tokens; 14 weights in two blocks can be pruned."""
+    """Save a Llama with a tokenizer of words; 14 weights in two blocks can be pruned."""
     import tokenizers
     import transformers
 
-    words = ["[UNK]", "[END]", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    words = ["<pad>", "<unk>", "<s>", "</s>", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="[END]", pad_token="[END]", unk_token="[UNK]"
-    ).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=16,
+        intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=True,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -149,8 +149,8 @@ class ADMMTrainerMixin(_Base):
         kwargs: as for the Trainer.
 
     Raises:
-        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, an optimizer that steps in the
-            backward pass, a config beside an ADMMNxM of one's own, or what :class:`admm_nxm.ADMMNxM` refuses.
+        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, a config beside an ADMMNxM of one's
+            own, or what :class:`admm_nxm.ADMMNxM` refuses.
 
     >>> from transformers import Seq2SeqTrainer
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
@@ -203,7 +203,6 @@ class ADMMTrainerMixin(_Base):
             return made  # asked for outside train(), which asks again
         admm = find_admm(made)
         if admm is None:
-            _check_optimizer(made)
             made = self._built = self.build_admm(made, total_steps)
         elif admm is not self._built and self._configured:
             raise ValueError(
@@ -361,13 +360,4 @@ def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
         raise ValueError(
             f"{'FSDP1' if old_fsdp else 'DeepSpeed'} flattens parameters, which tears the groups of the pattern apart; "
             "use DDP or FSDP2, fsdp_config={'fsdp_version': 2, ...}"
-        )
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    # What steps in the backward pass never comes to step().
-    if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):
-        raise ValueError(
-            f"{type(optimizer).__name__} updates the weights during the backward pass, where ADMM cannot take part; "
-            "choose an optim= that updates them in step(), such as adamw_torch_fused"
         )

@@ -126,10 +126,14 @@ class Calls(torch.optim.SGD):
         return super().step()
 
 
+class NoClosureError(Exception):
+    pass
+
+
 class Raises(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         if closure is None:
-            raise RuntimeError("a closure, please")
+            raise NoClosureError("a closure, please")
         return super().step(closure)
 
 
