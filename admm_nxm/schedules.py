@@ -60,10 +60,11 @@ class Timeline:
         """A warning about a default that leaves too few calibration steps; None if there are enough."""
         if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
             return None
+        fits = self.prune_at >= self.windows * _FEW_CALIBRATION_STEPS
         return (
             f"the run is short: A and G are gathered in {self.calibration_steps} steps for each window of weights "
-            f"({self.windows} in all), fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or "
-            "give calibration_steps"
+            f"({self.windows} in all), fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer"
+            + (f", or give calibration_steps={_FEW_CALIBRATION_STEPS}" if fits else "")
         )
 
 

@@ -32,7 +32,7 @@ from admm_nxm.cli.app import app
 from admm_nxm.cli.console import Result, plain, show
 from admm_nxm.io.prune import prune_files
 
-COMMANDS = ("train", "verify", "report", "prune", "pack", "unpack")
+COMMANDS = ("train", "eval", "verify", "report", "prune", "pack", "unpack")
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -518,7 +518,7 @@ def test_a_missing_package_is_named_with_its_extra(good, monkeypatch, capsys):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
     monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", needs)
-    fails(capsys, "verify", good, parts=["No module named 'matplotlib'", 'run: pip install "admm-nxm[cli]"'])
+    fails(capsys, "verify", good, parts=["No module named 'matplotlib'", 'pip install ".[cli]"'])
 
 
 def test_without_the_extra(monkeypatch, capsys):
@@ -528,7 +528,10 @@ def test_without_the_extra(monkeypatch, capsys):
     assert main(["--help"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == 'admm-nxm: error: the command line needs typer; run: pip install "admm-nxm[cli]"\n'
+    assert (
+        err
+        == 'admm-nxm: error: the command line needs typer; run in a checkout of the repository: pip install ".[cli]"\n'
+    )
 
 
 def test_an_import_error_of_its_own_is_not_blamed_on_the_extra(monkeypatch):
@@ -548,6 +551,54 @@ def test_help_of_each_command(command):
     assert "--json" in result.output
     assert "\x1b" not in result.output
     assert "─" not in result.output
+
+
+HELP = {
+    "train": ["[default: 2:4]", "OUT.run"],
+    "eval": ["packed too"],
+    "verify": ["packed ones too", "what is recorded with the model, or 2:4"],
+    "report": ["packed ones too", "what is recorded with the model, or 2:4"],
+    "prune": ["not packed", "[default: 2:4]"],
+    "pack": ["not packed", "what is recorded with the model, or 2:4"],
+    "unpack": ["A packed file or folder"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_true_of_its_command(monkeypatch, command):
+    """Which paths it takes, and whether it reads the record of what was pruned."""
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(CliRunner().invoke(app, [command, "--help"]).output.split())
+    for part in HELP[command]:
+        assert part in text
+    assert ("recorded with the model" in text) == (command in ("verify", "report", "pack"))
+
+
+def test_recorded_patterns_are_read(bad, tmp_path, capsys):
+    out, packed = tmp_path / "o.safetensors", tmp_path / "p.safetensors"
+    assert call(capsys, "prune", bad, "-o", out, "--pattern", "1:4")[0] == 0
+    assert call_json(capsys, "pack", out, "-o", packed)[1]["weights"][0]["pattern"] == "1:4"
+    for file in (out, packed):
+        for command in ("verify", "report"):
+            assert {w["pattern"] for w in call_json(capsys, command, file)[1]["weights"]} == {"1:4"}
+            overridden = call_json(capsys, command, file, "--pattern", "2:4")[1]["weights"]
+            assert {w["pattern"] for w in overridden} == {"2:4"}
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_tables_fit_the_terminal(tmp_path, monkeypatch, capsys, command):
+    import admm_nxm.cli.console as console
+
+    name = "model.encoder.layers.{}.a_long_name_for_a_block.attention.self.query.weight"
+    file = save(tmp_path / "m.safetensors", {name.format(i): sparse(weights())["layers.0.fc.weight"] for i in range(3)})
+    monkeypatch.setattr(console.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for flags, rows in (((), 1), (("--per-weight",), 3)):
+        capsys.readouterr()
+        assert main([command, str(file), *flags]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "query.weight" in line and "2:4" in line]
+        assert len([line for line in lines if line.startswith("…")]) == rows
+        assert all(len(line) <= 80 for line in lines if line.startswith("…"))
 
 
 def test_help_names_all_commands_and_statuses(capsys):

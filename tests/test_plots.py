@@ -658,6 +658,6 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch, call):
     }
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(ImportError, match=r'run: pip install "admm-nxm\[plots\]"') as caught:
+    with pytest.raises(ImportError, match=r'repository: pip install "\.\[plots\]"') as caught:
         calls[call]()
     assert "\n" not in str(caught.value)

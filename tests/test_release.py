@@ -179,7 +179,7 @@ def test_the_command_without_its_extra_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert 'pip install "admm-nxm[cli]"' in done.stderr
+    assert 'pip install ".[cli]"' in done.stderr
 
 
 def test_import_time_is_measured_in_processes_of_their_own(

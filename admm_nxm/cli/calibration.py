@@ -139,7 +139,9 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
         return batches, f"{len(chosen)} of {len(pieces)} pieces of {whole} tokens"
     labels: list[int | None]
     if kind == "classifier" and settings.data.suffix.lower() != ".txt":
-        hint = "; a .txt file, one text a line, serves without labels"
+        hint = (
+            "; name others with --text-column and --label-column; a .txt file, one text a line, serves without labels"
+        )
         columns = Columns((settings.text_column,), settings.label_column or "label", hint)
         rows = read_file(settings.data, columns)
         texts = [row[0] for row in rows]
@@ -161,7 +163,10 @@ def _texts(settings: Settings) -> list[str]:
     if settings.label_column is not None:
         raise InputError(f"--label-column {settings.label_column}: labels are for classifiers; leave it out")
     if settings.data.suffix.lower() != ".txt":
-        texts = [row[0] for row in read_file(settings.data, Columns((), settings.text_column))]
+        texts = [
+            row[0]
+            for row in read_file(settings.data, Columns((), settings.text_column, "; name another with --text-column"))
+        ]
     else:
         with blaming(f"--data {settings.data}", OSError, UnicodeDecodeError, remedy="; a file in UTF-8 is needed"):
             texts = [line for line in settings.data.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
@@ -53,17 +55,26 @@ class StepProgress(TrainerCallback):
         self._task = self.bar.add_task("", total=None)
         self._shown = 0
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the bar if there is a terminal; older rich prints an empty line where there is none."""
+        with suppress(OSError), self.bar if self.on_terminal else nullcontext():  # the terminal may go meanwhile
+            yield
+
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Note that a step is done."""
-        self.bar.update(self._task, completed=state.global_step, total=state.max_steps)
+        with suppress(OSError):
+            self.bar.update(self._task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Show where the run stands; without a terminal about ten times in all."""
         row: dict[str, Any] = state.log_history[-1]
         if "loss" not in row:
             return
-        text, step, total = f"loss {row['loss']:.3f}  {row['admm/phase']}", state.global_step, state.max_steps
-        self.bar.update(self._task, description=text)
+        text = f"loss {row['loss']:.3f}  {row.get('admm/phase', '')}".rstrip()
+        step, total = state.global_step, state.max_steps
+        with suppress(OSError):
+            self.bar.update(self._task, description=text)
         if not self.on_terminal and (step * _LINES // total > self._shown or step in (1, total)):
             self._shown = step * _LINES // total
             note(f"step {step:>{len(str(total))}}/{total}  {text}")

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import as_dict
+from .commands import as_dict, as_text
 from .console import Result
 from .errors import InputError
-from .options import Json, Output, Overwrite, PatternText, Select, Source, a_count, a_seed, rules_of
+from .options import Json, Output, Overwrite, PatternText, PerWeight, Select, Source, a_count, a_seed, rules_of
 
 _BASELINE = (
     "The smallest weights were set to zero, and nothing made up for them: expect to lose accuracy. With --data the "
@@ -50,6 +50,7 @@ def prune(
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")
     ] = None,
     overwrite: Overwrite = False,
+    per_weight: PerWeight = False,
     json: Json = False,  # noqa: ARG001 - read from the command line as a whole, see app.py
 ) -> Result:
     """Prune once, without training.
@@ -68,7 +69,7 @@ def prune(
         if given:
             raise InputError(f"{given[0]} is about the texts of --data; give --data too, or leave {given[0]} out")
         report = prune_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
-        payload["note"], text = _BASELINE, f"{report}\nsaved to {output}. {_BASELINE}"
+        payload["note"], text = _BASELINE, f"{as_text(report, per_weight)}\nsaved to {output}. {_BASELINE}"
     else:
         from .calibration import Settings, calibrate
 
@@ -88,6 +89,6 @@ def prune(
         )
         report, facts = calibrate(settings)
         payload |= {"calibration": facts, "model_errors": dict(report.model_errors)}
-        text = f"{report}\nsaved to {output}"
+        text = f"{as_text(report, per_weight)}\nsaved to {output}"
     payload |= {**as_dict(report), "left_out": report.left_out}
     return Result(payload, text, 0 if report.ok else 1)

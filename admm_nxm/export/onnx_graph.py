@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import missing
 from ..io.selection_record import selection_from_json
 from ..selection import Selection
 
@@ -36,7 +37,7 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f'{package} is needed for ONNX files: pip install "admm-nxm[onnx]" ({error})') from error
+        raise ImportError(missing(f"{package} is needed for ONNX files ({error})", "onnx")) from error
 
 
 @dataclass(frozen=True)

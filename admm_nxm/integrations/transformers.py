@@ -217,7 +217,7 @@ class ADMMTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer does; ``resume_from_checkpoint=True`` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete(str(self.args.output_dir), int(self.args.world_size))
+            resume_from_checkpoint = last_complete(str(self.args.output_dir), int(self.args.world_size))
         admm = self.admm
         if admm is not None and admm is self._built and not admm.finalized:
             # An earlier call did not come to its end; this one has a plan, and perhaps a checkpoint, of its own.
@@ -282,7 +282,7 @@ class ADMMTrainerMixin(_Base):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            (folder / _STATE).unlink(missing_ok=True)  # it marks a checkpoint as complete, see _last_complete
+            (folder / _STATE).unlink(missing_ok=True)  # it marks a checkpoint as complete, see last_complete
         super()._save_checkpoint(model, trial)
 
 
@@ -328,7 +328,7 @@ class _Watch(TrainerCallback):
         self.trainer.finalize_admm()
 
 
-def _last_complete(output_dir: str, ranks: int) -> str:
+def last_complete(output_dir: str, ranks: int) -> str:
     """Return the last checkpoint that was written to its end, by each of so many ranks."""
     steps = {
         int(step): folder

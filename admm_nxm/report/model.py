@@ -168,16 +168,22 @@ class ModelReport(SparsityReport):
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
-    def __str__(self) -> str:
+    def to_text(self, *, per_weight: bool = False, width: int | None = None) -> str:
+        """Return the report as tables, as :meth:`SparsityReport.to_text`."""
         verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
         summary = [
             f"model: {self.parameters:,} parameters, {self.flops:,} FLOPs a {self.flops_per}",
             f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
             f"sparse tensor cores take {self.tensor_cores()}",
         ]
-        headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
-        alike = grouped(self.weights, lambda w: (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends))
-        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in alike])
+        headers = ["weights", "number", "shape", "dtype", "pattern", "zeros", "bad", "tensor cores"]
+        if self.flops_per != "token":
+            headers.append("FLOPs")
+        alike = grouped(
+            self.weights,
+            lambda w: w.name if per_weight else (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends),
+        )
+        covered = format_table(headers, [self._row(group)[: len(headers)] for group in alike], width)
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -185,10 +191,10 @@ class ModelReport(SparsityReport):
             if group[0].tensor_cores[backend] is not None
         ]
         left = [
-            (g[0].reason, len(g), sum(w.numel for w in g), self._flop_share(g), such_as([w.name for w in g]))
+            (g[0].reason, len(g), sum(w.numel for w in g), such_as([w.name for w in g]))
             for g in grouped(self.dense, lambda weight: weight.reason)
         ]
-        dense = format_table(("left dense", "tensors", "parameters", "FLOPs", "such as"), left) if left else ""
+        dense = format_table(("left dense", "tensors", "parameters", "such as"), left, width) if left else ""
         parts = ("\n".join(summary), covered, "\n".join(refused), dense, "\n".join(self.notes))
         return "\n\n".join(filter(None, parts))
 
@@ -201,13 +207,12 @@ class ModelReport(SparsityReport):
             _dtype_name(first.dtype),
             str(first.pattern),
             f"{sum(w.zeros for w in group) / max(1, sum(w.numel for w in group)):.2%}",
-            sum(w.groups for w in group),
             sum(w.bad_groups for w in group),
+            "both" if len(first.backends) == len(BACKENDS) else ", ".join(first.backends) or "no",
             self._flop_share(group),
-            *("yes" if first.tensor_cores[backend] is None else "no" for backend in BACKENDS),
         )
 
-    def _flop_share(self, group: Sequence[ModelWeight] | Sequence[DenseWeight]) -> str:
+    def _flop_share(self, group: Sequence[ModelWeight]) -> str:
         counted = [weight.flops for weight in group if weight.flops is not None]
         return f"{sum(counted) / max(1, self.flops):.2%}" if counted else "not counted"
 

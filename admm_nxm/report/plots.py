@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from ..checks import missing
 from ..grouping import starred, such_as
 from ..io.files import atomic_file
 from ..sparsity import SparsityReport
@@ -64,7 +65,7 @@ def _drawing() -> Iterator[None]:
         import matplotlib.style
         from cycler import cycler
     except ImportError as error:
-        raise ImportError(f'pictures need matplotlib ({error}); run: pip install "admm-nxm[plots]"') from error
+        raise ImportError(missing(f"pictures need matplotlib ({error})", "plots")) from error
     looks = cycler(color=_COLOURS * len(_DASHES), linestyle=_DASHES * len(_COLOURS))
     with matplotlib.style.context(["default", _STYLE, {"axes.prop_cycle": looks}]):
         yield
