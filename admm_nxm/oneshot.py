@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import is_plain, offloaded, takes_zeros
-from .passes import Blocks, LossOf, gather, loss_of, still
+from .passes import Blocks, LossOf, Tokens, gather, loss_of, still
 from .pattern import Pattern
 from .selection import Ineligible, Select, select_weights, unwrap_model
 from .sharding import is_sharded
@@ -170,8 +170,9 @@ def _calibrate(
         weights = [weight for weight in job.weights if weight.window == window]
         text, count = f"window {window + 1} of {windows}", len(batches)
         moments: dict[str, Moments] = {}
+        tokens = Tokens()
         if loss is not None or blocks is None:
-            moments = gather(model, weights, batches, loss, job.passing(text, count))
+            moments = gather(model, weights, batches, loss, tokens, job.passing(text, count))
             _check_usable(weights, moments)
         if blocks is None:
             job.solve(weights, moments, text)
@@ -179,7 +180,8 @@ def _calibrate(
         for block, members in groupby(weights, blocks.block_of):
             group = list(members)
             if group[0] is not weights[0] or not moments:  # else nothing was pruned since A was gathered
-                inputs = blocks.gather(block, group, batches, job.passing(f"{text}, {block or 'the rest'}", count))
+                show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
+                inputs = blocks.gather(block, group, batches, tokens, show)
                 _check_usable(group, inputs)
                 for name, seen in inputs.items():
                     moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
