@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -602,6 +603,14 @@ def test_every_public_name_is_on_the_api_page(module: str) -> None:
         if not shared:
             missing.append(name)
     assert missing == [], f"add to docs/api.md: {', '.join(f'::: {module}.{name}' for name in missing)}"
+
+
+def test_the_config_of_a_trainer_has_the_names_of_the_optimizer() -> None:
+    skip_without({"transformers", "accelerate"})
+    config = importlib.import_module("admm_nxm.integrations.transformers").ADMMConfig
+    functions = (admm_nxm.ADMMNxM.__init__, admm_nxm.ADMMNxM.paper)
+    names = {name for function in functions for name in inspect.signature(function).parameters} | {"paper"}
+    assert {field.name for field in dataclasses.fields(config)} <= names
 
 
 def test_no_docstring_opens_with_a_question_word() -> None:
