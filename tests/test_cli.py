@@ -7,11 +7,11 @@ import importlib.abc
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -676,10 +676,7 @@ def process(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, **options)
 
 
-def test_as_a_process(good, bad):
-    done = process("verify", good)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{verify(good)}\n"
+def test_as_a_process(bad):
     done = process("verify", bad, "--json")
     assert (done.returncode, done.stderr) == (1, "")
     assert json.loads(done.stdout)["ok"] is False
@@ -706,27 +703,21 @@ def test_nobody_reads_the_output(good):
 
 
 def test_the_console_script_is_there():
-    script = shutil.which("admm-nxm", path=str(Path(sys.executable).parent))
-    if script is None:
+    scripts = [entry for entry in entry_points(group="console_scripts") if entry.name == "admm-nxm"]
+    if not scripts:
         pytest.skip("the package is not installed")
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.split()[:2]) == (0, ["admm-nxm", admm_nxm.__version__])
+    assert scripts[0].load() is main
 
 
-def test_importing_the_package_imports_nothing_optional():
-    optional = ["transformers", "accelerate", "matplotlib", "typer", "rich", "onnx", "onnxruntime", "huggingface_hub"]
+def test_imports_and_help_need_nothing_optional():
+    optional = ["transformers", "accelerate", "matplotlib", "onnx", "onnxruntime", "huggingface_hub"]
+    of_the_extra = ["typer", "rich"]
     code = (
-        "import sys, admm_nxm, admm_nxm.cli, admm_nxm.cli.texts, admm_nxm.export; "
+        "import sys, admm_nxm, admm_nxm.cli, admm_nxm.cli.texts, admm_nxm.export\n"
+        f"print([name for name in {optional + of_the_extra} if name in sys.modules])\n"
+        "admm_nxm.cli.main(['--help'])\n"
         f"print([name for name in {optional} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_help_needs_neither_transformers_nor_matplotlib():
-    code = (
-        "import sys; from admm_nxm.cli import main; main(['--help']); "
-        "print([name for name in ('transformers', 'matplotlib') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("[]", "[]")

@@ -499,6 +499,7 @@ INTERNAL = {
     "admm_nxm.passes": "passes of batches through a model that is pruned without training",
     "admm_nxm.paper": "the paper's w-step within a run, for the optimizer",
     "admm_nxm.progress": "the counters of a run; figures() gives them to users",
+    "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
     "admm_nxm.report.flops": "what a report counts of a forward pass",
     "admm_nxm.report.histogram": "what the pictures of weights count",
     "admm_nxm.run": "the state of a run, shared by the optimizer and its copies",

@@ -83,8 +83,8 @@ def report(
 ) -> Result:
     """Show what is sparse and what could be faster.
 
-    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
-    and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
+    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its
+    parameters that is covered. The exit status is 1 if a weight violates its pattern.
     """
     from ..report import model_report
 

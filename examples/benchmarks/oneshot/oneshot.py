@@ -111,7 +111,7 @@ def line_of(spec: Spec, figures: Mapping[str, Any], subject: Subject, device: st
 
 def source_of(device: str) -> dict[str, Any]:
     """Return where a line comes from."""
-    packages = ("torch", "transformers", "admm-nxm")
+    packages = ("torch", "transformers", "admm-nxm", "llmcompressor")
     return {
         "device": device_name(device),
         "date": date.today().isoformat(),

@@ -119,7 +119,10 @@ def load_smollm2() -> Any:
     """Load the model out of its package, in float32, as a model without quantization."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(assets(), gguf_file=GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(assets(), gguf_file=GGUF, dtype=torch.float32)
+    del model.config.quantization_config  # the weights are plain float32 by now
+    model.hf_quantizer = None
+    return model
 
 
 class Encoder(Subject):
