@@ -23,6 +23,8 @@ from .weights import Weight, Weights, not_finite
 
 __all__ = ["Progress", "prune"]
 
+_ONE_WINDOW_UP_TO = 2 * 10**9  # there is no optimizer, and no gradient of a weight, beside the statistics
+
 Progress = Union[bool, Callable[[int, int, str], None]]  # noqa: UP007 - read at run time
 
 
@@ -62,7 +64,7 @@ def prune(
         select: rules that replace the default selection, as for :class:`admm_nxm.ADMMNxM`.
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
-        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 256 MB.
+        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 2 GB.
             More come in several windows of weights, and each takes a pass over the batches.
         sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
             more passes in all, as finished blocks are not computed again where the model allows that.
@@ -163,7 +165,7 @@ def _calibrate(
         raise ValueError("batches is empty; give at least one batch, some ten thousand tokens in all")
     if loss is None and loss_of(model, batches[0]) is not None:
         loss = loss_of
-    windows = job.weights.assign_windows(memory, outputs=loss is not None)
+    windows = job.weights.assign_windows(memory, outputs=loss is not None, least=_ONE_WINDOW_UP_TO)
     job.solve([weight for weight in job.weights if not weight.modules], {}, "magnitude")
     blocks = Blocks(model, batches[0]) if sequential else None
     for window in range(windows):
