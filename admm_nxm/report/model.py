@@ -269,7 +269,7 @@ def model_report(
 
 @dataclass(frozen=True)
 class _Costs:
-    """What a forward pass costs; nothing where none was made."""
+    """Hold the cost of a forward pass; nothing where none was made."""
 
     total: int | None = None
     by_weight: Mapping[object, int] | None = None  # by the identity of the weight
