@@ -41,15 +41,20 @@ def diagnose(ending: Ending) -> str | None:
         done.append(
             f"{_weights(ending.solved)} solved from {ending.calibrated} of {ending.calibration_steps} calibration steps"
         )
-    late = ending.step >= ending.prune_at
-    remedy = (
-        f"follow the error that step() raised after step {ending.prune_at}"
-        if late
-        else "train to the end, or give the true number of optimizer steps as total_steps, or an earlier prune_at"
+    what, remedy = (
+        "",
+        "train to the end, or give the true number of optimizer steps as total_steps, or an earlier prune_at",
     )
+    missing = ending.calibration_steps - ending.calibrated
+    if ending.step >= ending.prune_at and missing > 0:
+        what = ", which was behind it when it was resumed with this length"
+        remedy = f"give a longer total_steps: at least {missing} more steps calibrate, and the solve follows"
+    elif ending.step >= ending.prune_at:
+        what = ", but the solve had failed"
+        remedy = f"follow the error that step() raised after step {ending.prune_at}"
     return (
         f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
-        f"{ending.prune_at}{', but the solve had failed' if late else ''}: {' and '.join(done)}, and no step has "
+        f"{ending.prune_at}{what}: {' and '.join(done)}, and no step has "
         f"trained what was kept. Accuracy measured before does not hold. Remedy: {remedy}"
     )
 

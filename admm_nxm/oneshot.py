@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import is_plain, offloaded, takes_zeros
-from .passes import Blocks, LossOf, gather, loss_of, still
+from .passes import Blocks, LossOf, Tokens, gather, loss_of, still
 from .pattern import Pattern
 from .selection import Ineligible, Select, select_weights, unwrap_model
 from .sharding import is_sharded
@@ -22,6 +22,8 @@ from .statistics import Moments, refuse_compiled
 from .weights import Weight, Weights, not_finite
 
 __all__ = ["Progress", "prune"]
+
+_ONE_WINDOW_UP_TO = 2 * 10**9  # there is no optimizer, and no gradient of a weight, beside the statistics
 
 Progress = Union[bool, Callable[[int, int, str], None]]  # noqa: UP007 - read at run time
 
@@ -62,7 +64,7 @@ def prune(
         select: rules that replace the default selection, as for :class:`admm_nxm.ADMMNxM`.
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
-        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 256 MB.
+        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 2 GB.
             More come in several windows of weights, and each takes a pass over the batches.
         sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
             more passes in all, as finished blocks are not computed again where the model allows that.
@@ -163,15 +165,16 @@ def _calibrate(
         raise ValueError("batches is empty; give at least one batch, some ten thousand tokens in all")
     if loss is None and loss_of(model, batches[0]) is not None:
         loss = loss_of
-    windows = job.weights.assign_windows(memory, outputs=loss is not None)
+    windows = job.weights.assign_windows(memory, outputs=loss is not None, least=_ONE_WINDOW_UP_TO)
     job.solve([weight for weight in job.weights if not weight.modules], {}, "magnitude")
     blocks = Blocks(model, batches[0]) if sequential else None
     for window in range(windows):
         weights = [weight for weight in job.weights if weight.window == window]
         text, count = f"window {window + 1} of {windows}", len(batches)
         moments: dict[str, Moments] = {}
+        tokens = Tokens()
         if loss is not None or blocks is None:
-            moments = gather(model, weights, batches, loss, job.passing(text, count))
+            moments = gather(model, weights, batches, loss, tokens, job.passing(text, count))
             _check_usable(weights, moments)
         if blocks is None:
             job.solve(weights, moments, text)
@@ -179,7 +182,8 @@ def _calibrate(
         for block, members in groupby(weights, blocks.block_of):
             group = list(members)
             if group[0] is not weights[0] or not moments:  # else nothing was pruned since A was gathered
-                inputs = blocks.gather(block, group, batches, job.passing(f"{text}, {block or 'the rest'}", count))
+                show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
+                inputs = blocks.gather(block, group, batches, tokens, show)
                 _check_usable(group, inputs)
                 for name, seen in inputs.items():
                     moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen

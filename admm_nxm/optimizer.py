@@ -242,7 +242,7 @@ class ADMMNxM(Optimizer):
             ),
         ]
         if now.model_error is not None:
-            lines.append(f"model error {now.model_error:.4f}, mean over weights")
+            lines.append(f"model error {now.model_error:.2g}, mean over weights")
         return "\n  ".join(lines)
 
     # ------------------------------------------------------------------ a step

@@ -127,7 +127,7 @@ class SparsityReport:
             row = [name, len(alike), shape, str(alike[0].pattern), f"{zeros:.2%}", *counts]
             if self.model_errors:
                 errors = [self.model_errors[w.name] for w in alike if w.name in self.model_errors]
-                row.append(f"{max(errors):.4f}" if errors else "")
+                row.append(f"{max(errors):.2g}" if errors else "")
             rows.append(row)
         headers = ["weights", "number", "shape", "pattern", "zeros", "groups", "bad groups"]
         if self.model_errors:

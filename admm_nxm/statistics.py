@@ -4,7 +4,7 @@ the ordinary forward and backward passes of a model."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,7 +73,7 @@ class Statistics:
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
-            token counts, but for those that ``padding`` marks.
+            token counts, or those that ``counting`` names.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
             taken, evenly spread and the same ones in every run.
 
@@ -94,9 +94,12 @@ class Statistics:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
-        self.padding: Tensor | None = None
-        """Without ``outputs``: which tokens of the passes to come are padding, boolean, (batch, tokens); None if none
-        is. Inputs of another shape are taken whole."""
+        self.counting: Callable[[str, Tensor], Tensor | None] | None = None
+        """Without ``outputs``: a function of a weight's name and its inputs, (..., d_in), that returns which tokens
+        count, boolean, (...); None if all do."""
+        self.counted: Callable[[str, Tensor], object] | None = None
+        """With ``outputs``: a function that is told the weight's name and which tokens of a pass have counted, boolean,
+        (tokens,)."""
         self.moments: dict[str, Moments] = {}
         """The statistics so far, by weight name. A name appears with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
@@ -194,7 +197,7 @@ class Statistics:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the moments; their hooks are not attached.
-        return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None}
+        return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None, "counting": None, "counted": None}
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor | None) -> None:
@@ -216,6 +219,8 @@ class Statistics:
         # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
         finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
         counted = alive & finite
+        if self.counted is not None:
+            self.counted(name, counted)
         # Chosen, not multiplied by 0: what stands at padding need not be finite.
         _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
         if moments.outputs is not None and gradient is not None:
@@ -312,9 +317,8 @@ class _Hook:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
-            padding = statistics.padding
-            fits = padding is not None and x.shape[:-1] == padding.shape
-            statistics._add(self._name, x[~padding.to(x.device)] if fits and padding is not None else x, None)
+            count = None if statistics.counting is None else statistics.counting(self._name, x)
+            statistics._add(self._name, x if count is None else x[count], None)
         transformed = torch._C._functorch.is_gradtrackingtensor(output) or forward_ad._current_level >= 0
         ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
         if not (statistics.outputs and ordinary):

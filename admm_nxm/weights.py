@@ -231,11 +231,11 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: int | None, *, outputs: bool = True) -> int:
+    def assign_windows(self, memory: int | None, *, outputs: bool = True, least: int = _ONE_WINDOW_UP_TO) -> int:
         """Cut the observed weights into windows whose A and G fit the memory (without ``outputs`` A alone); return how
         many there are."""
         if memory is None:
-            memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
+            memory = max(least, 4 * sum(weight.param.numel() for weight in self.each))
         at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
         needs = [bytes_needed(weight.modules[0], outputs=outputs) for weight in observed]

@@ -165,7 +165,7 @@ def run_sparse(model: Any, data: Data, args: argparse.Namespace) -> tuple[Select
         seconds = fine_tune(model, optimizer, data, args, f"{args.pattern}  ")
         optimizer.finalize()
     now = optimizer.figures()
-    print(f"        done after step {now.pruned_at}, with a model error of {now.model_error:.4f}", flush=True)
+    print(f"        done after step {now.pruned_at}, with a model error of {now.model_error:.2g}", flush=True)
     return optimizer.selection, seconds
 
 

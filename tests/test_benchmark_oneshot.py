@@ -30,8 +30,8 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-NAMES = ("corpus", "pruners", "subjects", "oneshot", "oneshot_report", "sizes")
-corpus, pruners, subjects, oneshot, report, sizes = map(load, NAMES)
+NAMES = ("corpus", "pruners", "subjects", "oneshot", "oneshot_report", "recovery", "sizes")
+corpus, pruners, subjects, oneshot, report, recovery, sizes = map(load, NAMES)
 
 PATTERN = Pattern(2, 4)
 
@@ -204,6 +204,25 @@ def test_a_malformed_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "smollm2.jsonl").write_text('{"model": "smollm2"}\n')
     assert report.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
     assert "smollm2.jsonl:1: no key 'pattern'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the run is short")
+def test_fine_tuning_keeps_the_mask_and_is_resumed(
+    language_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "smollm2", lambda *_: language_model)
+    monkeypatch.setattr(recovery, "LR", 1e-2)
+    monkeypatch.setattr(recovery, "TOKENS", 8)
+    arguments = ["--results", str(tmp_path), "--steps", "40", "--starts", "magnitude", "admm"]
+    for _ in range(2):
+        assert recovery.main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "smollm2.jsonl").read_text().splitlines()]
+    assert [line["start"] for line in lines] == ["magnitude", "admm"]
+    for line in lines:
+        assert list(line["perplexity"]) == ["0", "10", "20", "30", "40"]
+        assert line["perplexity"]["40"] < line["perplexity"]["0"]
+    assert all(torch.equal(m.weight, project(m.weight, PATTERN)) for m in language_model.task(0).weights.values())
+    assert len(report.read(tmp_path, report.RECOVERY, ("start", "seed"))) == 2
 
 
 def test_the_tables_of_the_page_are_computed() -> None:

@@ -60,7 +60,7 @@ def test_a_run_is_told_from_its_optimizer(run: tuple[ADMMNxM, SparsityReport, to
     assert "arxiv.org/abs/2110.15766" in rows["method"]
     assert rows["optimizer"] == "AdamW; w-step in closed form"
     assert rows["schedule"] == "20 optimizer steps, pruned after step 17"
-    assert rows["model error"].startswith(f"{optimizer.figures().model_error:.4f}: ")
+    assert rows["model error"].startswith(f"{optimizer.figures().model_error:.2g}: ")
     assert rows["verification"] == "**ok**: 128 groups counted, 0 violate the pattern"
 
 
@@ -123,7 +123,7 @@ def test_figures_given_by_hand_come_first() -> None:
             parameters=128,
         )
     )
-    assert rows["model error"].startswith("0.0123: ")
+    assert rows["model error"].startswith("0.012: ")
     assert rows["method"] == "magnitude \\| once"
     assert rows["pruned"].startswith("1 weights, 64 of 128 parameters (50.0%)")
 

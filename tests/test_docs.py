@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -194,6 +195,21 @@ def test_pages_with_code_are_found() -> None:
         "index.md",
     }
     assert expected <= {page.name for page in pages_with("python")}
+
+
+def test_the_cells_of_the_tour_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without({"matplotlib", "transformers"})
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("TOUR_STEPS", "40")
+    module: dict[str, Any] = {"__name__": "tour"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(line for line in cell["source"] if not line.startswith("%"))  # those are the notebook's own
+            exec(compile(code, f"tour.ipynb, {cell['id']}", "exec", dont_inherit=True), module)
+    assert set(module["results"]) == {"dense", "dense, then cut to 2:4", "2:4 with ADMMNxM"}
+    assert (tmp_path / "packed" / "model.packed.safetensors").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------ bash
@@ -483,6 +499,7 @@ INTERNAL = {
     "admm_nxm.passes": "passes of batches through a model that is pruned without training",
     "admm_nxm.paper": "the paper's w-step within a run, for the optimizer",
     "admm_nxm.progress": "the counters of a run; figures() gives them to users",
+    "admm_nxm.reference": "the algorithm in plain loops, which the tests compare with",
     "admm_nxm.report.flops": "what a report counts of a forward pass",
     "admm_nxm.report.histogram": "what the pictures of weights count",
     "admm_nxm.run": "the state of a run, shared by the optimizer and its copies",
@@ -586,6 +603,14 @@ def test_every_public_name_is_on_the_api_page(module: str) -> None:
         if not shared:
             missing.append(name)
     assert missing == [], f"add to docs/api.md: {', '.join(f'::: {module}.{name}' for name in missing)}"
+
+
+def test_the_config_of_a_trainer_has_the_names_of_the_optimizer() -> None:
+    skip_without({"transformers", "accelerate"})
+    config = importlib.import_module("admm_nxm.integrations.transformers").ADMMConfig
+    functions = (admm_nxm.ADMMNxM.__init__, admm_nxm.ADMMNxM.paper)
+    names = {name for function in functions for name in inspect.signature(function).parameters} | {"paper"}
+    assert {field.name for field in dataclasses.fields(config)} <= names
 
 
 def test_no_docstring_opens_with_a_question_word() -> None:

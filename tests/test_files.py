@@ -21,7 +21,7 @@ from torch import Tensor
 from admm_nxm import project, verify
 from admm_nxm.io.files import atomic_file, atomic_folder, open_checkpoint, refuse_existing, written_anew
 from admm_nxm.io.packed import pack
-from admm_nxm.io.prune import project_files
+from admm_nxm.io.prune import prune_files
 from admm_nxm.io.tensor_files import CODE_OF, DTYPES, Stored, bytes_in, bytes_of, read_header, write_file
 from tests.helpers import same_bits
 
@@ -731,7 +731,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("write", [project_files, pack])
+@pytest.mark.parametrize("write", [prune_files, pack])
 def test_further_copies_of_the_weights_are_left_out_and_named(write: Any, tmp_path: Path) -> None:
     for name in (*COPIES, *KEPT):
         (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -743,7 +743,7 @@ def test_further_copies_of_the_weights_are_left_out_and_named(write: Any, tmp_pa
     written = {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*") if path.is_file()}
     assert written - {"admm_nxm.json"} == {
         *KEPT,
-        "model.safetensors" if write is project_files else "model.packed.safetensors",
+        "model.safetensors" if write is prune_files else "model.packed.safetensors",
     }
 
 

@@ -478,6 +478,31 @@ def test_the_report_of_a_run_has_the_model_errors() -> None:
     assert report.model_errors.keys() == set(WEIGHTS)
 
 
+class Pooled(nn.Module):
+    """Only the first token of each text gets through the last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net(dtype=DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.net.blocks
+        return self.net.head(last(first(x).cumsum(1))[:, 0])
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_tokens_on_which_the_loss_does_not_depend_do_not_count(sequential: bool, gathered: dict[str, Moments]) -> None:
+    data = [torch.randn(2, 3, 8, dtype=DOUBLE) for _ in range(2)]
+    prune(model := Pooled(), "2:4", data, loss=lambda net, x: net(x).square().mean(), sequential=sequential)
+    tokens = {name: int(seen.tokens) for name, seen in gathered.items()}
+    assert tokens == {f"net.{name}": 4 for name in WEIGHTS}
+    first = torch.cat(data)[:, 0]
+    if sequential:  # the last block gets what the pruned first one makes of the first tokens
+        with torch.no_grad():
+            first = model.net.blocks[0](first)
+        torch.testing.assert_close(gathered[f"net.{WEIGHTS[2]}"].inputs, first.T @ first)
+
+
 class Masked(nn.Module):
     """Takes an attention mask, as models of transformers do."""
 

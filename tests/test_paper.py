@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from admm_nxm import ADMMNxM, Constant, ConvergenceWarning, Every, Pattern, Ramp, Update, project
+from admm_nxm.reference import ReferenceADMM
 from admm_nxm.schedules import Plan
 from tests.cores import WEIGHTS, adamw, paper
 from tests.helpers import assert_same_weights, batches, loss_of, make_net, same_bits, train
-from tests.reference import ReferenceADMM
 
 UP = WEIGHTS[0]
 

@@ -94,7 +94,7 @@ def test_phases_and_the_solve():
     assert list(panels(figure)) == ["loss", "share of zeros"]
     for axes in figure.axes:
         assert spans(axes) == {"dense": (1, 6), "calibration": (6, 8), "frozen": (8, 10)}
-        assert list(line(axes, "weights pruned after step 8, model error 0.0123").get_xdata()) == [8, 8]
+        assert list(line(axes, "weights pruned after step 8, model error 0.012").get_xdata()) == [8, 8]
     assert {"dense", "calibration", "frozen"} < set(legend(figure))
     # The step of the solve is exact, however seldom somebody read.
     seldom = plot_history([row for row in rows if row["step"] in (1, 10)])

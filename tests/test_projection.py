@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from admm_nxm import Pattern, keep_mask, project, projection
+from admm_nxm.reference import keep_list, project_list
 from tests.helpers import same_bits
-from tests.reference import keep_list, project_list
 
 WIDTHS = {torch.float16: 16, torch.bfloat16: 32, torch.float32: 32, torch.float64: 64}
 DTYPES = list(WIDTHS)

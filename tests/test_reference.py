@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from admm_nxm import Constant, Every, Pattern, Ramp, Update
+from admm_nxm.reference import ReferenceADMM, keep_list, project_list, round_to
 from admm_nxm.schedules import Plan
-from tests.reference import ReferenceADMM, keep_list, project_list, round_to
 
 PATTERN = Pattern(1, 2)
 

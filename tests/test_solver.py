@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from admm_nxm import solver
 from admm_nxm.pattern import Pattern
 from admm_nxm.projection import keep_mask, project
+from admm_nxm.reference import solve_by_loops
 from admm_nxm.solver import Factor, factorise, model_error, solve
-from tests.reference import solve_by_loops
 
 PATTERNS = ("2:4", "1:4", "1:2", "3:4")
 few = settings(max_examples=15)

@@ -74,7 +74,8 @@ SPECIAL: dict[str, Callable[[type, nn.Module], Any]] = {
     "GSAM": lambda cls, net: cls(
         net.parameters(), torch.optim.AdamW(net.parameters()), net, types.SimpleNamespace(step=lambda *_: 0.05)
     ),
-    "ScheduleFreeSGD": lambda cls, net: cls(net.parameters(), lr=1e-2),  # it diverges at its default
+    "Lars": lambda cls, net: cls(net.parameters(), lr=1e-2),  # it diverges at its default, as the next one does
+    "ScheduleFreeSGD": lambda cls, net: cls(net.parameters(), lr=1e-2),
     "Ranger21": lambda cls, net: cls(net.parameters(), num_iterations=STEPS),
     "SpectralSphere": lambda cls, net: cls([p for p in net.parameters() if p.ndim == 2]),
     "SplitOpt": lambda cls, net: cls([{"params": net.parameters(), "optimizer": torch.optim.AdamW}]),

@@ -39,7 +39,7 @@ _ENDINGS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose; None where the run chooses."""
+    """Hold the options of the user; None where the run chooses."""
 
     path: Path
     output: Path

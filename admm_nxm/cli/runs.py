@@ -36,12 +36,12 @@ class Run:
         self.folder = output.with_name(f"{output.name}.run")
         self.settings = dict(settings)
         self.found: dict[str, Any] = {}
-        """What was finished before, by name."""
+        """Finished parts of an earlier call, by name."""
         record = self.folder / _RECORD
         if resume:
             self._take_up(record)
         elif self.folder.exists() and not (overwrite and record.is_file()):
-            way_on = "go on with it by --resume, or begin anew by --overwrite" if record.is_file() else "move it away"
+            way_on = "go on with it by --resume, or begin again by --overwrite" if record.is_file() else "move it away"
             raise InputError(f"{self.folder} is there, where this run would keep its checkpoints; {way_on}")
         elif self.folder.exists():
             shutil.rmtree(self.folder)
@@ -56,14 +56,14 @@ class Run:
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--resume: {record} cannot be read ({reason_of(error)}); begin anew by --overwrite"
+                f"--resume: {record} cannot be read ({reason_of(error)}); begin again by --overwrite"
             ) from None
         changed = [key for key in self.settings if before.get(key) != self.settings[key]]
         if changed:
             option, old, new = changed[0].replace("_", "-"), before.get(changed[0]), self.settings[changed[0]]
             raise InputError(
                 f"--resume: the run at {self.folder} was begun with another --{option} ({old}, and now {new}); give "
-                "the same options, or begin anew by --overwrite"
+                "the same options, or begin again by --overwrite"
             )
 
     def record(self) -> None:

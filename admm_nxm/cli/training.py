@@ -78,7 +78,7 @@ class Settings:
 
     @property
     def columns(self) -> Columns:
-        """Which columns of the data hold what."""
+        """Name the columns of the data."""
         hint = "; name others with --text-column and --label-column"
         return Columns(self.text_columns, self.label_column, hint, self.on_bad_row)
 

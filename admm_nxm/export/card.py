@@ -32,7 +32,7 @@ _PAPER = (
 _SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
 _HARDWARE = hardware_pattern(torch.bfloat16)
 _TOLD_LAST = {
-    "admm/model_error": ("model error", "{:.4f}: the loss by its quadratic model, as a share of that at zero weights"),
+    "admm/model_error": ("model error", "{:.2g}: the loss by its quadratic model, as a share of that at zero weights"),
     "admm/primal_residual": ("primal residual", "{:.1e} of the weights' norm, last logged before the freeze"),
     "admm/mask_churn": ("mask churn", "{:.2%} of the kept places changed in the last update of the mask"),
 }

@@ -60,8 +60,9 @@ def prune_files(
     >>> import tempfile
     >>> from safetensors.torch import save_file
     >>> folder = Path(tempfile.mkdtemp())
-    >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, folder / "dense.safetensors")
-    >>> prune_files(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
+    >>> dense, sparse = folder / "dense.safetensors", folder / "sparse.safetensors"
+    >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, dense)
+    >>> prune_files(dense, sparse, "2:4").ok
     True
     """
     with open_checkpoint(source, purpose="prune") as checkpoint:

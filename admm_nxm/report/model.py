@@ -239,7 +239,8 @@ def model_report(
         ValueError: as for :func:`admm_nxm.verify`; an example without a module, or one that the module does not take.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(32, 16)
-    >>> report = model_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
+    >>> state = {"layers.0.fc.weight": weight.bfloat16(), "bias": torch.zeros(32)}
+    >>> report = model_report(state)
     >>> report.ok, report.weights[0].backends
     (True, ('cutlass', 'cusparselt'))
     """
@@ -268,7 +269,7 @@ def model_report(
 
 @dataclass(frozen=True)
 class _Costs:
-    """What a forward pass costs; nothing where none was made."""
+    """Hold the cost of a forward pass; nothing where none was made."""
 
     total: int | None = None
     by_weight: Mapping[object, int] | None = None  # by the identity of the weight

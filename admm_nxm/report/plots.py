@@ -246,7 +246,7 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             begins.setdefault(row["admm/phase"], float(row["step"]))
     if (frozen := _freeze(rows)) is not None:
         begins["frozen"] = frozen
-        errors = [f", model error {float(row['admm/model_error']):.4f}" for row in rows if "admm/model_error" in row]
+        errors = [f", model error {float(row['admm/model_error']):.2g}" for row in rows if "admm/model_error" in row]
         label = f"weights pruned after step {frozen:g}{''.join(errors[-1:])}"
         axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label=label)
     ends = [*list(begins.values())[1:], max(float(row["step"]) for row in rows)]

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Partial
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, project, verify
+from admm_nxm import ADMMNxM, ConvergenceWarning, project, prune, verify
 from admm_nxm.sharding import check_sharding, local, part_of, reduce_sums, wrap_like
 from tests.helpers import CALIBRATION, DENSE, FORMS, FROZEN, STEPS, Net, every_form
 
@@ -337,6 +337,25 @@ def check_fsdp2_by_hand_equals_one_process(rank: int, mesh: Any, tmp: str) -> No
                 group["params"] = [exchanged[p] for p in group["params"]]
         before = train(net, optimizer, rank)
         same_as_one_process(net, optimizer, form, before)
+
+
+def check_pruning_without_training_adds_up_the_batches(rank: int, mesh: Any, tmp: str) -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return (net(x) - x.sum(-1, keepdim=True).sin()).square().mean()
+
+    data = [rows_of(number) for number in range(WORLD)]
+    for sequential in (False, True):
+        mine, everyones = small_net(), small_net()
+        prune(mine, "1:4", data[rank : rank + 1], loss=loss, sequential=sequential)
+        # Twice the sums make no difference.
+        report = prune(everyones, "1:4", data, loss=loss, sequential=sequential)
+        for weight in report:
+            p, q = mine.get_parameter(weight.name), everyones.get_parameter(weight.name)
+            assert (p - q).norm() < 0.02 * q.norm()
+            assert torch.equal(p != 0, q != 0)
+            alike_on_all_ranks(p.tolist())
+    with pytest.raises(ValueError, match=r"'blocks\.0\.0\.weight' is sharded .*prune the model before it is sharded"):
+        prune(Stack().shard(by_rows, mesh))
 
 
 CHECKS = {name.removeprefix("check_"): function for name, function in globals().items() if name.startswith("check_")}

@@ -63,18 +63,19 @@ def key_of(line: Line) -> tuple[Any, ...]:
 
 def plan() -> Iterator[Spec]:
     """Yield the runs in the order of their use."""
-    order = [("smollm2", "2:4", seed) for seed in SEEDS]
-    order += [("minilm", pattern, seed) for pattern in PATTERNS for seed in SEEDS]
-    order += [("smollm2", pattern, seed) for seed in SEEDS for pattern in PATTERNS[1:]]
-    for model, pattern, seed in order:
-        if (pattern, seed) == (PATTERNS[0], SEEDS[0]):
-            yield Spec(model, None, "dense", None)
-        for name, method in METHODS.items():
-            if not method().inputs:
-                if seed == SEEDS[0]:
-                    yield Spec(model, pattern, name, None)
-            elif method().sequential or (pattern == "2:4" and seed in SEEDS[:2]):
-                yield Spec(model, pattern, name, seed)
+    ours = [name for name in METHODS if not name.endswith("-dense")]
+    order = [("smollm2", "2:4", seed, ours) for seed in SEEDS]
+    order += [("smollm2", "2:4", seed, [name for name in METHODS if name.endswith("-dense")]) for seed in SEEDS[:2]]
+    order += [("minilm", pattern, seed, ours) for pattern in PATTERNS for seed in SEEDS]
+    order += [("smollm2", pattern, seed, ours) for seed in SEEDS for pattern in PATTERNS[1:]]
+    told: set[Spec] = set()
+    for model, pattern, seed, methods in order:
+        fixed = [Spec(model, None, "dense", None)]
+        specs = [Spec(model, pattern, name, seed if METHODS[name]().inputs else None) for name in methods]
+        for spec in fixed + specs:
+            if spec not in told:
+                told.add(spec)
+                yield spec
 
 
 def read_lines(results: Path) -> list[Line]:
@@ -105,11 +106,13 @@ def measure(spec: Spec, subject: Subject) -> dict[str, Any]:
 
 def line_of(spec: Spec, figures: Mapping[str, Any], subject: Subject, device: str) -> dict[str, Any]:
     """Return the raw line of a run."""
-    packages = ("torch", "transformers", "admm-nxm")
+    return {**asdict(spec), **figures, "sizes": subject.sizes, **source_of(device)}
+
+
+def source_of(device: str) -> dict[str, Any]:
+    """Return where a line comes from."""
+    packages = ("torch", "transformers", "admm-nxm", "llmcompressor")
     return {
-        **asdict(spec),
-        **figures,
-        "sizes": subject.sizes,
         "device": device_name(device),
         "date": date.today().isoformat(),
         "commit": commit_of(ROOT, "oneshot"),

@@ -83,7 +83,7 @@ class LanguageModel(Subject):
 
     def task(self, seed: int) -> Task:
         batches = list(self._batches(self.corpus.calibration(seed, self.sizes["sequences"])))
-        return Task(self.model, self.blocks, batches, self._loss, self._autocast)
+        return Task(self.model, self.blocks, batches, self.loss, self.autocast)
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
@@ -91,8 +91,8 @@ class LanguageModel(Subject):
         for domain, sequences in self.corpus.measured.items():
             losses = []
             for batch in self._batches(sequences):
-                with self._autocast():
-                    losses.append(self._loss(batch).double() * len(batch["input_ids"]))
+                with self.autocast():
+                    losses.append(self.loss(batch).double() * len(batch["input_ids"]))
             scores[domain] = float((torch.stack(losses).sum() / len(sequences)).exp())
         return scores
 
@@ -100,11 +100,13 @@ class LanguageModel(Subject):
         for start in range(0, len(sequences), BATCH):
             yield {"input_ids": self.tensor(sequences[start : start + BATCH])}
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of the next token."""
         loss: Tensor = self.model(**batch, labels=batch["input_ids"]).loss
         return loss
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that passes run in."""
         return autocast(self.device, enabled=self.amp)
 
 
@@ -117,7 +119,10 @@ def load_smollm2() -> Any:
     """Load the model out of its package, in float32, as a model without quantization."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(assets(), gguf_file=GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(assets(), gguf_file=GGUF, dtype=torch.float32)
+    del model.config.quantization_config  # the weights are plain float32 by now
+    model.hf_quantizer = None
+    return model
 
 
 class Encoder(Subject):

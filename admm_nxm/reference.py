@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from admm_nxm import Pattern
-from admm_nxm.schedules import Plan, Update
+from .pattern import Pattern
+from .schedules import Plan, Update
 
 __all__ = ["ReferenceADMM", "keep_list", "project_list", "solve_by_loops"]
 
