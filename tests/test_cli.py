@@ -6,6 +6,7 @@ import errno
 import importlib.abc
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -403,6 +404,17 @@ def test_a_defect_asks_to_be_reported(good, monkeypatch, capsys):
     assert (status, out) == (70, "")
     assert "Traceback (most recent call last)" in err
     assert 'raise RuntimeError("it broke' in err
+
+
+def test_warnings_of_others_are_kept_back_and_ours_are_notes(good, monkeypatch, capsys):
+    def warned(*args):
+        logging.getLogger("transformers").warning("loud")
+        exec(compile("import warnings; warnings.warn('theirs')", "x", "exec"), {"__name__": "transformers.x"})
+        exec(compile("import warnings; warnings.warn('ours')", "x", "exec"), {"__name__": "admm_nxm.cli.x"})
+        return verify(*args)
+
+    monkeypatch.setattr(sys.modules["admm_nxm.cli.commands"], "count", warned)
+    assert call(capsys, "verify", good) == (0, f"{verify(good)}\n", "note    ours\n")
 
 
 def test_traceback_of_bad_input(capsys):

@@ -432,12 +432,12 @@ def test_a_weight_that_no_hook_reaches_is_pruned_by_magnitude() -> None:
     assert report.selection is not None
     assert "no module hook reaches it" in str(report.selection)
     lines = str(report).splitlines()
-    assert "model error" in lines[0]
-    assert {line.split()[0]: "0." in line.rpartition("  ")[2] for line in lines[2:5]} == {
-        "blocks.0.experts": False,
-        WEIGHTS[0]: True,
-        WEIGHTS[2]: True,
-    }
+    assert lines[0].endswith("worst model error")
+    without, with_one = (
+        next(line for line in lines if line.startswith(name)) for name in ("blocks.0.exp", "blocks.*.up")
+    )
+    assert float(with_one.split()[-1]) == pytest.approx(max(report.model_errors.values()), rel=0.1)
+    assert without.split()[-1] == "0"  # bad groups, and nothing behind them
 
 
 def test_a_bar_of_tqdm(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,12 +37,14 @@ def note(text: str) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep what libraries warn of and log, short of errors, from standing between the lines of this program."""
+    """Keep what libraries warn of and log, short of errors, from between our lines; our own warnings become notes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module="admm_nxm")
+            warnings.showwarning = lambda message, *_, **__: note(f"note    {message}")
             yield
     finally:
         logging.disable(before)

@@ -32,7 +32,7 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Trained:
-    """Hold the result of a run: its trainer, the model on the CPU with its tokenizer, the selected weights before the run,
+    """Hold the result of a run: its trainer, the model on the CPU with its tokenizer, the selected weights before it,
     the report on the sparse ones (None for a dense run), and the facts that go on record."""
 
     trainer: Any

@@ -178,14 +178,17 @@ class ModelReport(SparsityReport):
             f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
             f"sparse tensor cores take {self.tensor_cores()}",
         ]
-        headers = ["weights", "number", "shape", "dtype", "pattern", "zeros", "bad", "tensor cores"]
-        if self.flops is not None:
-            headers.append("FLOPs")
+        dtypes = {_dtype_name(w.dtype) for w in self.weights}
+        if len(dtypes) == 1:  # the table is wide
+            summary[1] += f"; all are {min(dtypes)}"
+        left_out = {"dtype"} if len(dtypes) == 1 else set()
+        left_out |= {"FLOPs"} if self.flops is None else set()
         alike = grouped(
             self.weights,
             lambda w: w.name if per_weight else (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends),
         )
-        covered = format_table(headers, [self._row(group)[: len(headers)] for group in alike], width)
+        rows = [{key: cell for key, cell in self._row(group).items() if key not in left_out} for group in alike]
+        covered = format_table(list(rows[0]), [list(row.values()) for row in rows], width) if rows else ""
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -200,22 +203,19 @@ class ModelReport(SparsityReport):
         parts = ("\n".join(summary), covered, "\n".join(refused), dense, "\n".join(self.notes))
         return "\n\n".join(filter(None, parts))
 
-    def _row(self, group: Sequence[ModelWeight]) -> Sequence[object]:
+    def _row(self, group: Sequence[ModelWeight]) -> dict[str, object]:
         first = group[0]
-        return (
-            joint_name([weight.name for weight in group]),
-            len(group),
-            "x".join(map(str, first.shape)),
-            _dtype_name(first.dtype),
-            str(first.pattern),
-            f"{sum(w.zeros for w in group) / max(1, sum(w.numel for w in group)):.2%}",
-            sum(w.bad_groups for w in group),
-            "both" if len(first.backends) == len(BACKENDS) else ", ".join(first.backends) or "no",
-            self._flop_share(group),
-        )
-
-    def _flop_share(self, group: Sequence[ModelWeight]) -> str:
-        return f"{sum(weight.flops or 0 for weight in group) / max(1, self.flops or 0):.2%}"
+        return {
+            "weights": joint_name([weight.name for weight in group]),
+            "number": len(group),
+            "shape": "x".join(map(str, first.shape)),
+            "dtype": _dtype_name(first.dtype),
+            "pattern": str(first.pattern),
+            "zeros": f"{sum(w.zeros for w in group) / max(1, sum(w.numel for w in group)):.2%}",
+            "bad": sum(w.bad_groups for w in group),
+            "tensor cores": "both" if len(first.backends) == len(BACKENDS) else ", ".join(first.backends) or "no",
+            "FLOPs": f"{sum(w.flops or 0 for w in group) / max(1, self.flops or 0):.2%}",
+        }
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
