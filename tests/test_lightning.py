@@ -120,7 +120,7 @@ def test_a_run_is_that_of_the_loop_by_hand(
     assert_same_weights(module.net, by_hand(build, **loop_options))
     assert callback.sparsity_report is not None
     assert callback.sparsity_report.ok
-    assert module.optimizer.figures().frozen_at == module.optimizer.prune_at
+    assert module.optimizer.figures().pruned_at == module.optimizer.prune_at
 
 
 def test_accumulation_is_that_of_the_loop_by_hand(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_dense_model_is_never_the_best(
     stopping = EarlyStopping(monitor, mode=mode, patience=1)
     trainer = fit(module, tmp_path, ADMMCallback(), best, stopping, max_steps=24)
     # Solved after step 20: of the validations after the steps 21 and 24, the second is worse, and ends the run.
-    assert module.optimizer.figures().frozen_at == 20
+    assert module.optimizer.figures().pruned_at == 20
     assert trainer.global_step == 24
     assert trainer.should_stop
     assert Path(best.best_model_path).name == "step=21.ckpt"
@@ -195,7 +195,7 @@ def test_what_a_run_measures_is_logged(tmp_path: Path) -> None:
     assert [float(row["admm/phase"]) for row in rows] == [0.0] * 6 + [1.0] * 2 + [2.0] * 2
     assert [float(row["admm/sparsity"]) for row in rows] == [0.0] * 8 + [0.75] * 2
     assert 0 < float(rows[-1]["admm/model_error"]) < 1
-    assert float(rows[-1]["admm/frozen_at"]) == 17
+    assert float(rows[-1]["admm/pruned_at"]) == 17
 
 
 def test_steps_that_the_scaler_skips_do_not_lose_the_solve(tmp_path: Path) -> None:
@@ -226,7 +226,8 @@ def test_averaged_weights_come_out_sparse(tmp_path: Path) -> None:
     fit(bare, tmp_path, ADMMCallback(), enable_checkpointing=False)
     module = Module()
     averaging = WeightAveraging(avg_fn=lambda old, new, _: 0.5 * (old + new))
-    fit(module, tmp_path, ADMMCallback(), averaging, enable_checkpointing=False)
+    with pytest.warns(ConvergenceWarning, match="Likely cause: an average over the dense part"):
+        fit(module, tmp_path, ADMMCallback(), averaging, enable_checkpointing=False)
     verify(module.net, "1:4").raise_if_violated()
     for p, q in zip(module.net.parameters(), bare.net.parameters(), strict=True):
         assert p.abs().max() < 2 * q.abs().max()

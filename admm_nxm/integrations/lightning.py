@@ -33,7 +33,7 @@ class ADMMCallback(Callback):
     - The best model is chosen among sparse ones: at the solve, what a ModelCheckpoint with ``monitor`` has saved before
       gets the worst score, and is the first to be replaced. EarlyStopping waits for the solve.
     - The log has ``admm/phase`` (0 dense, 1 calibration, 2 frozen), ``admm/sparsity`` and, once they are known,
-      ``admm/model_error`` and ``admm/frozen_at``; in the paper's form also the residuals and rho.
+      ``admm/model_error`` and ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
       solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. One that is cut short by an error or
       by Ctrl-C stays dense, and the log says what to do.
