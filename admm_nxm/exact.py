@@ -220,11 +220,15 @@ class ExactStep:
             average(weight.w, weight.param)
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
-        solved = list(solutions(weights, moments))
-        for weight, each in zip(weights, solved, strict=True):
-            weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
+        # All or none: nothing is replaced before the last is solved. Until then this rank's part alone is kept of each.
+        solved = [
+            (weight, part_of(each.weight, weight.param), part_of(each.mask, weight.param), each.error)
+            for weight, each in zip(weights, solutions(weights, moments), strict=True)
+        ]
+        for weight, value, mask, error in solved:
+            weight.replace_value(run.inner, value, mask)
             if weight.modules:
-                run.model_errors[weight.name] = each.error
+                run.model_errors[weight.name] = error
 
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
         check_finite(run, weights)

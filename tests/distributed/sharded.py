@@ -262,10 +262,7 @@ def train(model: nn.Module, optimizer: ADMMNxM, rank: int | None) -> dict[str, T
         x = rows_of(step) if rank is None else rows_of(step).chunk(WORLD)[rank]
         optimizer.zero_grad()
         (model(x) - x.sum(-1, keepdim=True).sin()).square().mean().backward()
-        with CommDebugMode() as comm:
-            optimizer.step()
-        if step not in CALIBRATED and optimizer.w_step == "exact":
-            assert comm.get_total_counts() == 0, step
+        optimizer.step()
         if step == 12:
             before = {name.removeprefix("module."): full(p.detach()).clone() for name, p in model.named_parameters()}
     return before
