@@ -2,9 +2,11 @@ r"""ADMM fine-tuning of pretrained Transformers into NxM semi-structured sparsit
 
 >>> import torch
 >>> from admm_nxm import ADMMNxM
->>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+>>> linear, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+>>> model = torch.nn.Sequential(linear, torch.nn.ReLU(), head)
 >>> inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
->>> optimizer = ADMMNxM(inner, model, pattern="2:4", total_steps=40, select={r"0\.weight": "2:4"})
+>>> rules = {r"0\.weight": "2:4"}
+>>> optimizer = ADMMNxM(inner, model, total_steps=40, select=rules)
 >>> for _ in range(40):
 ...     loss = model(torch.ones(2, 8)).square().mean()
 ...     loss.backward()

@@ -1,4 +1,4 @@
-"""What ADMMNxM adds to the inner optimizer's state dict, and taking it apart again.
+"""Put the ADMM state into the inner optimizer's state dict, and take it apart again.
 
 In the state of each parameter: the mask, and v in the paper's form. In each group: the counters. Beside ``state`` and
 ``param_groups``, under ``"admm"``: the name of each prunable weight's key, the statistics of a calibration that is

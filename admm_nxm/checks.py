@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-__all__ = ["at_least", "is_count"]
+__all__ = ["at_least", "is_count", "missing"]
 
 
 def at_least(name: str, value: float, low: float) -> None:
@@ -22,3 +22,8 @@ def is_count(name: str, value: int, low: int) -> None:
         raise TypeError(f"{name}={value!r} must be an int, at least {low}: it counts optimizer steps")
     if value < low:
         raise ValueError(f"{name}={value} must be at least {low}: it counts optimizer steps (not epochs, not batches)")
+
+
+def missing(what: str, extra: str) -> str:
+    """Return what to say of a package that is not installed: it comes with an extra."""
+    return f'{what}; run in a checkout of the repository: pip install ".[{extra}]"'

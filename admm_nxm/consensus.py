@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .projection import by_group, keep_mask, project
+from .projection import by_group, keep_mask
 
 __all__ = [
     "add_penalty",
     "advance",
-    "auxiliary",
     "dual",
     "initial",
     "is_mask_of",
@@ -68,11 +67,6 @@ def advance(
     consensus.copy_(torch.where(mask, a, -u))
     gained = (mask & ~old_mask).sum()
     return torch.stack([moved, weight.float().square().sum(), gained.float(), mask.sum().float()])
-
-
-def auxiliary(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:
-    """Read z off v: v on the mask, 0 elsewhere."""
-    return project(consensus, pattern, dim)
 
 
 def dual(consensus: Tensor, pattern: Pattern, dim: int) -> Tensor:

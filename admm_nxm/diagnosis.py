@@ -1,4 +1,4 @@
-"""What went wrong in a run and what to do about it: from figures to a text, pure."""
+"""Say in words, from the figures of a run, why it went wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LEAVE_OUT = "leave the dual out (update_every=Every(interval, dual_start=None))
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run with the exact w-step came to its masks in ``finalize()``: its steps and calibration steps beside the
-    planned ones, how many weights were solved with what there was, and how many had no statistics."""
+    """Describe how a run with the exact w-step got its masks in ``finalize()``: its steps and calibration steps beside
+    the planned ones, how many weights were solved with what there was, and how many had no statistics."""
 
     step: int
     prune_at: int
@@ -41,15 +41,20 @@ def diagnose(ending: Ending) -> str | None:
         done.append(
             f"{_weights(ending.solved)} solved from {ending.calibrated} of {ending.calibration_steps} calibration steps"
         )
-    late = ending.step >= ending.prune_at
-    remedy = (
-        f"follow the error that step() raised after step {ending.prune_at}"
-        if late
-        else "train to the end, or give the true number of optimizer steps as total_steps, or an earlier prune_at"
+    what, remedy = (
+        "",
+        "train to the end, or give the true number of optimizer steps as total_steps, or an earlier prune_at",
     )
+    missing = ending.calibration_steps - ending.calibrated
+    if ending.step >= ending.prune_at and missing > 0:
+        what = ", which was behind it when it was resumed with this length"
+        remedy = f"give a longer total_steps: at least {missing} more steps calibrate, and the solve follows"
+    elif ending.step >= ending.prune_at:
+        what = ", but the solve had failed"
+        remedy = f"follow the error that step() raised after step {ending.prune_at}"
     return (
         f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
-        f"{ending.prune_at}{', but the solve had failed' if late else ''}: {' and '.join(done)}, and no step has "
+        f"{ending.prune_at}{what}: {' and '.join(done)}, and no step has "
         f"trained what was kept. Accuracy measured before does not hold. Remedy: {remedy}"
     )
 
@@ -71,8 +76,10 @@ def _weights(count: int) -> str:
 
 @dataclass(frozen=True)
 class PaperEnding:
-    """How a run of the paper's form came to its masks: the residual and the mask churn at the freeze (shares of the
-    weights' norm and of the kept places), what is known of the worst weight, and the step beside the planned one."""
+    """Describe how a run of the paper's form got its masks: the residual and the mask churn at the freeze (shares of
+    the norm of the weights and of the kept places), what is known of the worst weight, and the step beside the planned
+    one.
+    """
 
     residual: float
     worst: float

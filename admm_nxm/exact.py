@@ -9,13 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .consensus import primal_sums
 from .diagnosis import Ending, diagnose
 from .projection import keep_mask
-from .residuals import Residuals, measure
-from .run import Moving, Run, check_finite
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
-from .sharding import average, part_of, rank_and_world, reduce_sums
+from .sharding import average, part_of, rank_and_world
 from .solving import solutions
 from .statistics import Statistics
 from .weights import MASK, Weight
@@ -38,7 +36,7 @@ class ExactStep:
 
     @property
     def windows(self) -> int:
-        """How many windows of weights are solved one after the other."""
+        """Number of windows of weights, which are solved one after the other."""
         return self.timeline.windows
 
     def phase(self, run: Run) -> str:
@@ -51,7 +49,8 @@ class ExactStep:
         """Start a run, or go on with one that was loaded: put the hooks on if calibration is due."""
         progress = run.progress
         if self.windows == 0 and not progress.frozen:
-            self._prune_by_magnitude(run, list(run.weights))
+            check_pruned(run)
+            self._prune_by_magnitude(run, list(run.weights))  # for zeros without a sign, and in second sets too
             progress.pruned_at = progress.step
         progress.windows = self.windows
         if progress.step < self.timeline.start:
@@ -120,11 +119,9 @@ class ExactStep:
         """Return None: a run that has not come to its solve is dense, and nobody takes it for more."""
         return None
 
-    def announce(self, run: Run) -> None:
-        """Put a mask where the inner optimizer has state before its first step."""
-        for weight in run.weights:
-            if run.inner.state.get(weight.param) and weight.stored(run.inner, MASK) is None:
-                weight.store(run.inner, MASK, run.mask(weight))
+    def state(self, run: Run, weight: Weight) -> dict[str, Tensor]:
+        """Return what is to lie beside the inner optimizer's state of a weight."""
+        return {MASK: run.mask(weight)}
 
     def check_resume(self, run: Run, counters: Mapping[str, int | float], statistics: Mapping[str, Any] | None) -> None:
         """Refuse a checkpoint with windows that are cut otherwise, with statistics that do not fit, or without pruned
@@ -159,15 +156,6 @@ class ExactStep:
     def dual(self, run: Run, weight: Weight) -> Tensor:  # noqa: ARG002
         """Return zeros: u lives within the solve."""
         return torch.zeros_like(weight.w)
-
-    def residuals(self, run: Run) -> Residuals:
-        """Measure how far w is from its projection."""
-        weights = list(run.weights)
-        device = weights[0].w.device
-        sums = [primal_sums(weight.w, self.auxiliary(run, weight)).to(device) for weight in weights]
-        table = reduce_sums(sums, [weight.param for weight in weights]).tolist()
-        unknown = [0.0 if run.progress.frozen else float("nan")] * 4
-        return measure({weight.name: [*row, *unknown] for weight, row in zip(weights, table, strict=True)})
 
     def _projected(self, run: Run, weight: Weight) -> tuple[Tensor, Tensor]:
         w = weight.w
@@ -220,15 +208,11 @@ class ExactStep:
             average(weight.w, weight.param)
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
-        # All or none: nothing is replaced before the last is solved. Until then this rank's part alone is kept of each.
-        solved = [
-            (weight, part_of(each.weight, weight.param), part_of(each.mask, weight.param), each.error)
-            for weight, each in zip(weights, solutions(weights, moments), strict=True)
-        ]
-        for weight, value, mask, error in solved:
-            weight.replace_value(run.inner, value, mask)
+        solved = list(solutions(weights, moments))
+        for weight, each in zip(weights, solved, strict=True):
+            weight.replace_value(run.inner, part_of(each.weight, weight.param), part_of(each.mask, weight.param))
             if weight.modules:
-                run.model_errors[weight.name] = error
+                run.model_errors[weight.name] = each.error
 
     def _prune_by_magnitude(self, run: Run, weights: Sequence[Weight]) -> None:
         check_finite(run, weights)

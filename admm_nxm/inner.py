@@ -24,6 +24,20 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
     nested = [getattr(inner, attribute, None) for attribute in ("optimizer", "base_optimizer", "_base_optimizer")]
     if any(isinstance(part, wrapper) for part in (inner, *nested)):
         raise TypeError(f"optimizer is a {name} that is already wrapped in ADMMNxM; wrap the plain optimizer once")
+    if not hasattr(inner, "param_groups"):
+        raise TypeError(f"{name} has no param_groups; use an optimizer that has them, such as the one inside it")
+    problem = _shortcoming(inner)
+    if problem is not None:
+        raise TypeError(
+            f"{name} {problem}; wrap the optimizer inside it in ADMMNxM, and put {name} around that, if it takes any "
+            "optimizer"
+        )
+    # What steps in the backward pass never comes to step(): LOMO, and layer-wise GaLore and APOLLO of transformers.
+    if hasattr(inner, "fused_backward") or hasattr(inner, "optimizer_dict"):
+        raise TypeError(
+            f"{name} updates the weights during the backward pass, where ADMM cannot take part; use an optimizer that "
+            "updates them in step(), such as AdamW"
+        )
     if any(key.startswith("admm_") for group in inner.param_groups for key in group):
         raise ValueError(
             f"this {name} was wrapped in ADMMNxM before, and its groups hold the counters of that run; call unwrap() "
@@ -53,12 +67,17 @@ def check_inner(inner: object, wrapper: type[Optimizer]) -> None:
         )
     if any(group.get("differentiable") for group in inner.param_groups):
         raise ValueError(f"{name} has differentiable=True; masks work in place, so pass differentiable=False")
-    saved = inner.state_dict()
-    if not (isinstance(saved, Mapping) and isinstance(saved.get("state"), Mapping) and saved.get("param_groups")):
-        raise TypeError(
-            f"the state_dict() of {name} has no 'state' and 'param_groups', so a run could not be resumed; wrap the "
-            f"optimizer inside it in ADMMNxM, and put {name} around that"
-        )
+
+
+def _shortcoming(inner: Optimizer) -> str | None:
+    """Return what an optimizer lacks to be resumed, as some that wrap another one do."""
+    try:
+        saved = inner.state_dict()
+    except Exception as error:
+        return f"cannot save its state ({error!r})"
+    if isinstance(saved, Mapping) and isinstance(saved.get("state"), Mapping) and saved.get("param_groups"):
+        return None
+    return "saves no 'state' and 'param_groups', so a run could not be resumed"
 
 
 def share_step_hooks(inner: Optimizer, wrapper: Optimizer) -> None:
@@ -81,7 +100,7 @@ def raw_step(inner: Optimizer, *, first: bool = False) -> None:
     inner._opt_called = True  # type: ignore[attr-defined]
     try:
         step(inner)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # some packages have classes of their own for it
         if not first or isinstance(error, torch.OutOfMemoryError) or not _asks_for_closure(inner, error):
             raise
         raise TypeError(

@@ -1,13 +1,15 @@
-"""Where a tensor lies, and what can be written into one that is no plain tensor."""
+"""Find the memory of a tensor, and whether zeros can be written into one that is no plain tensor."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sharding import local
 
-__all__ = ["address", "is_plain", "plain", "takes_zeros"]
+__all__ = ["address", "is_plain", "offloaded", "plain", "takes_zeros"]
 
 _REFUSALS = (NotImplementedError, RuntimeError, TypeError, AttributeError)  # as a tensor class likes to say it
 
@@ -38,6 +40,23 @@ def plain(t: Tensor) -> Tensor:
         return torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
     except _REFUSALS as error:
         raise TypeError(f"a tensor of class {type(part).__name__} cannot be read as plain values: {error}") from error
+
+
+def offloaded(module: nn.Module, key: str) -> Tensor | None:
+    """Return the tensor in main memory from which accelerate loads a parameter before each pass; None if there is none.
+
+    Args:
+        module: which has the parameter, on the device "meta".
+        key: its name there.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        values = getattr(one, "weights_map", None)
+        if values is not None:
+            first, second = values[key], values[key]
+            # What is read from the disk is another tensor each time.
+            return first if address(first) == address(second) else None
+    return None
 
 
 def takes_zeros(t: Tensor) -> bool:

@@ -11,17 +11,19 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
-from .memory import is_plain, takes_zeros
-from .passes import Blocks, LossOf, gather, loss_of, still
+from .memory import is_plain, offloaded, takes_zeros
+from .passes import Blocks, LossOf, Tokens, gather, loss_of, still
 from .pattern import Pattern
 from .selection import Ineligible, Select, select_weights, unwrap_model
-from .sharding import part_of
+from .sharding import is_sharded
 from .solving import solutions
 from .sparsity import SparsityReport, check_weights
 from .statistics import Moments, refuse_compiled
 from .weights import Weight, Weights, not_finite
 
 __all__ = ["Progress", "prune"]
+
+_ONE_WINDOW_UP_TO = 2 * 10**9  # there is no optimizer, and no gradient of a weight, beside the statistics
 
 Progress = Union[bool, Callable[[int, int, str], None]]  # noqa: UP007 - read at run time
 
@@ -36,7 +38,7 @@ def prune(
     dims: Mapping[str, int] | None = None,
     ineligible: Ineligible = "error",
     statistics_memory: int | None = None,
-    sequential: bool | None = None,
+    sequential: bool = True,
     progress: Progress | None = None,
 ) -> SparsityReport:
     r"""Prune a model in place, once and without training.
@@ -57,14 +59,15 @@ def prune(
             anything else is the one argument. Tensors are moved to the model. They are all held in memory; some ten
             thousand tokens are enough.
         loss: ``loss(model, batch)`` returns the loss, 0-d. Without it the loss in the model's output counts, as
-            transformers' models have it of batches with ``labels``; and where there is none, A alone is gathered, to
-            which every token counts, padding too.
+            transformers' models have it of batches with ``labels``; and where there is none, A alone is gathered.
+            Padding does not count where an ``attention_mask`` tells it.
         select: rules that replace the default selection, as for :class:`admm_nxm.ADMMNxM`.
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
-        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 256 MB.
+        statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 2 GB.
             More come in several windows of weights, and each takes a pass over the batches.
-        sequential: whether A of each block is that of the model whose earlier blocks are pruned already.
+        sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
+            more passes in all, as finished blocks are not computed again where the model allows that.
         progress: called with the number of weights that are done, of all of them, and what is going on. True shows a
             bar of tqdm.
 
@@ -86,8 +89,14 @@ def prune(
         raise TypeError("a loss needs batches; give both, or neither for pruning by magnitude")
     selection, params = select_weights(model, pattern, select, dims=dims, ineligible=ineligible, trainable=False)
     weights = Weights(selection, params, unwrap_model(model))
-    weights.check_placement()
-    _check_values(weights.each)
+    for weight in weights:
+        weight.param = _with_values(weight, unwrap_model(model))
+    names = not_finite(weights.each)
+    if names:
+        raise ValueError(
+            f"{len(names)} of {len(weights)} weights have NaN or infinite entries: {', '.join(names)}; nothing was "
+            "changed. Load a sound model, or leave them dense by a select rule"
+        )
     with _shown(progress) as show, torch.no_grad():
         job = _Job(weights, show)
         try:
@@ -96,7 +105,7 @@ def prune(
             else:
                 refuse_compiled(model)
                 with still(model):
-                    _calibrate(job, model, list(batches), loss, statistics_memory, bool(sequential))
+                    _calibrate(job, model, list(batches), loss, statistics_memory, sequential)
             job.write()
         except BaseException:
             job.undo()
@@ -128,7 +137,7 @@ class _Job:
         if weights:
             self.show(f"{text}: solving {weights[0].name}")
         for index, (weight, solved) in enumerate(zip(weights, solutions(weights, moments), strict=True)):
-            self._solved.append((weight, part_of(solved.weight, weight.param).cpu()))
+            self._solved.append((weight, solved.weight.cpu()))
             if weight.name in moments:
                 self.errors[weight.name] = solved.error
             self._done += 1
@@ -156,15 +165,16 @@ def _calibrate(
         raise ValueError("batches is empty; give at least one batch, some ten thousand tokens in all")
     if loss is None and loss_of(model, batches[0]) is not None:
         loss = loss_of
-    windows = job.weights.assign_windows(memory, outputs=loss is not None)
+    windows = job.weights.assign_windows(memory, outputs=loss is not None, least=_ONE_WINDOW_UP_TO)
     job.solve([weight for weight in job.weights if not weight.modules], {}, "magnitude")
     blocks = Blocks(model, batches[0]) if sequential else None
     for window in range(windows):
         weights = [weight for weight in job.weights if weight.window == window]
         text, count = f"window {window + 1} of {windows}", len(batches)
         moments: dict[str, Moments] = {}
+        tokens = Tokens()
         if loss is not None or blocks is None:
-            moments = gather(model, weights, batches, loss, job.passing(text, count))
+            moments = gather(model, weights, batches, loss, tokens, job.passing(text, count))
             _check_usable(weights, moments)
         if blocks is None:
             job.solve(weights, moments, text)
@@ -172,7 +182,8 @@ def _calibrate(
         for block, members in groupby(weights, blocks.block_of):
             group = list(members)
             if group[0] is not weights[0] or not moments:  # else nothing was pruned since A was gathered
-                inputs = blocks.gather(block, group, batches, job.passing(f"{text}, {block or 'the rest'}", count))
+                show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
+                inputs = blocks.gather(block, group, batches, tokens, show)
                 _check_usable(group, inputs)
                 for name, seen in inputs.items():
                     moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
@@ -186,7 +197,7 @@ def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> 
         if seen is not None and 2 * int(seen.dropped) > int(seen.passes):
             raise ValueError(
                 f"weight {weight.name!r} has no usable statistics: {int(seen.dropped)} of {int(seen.passes)} passes "
-                "through its module had infinite or NaN values. Nothing was changed; mend the batches, or load the "
+                "through its module had infinite or NaN values. Nothing was changed; correct the batches, or load the "
                 "model in bfloat16 or float32 instead of float16"
             )
         if seen is None or int(seen.tokens) == 0:
@@ -197,23 +208,31 @@ def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> 
             )
 
 
-def _check_values(weights: Sequence[Weight]) -> None:
-    """Refuse weights that hold nothing to prune, or into which nothing can be written."""
-    for weight in weights:
-        if weight.param.is_meta:
-            raise ValueError(
-                f"weight {weight.name!r} is on the device 'meta': it is offloaded (device_map of accelerate), or not "
-                "loaded. Load the model without offload, to one device or several, in bfloat16 if memory is short"
-            )
-        if not is_plain(weight.param) and not takes_zeros(weight.param):
-            kind = type(weight.param).__name__
-            raise ValueError(f"weight {weight.name!r} is a {kind}, into which zeros cannot be written; prune before")
-    names = not_finite(weights)
-    if names:
+def _with_values(weight: Weight, model: nn.Module) -> Tensor:
+    """Return the tensor that holds the values of a weight, which accelerate may have offloaded; refuse one into which
+    nothing can be written."""
+    param = weight.param
+    if is_sharded(param):
         raise ValueError(
-            f"{len(names)} of {len(weights)} weights have NaN or infinite entries: {', '.join(names)}; nothing was "
-            "changed. Load a sound model, or leave them dense by a select rule"
+            f"weight {weight.name!r} is sharded ({tuple(param.placements)}); prune the model before it is sharded, or "
+            'spread it over the devices with device_map="auto" (accelerate)'
         )
+    if param.is_meta:
+        path, _, key = weight.name.rpartition(".")
+        found = offloaded(model.get_submodule(path), key)
+        if found is None:
+            raise ValueError(
+                f"weight {weight.name!r} has no values in memory: it is offloaded to the disk (device_map of "
+                "accelerate), or not loaded. Load the model with more memory for 'cpu' (max_memory), in bfloat16 if "
+                "memory is short"
+            )
+        return found
+    if not is_plain(param) and not takes_zeros(param):
+        raise ValueError(
+            f"weight {weight.name!r} is a {type(param).__name__}, into which zeros cannot be written; prune the model "
+            "before it is converted to that"
+        )
+    return param
 
 
 _Show = Callable[[int, int, str], None]

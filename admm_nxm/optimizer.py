@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .consensus import primal_sums
 from .diagnosis import diagnose_loaded
 from .exact import ExactStep
 from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
@@ -21,7 +22,7 @@ from .paper import PenaltyStep
 from .pattern import Pattern
 from .progress import Figures, Progress
 from .projection import keep_mask, project, zero_outside
-from .residuals import Residuals
+from .residuals import Residuals, measure
 from .run import Run, check_finite
 from .schedules import Penalty, Schedule, UpdateSchedule, make_plan, make_timeline
 from .selection import Ineligible, Select, Selection, select_weights, unwrap_model, with_late_weights
@@ -66,8 +67,7 @@ class ADMMNxM(Optimizer):
         pattern: pattern of the default selection rules, such as ``"2:4"`` or ``Pattern(2, 4)``.
         total_steps: number of optimizer steps of the whole run; may be left out if ``prune_at`` is given.
         prune_at: the step after which the weights are pruned, an int, or a float: the share of the run, by default
-            0.85. 0 prunes at once, by magnitude, and trains with frozen masks; weights that have the pattern already
-            keep their zeros.
+            0.85. 0 begins with a model that is pruned already (:func:`admm_nxm.prune`), and keeps its zeros.
         w_step: ``"exact"`` solves ADMM's w-step in closed form; ``"optimizer"``, or a :class:`Penalty` with rho and
             the update schedule, leaves it to the inner optimizer, as the paper does.
         calibration_steps: steps in which A and G of one window of weights are gathered; by default 16, or a fifth of
@@ -243,7 +243,7 @@ class ADMMNxM(Optimizer):
             ),
         ]
         if now.model_error is not None:
-            lines.append(f"model error {now.model_error:.4f}, mean over weights")
+            lines.append(f"model error {now.model_error:.2g}, mean over weights")
         return "\n  ".join(lines)
 
     # ------------------------------------------------------------------ a step
@@ -289,11 +289,13 @@ class ADMMNxM(Optimizer):
                 if first:
                     zero_outside(weight.w, mask)
             moving = self._w_step.before(run)
+            # Some optimizers drop the gradients in their step.
+            stepped = dict.fromkeys(p for group in self.param_groups for p in group["params"] if p.grad is not None)
             raw_step(self.inner, first=first)
             for weight, mask in zip(pruned, masks, strict=True):
                 for t in (weight.w, *weight.copies(self.inner)):
                     zero_outside(t, mask)
-            run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)))
+            run.store_masks(dict(zip((weight.name for weight in pruned), masks, strict=True)), stepped)
             self._w_step.after(run, moving)
             if not trial:  # torch.distributed.checkpoint steps with zero gradients at a zero rate, to learn the keys
                 run.progress.step += 1
@@ -390,12 +392,12 @@ class ADMMNxM(Optimizer):
 
     @property
     def selection(self) -> Selection:
-        """What is pruned with which pattern along which dimension, and what is not and why."""
+        """The pruned weights with their patterns and dimensions, and the other parameters with the reason."""
         return self._run.selection
 
     @property
     def w_step(self) -> Literal["exact", "optimizer"]:
-        """Who does ADMM's w-step."""
+        """The way in which ADMM's w-step is done."""
         return self._w_step.name
 
     @property
@@ -488,8 +490,17 @@ class ADMMNxM(Optimizer):
         Returns:
             Primal and dual residual and mask churn, overall and per weight; the latter two are NaN before z has moved.
         """
-        self._run.weights.rebind(self.inner)
-        return self._w_step.residuals(self._run)
+        run = self._run
+        run.weights.rebind(self.inner)
+        weights = list(run.weights)
+        unknown = torch.full((4,), 0.0 if run.progress.frozen else float("nan"))
+        rows = []
+        for weight in weights:
+            movement = run.movement.get(weight.name, unknown)
+            sums = primal_sums(weight.w, self._w_step.auxiliary(run, weight))
+            rows.append(torch.cat([sums, movement.to(sums.device)]).to(weights[0].w.device))
+        table = reduce_sums(rows, [weight.param for weight in weights]).tolist()
+        return measure({weight.name: row for weight, row in zip(weights, table, strict=True)})
 
     def _find(self, name: str) -> Weight:
         self._run.weights.rebind(self.inner)
@@ -538,7 +549,11 @@ class ADMMNxM(Optimizer):
         with torch.no_grad():
             if run.progress.step == 0:
                 # Where the inner optimizer has state before its first step (Adagrad), loaders look for ours as well.
-                self._w_step.announce(run)
+                for weight in run.weights:
+                    if self.inner.state.get(weight.param):
+                        for key, part in self._w_step.state(run, weight).items():
+                            if weight.stored(self.inner, key) is None:
+                                weight.store(self.inner, key, part)
         state_dict = checkpoint.join(run, self.inner.state_dict())
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, state_dict)
@@ -547,9 +562,9 @@ class ADMMNxM(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone (ADMM then starts anew).
+        """Load what :meth:`state_dict` returned, or a state dict of the inner optimizer alone.
 
-        The model's weights are not part of it: load them too.
+        With the latter ADMM starts from the beginning. The model's weights are not part of it: load them too.
 
         Args:
             state_dict: not changed.

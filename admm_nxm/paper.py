@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import consensus as admm
 from .diagnosis import PaperEnding, diagnose_paper
-from .projection import keep_mask
-from .residuals import Residuals, measure, ratio
-from .run import Moving, Run, check_finite
+from .projection import keep_mask, project
+from .residuals import ratio
+from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Plan, Update, check_update, next_rho
 from .sharding import average, reduce_sums
 from .weights import CONSENSUS, MASK, Weight
@@ -44,6 +44,7 @@ class PenaltyStep:
     def begin(self, run: Run, statistics: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002 - it gathers none
         """Start a run, or go on with one that was loaded."""
         if self.plan.prune_at == 0 and not run.progress.frozen:
+            check_pruned(run)
             self._freeze(run)
         if run.progress.step == 0 and not run.progress.frozen:
             run.progress.rho = next_rho(self.plan, 0, 0.0, False)
@@ -107,13 +108,9 @@ class PenaltyStep:
         run.announced = ending is not None
         return None if ending is None else diagnose_paper(ending)
 
-    def announce(self, run: Run) -> None:
-        """Put a mask and v where the inner optimizer has state before its first step."""
-        for weight in run.weights:
-            if run.inner.state.get(weight.param):
-                for key, part in ((MASK, run.mask(weight)), (CONSENSUS, self._consensus(run, weight))):
-                    if weight.stored(run.inner, key) is None:
-                        weight.store(run.inner, key, part)
+    def state(self, run: Run, weight: Weight) -> dict[str, Tensor]:
+        """Return what is to lie beside the inner optimizer's state of a weight."""
+        return {MASK: run.mask(weight), CONSENSUS: self._consensus(run, weight)}
 
     def check_resume(
         self,
@@ -140,7 +137,7 @@ class PenaltyStep:
         """Return z."""
         if run.progress.frozen:
             return torch.where(weight.mask(run.inner), weight.w, torch.zeros_like(weight.w))
-        return admm.auxiliary(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
+        return project(self._consensus(run, weight), weight.spec.pattern, weight.spec.dim)
 
     def target(self, run: Run, weight: Weight) -> Tensor:
         """Return P(w + u)."""
@@ -193,18 +190,6 @@ class PenaltyStep:
         run.freeze_sums = torch.stack(sums)
         run.movement.clear()
         run.progress.pruned_at = run.progress.step
-
-    def residuals(self, run: Run) -> Residuals:
-        """Measure how far w is from z."""
-        weights = list(run.weights)
-        unknown = torch.full((4,), float("nan"))
-        rows = []
-        for weight in weights:
-            movement = torch.zeros(4) if run.progress.frozen else run.movement.get(weight.name, unknown)
-            sums = admm.primal_sums(weight.w, self.auxiliary(run, weight))
-            rows.append(torch.cat([sums, movement.to(sums.device)]).to(weights[0].w.device))
-        table = reduce_sums(rows, [weight.param for weight in weights]).tolist()
-        return measure({weight.name: row for weight, row in zip(weights, table, strict=True)})
 
     def _ending(self, run: Run, *, everywhere: bool) -> PaperEnding | None:
         """Turn the sums of the freeze into numbers."""

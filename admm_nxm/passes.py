@@ -14,13 +14,13 @@ from .selection import block_prefixes, clean_name, unwrap_model
 from .statistics import Moments, Statistics
 from .weights import Weight
 
-__all__ = ["Blocks", "LossOf", "gather", "loss_of", "still"]
+__all__ = ["Blocks", "LossOf", "Tokens", "gather", "loss_of", "still"]
 
 LossOf = Callable[[nn.Module, Any], Any]
 """A function of the model and a batch."""
 
-# A float16 gradient of a mean over many tokens would be rounded to zero. G may have any scale.
-_HALF_SCALE = 4096.0
+# Of the loss: a float16 gradient of a mean over many tokens would be rounded to zero.
+_SCALE = 4096.0
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -41,17 +41,17 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor | None:
 def still(model: nn.Module) -> Iterator[None]:
     """Hold a model in evaluation mode, with no gradient for any parameter, and leave it as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By name: offloaded parameters are other objects after each pass.
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     try:
         model.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(wanted[name])
 
 
 def gather(
@@ -59,6 +59,7 @@ def gather(
     weights: Sequence[Weight],
     batches: Iterable[Any],
     loss: LossOf | None,
+    tokens: Tokens,
     each: Callable[[int], None],
 ) -> dict[str, Moments]:
     """Pass all batches through the model once.
@@ -68,6 +69,7 @@ def gather(
         weights: those of which statistics are gathered.
         batches: what the model, or the loss function, is called with.
         loss: gives A and G; None gives A alone.
+        tokens: gets to know those that the loss depends on.
         each: called with the number of batches done.
 
     Returns:
@@ -84,20 +86,52 @@ def gather(
                 # In front of the statistics' own hooks.
                 handle = module.register_forward_hook(_ask_for_gradient, prepend=True)
                 stack.callback(handle.remove)
-        scale = _HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(batches):
             batch = _moved(batch, model)
             if loss is None:
+                statistics.counting = tokens.that_count(number, batch)
                 with torch.no_grad():
                     _call(model, batch)
             else:
+                statistics.counted = tokens.learn(number)
                 with torch.enable_grad():
-                    value = _checked(loss(model, batch), number)
-                    (value * scale).backward()  # type: ignore[no-untyped-call,unused-ignore]
+                    value = _checked(loss(model, batch), number + 1)
+                    value.backward(torch.full_like(value, _SCALE))  # type: ignore[no-untyped-call,unused-ignore]
                 del value
-            each(number)
+            each(number + 1)
+    for one in statistics.moments.values():
+        if one.outputs is not None:
+            one.outputs.div_(_SCALE**2)
     statistics.reduce()
     return statistics.moments
+
+
+class Tokens:
+    """The tokens of each batch that count where A is gathered without a loss.
+
+    These are the tokens that the loss has depended on, as far as an earlier pass with a loss tells, and else those that
+    are no padding by the ``attention_mask`` of the batch.
+    """
+
+    def __init__(self) -> None:
+        self._alive: dict[tuple[int, str], list[Tensor]] = {}  # number of a batch, weight -> those of each call
+
+    def learn(self, number: int) -> Callable[[str, Tensor], None]:
+        """Return a function that is told which tokens of a batch the loss depends on."""
+        return lambda name, tokens: self._alive.setdefault((number, name), []).append(tokens)
+
+    def that_count(self, number: int, batch: Any) -> Callable[[str, Tensor], Tensor | None]:
+        """Return a function that tells which tokens of a batch count."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+        def count(name: str, x: Tensor) -> Tensor | None:
+            alive = self._alive.get((number, name), ())
+            if len(alive) == 1 and alive[0].numel() == x[..., 0].numel():
+                return alive[0].to(x.device).view(x.shape[:-1])
+            fits = isinstance(mask, Tensor) and mask.shape == x.shape[:-1]
+            return (mask != 0).to(x.device) if fits and isinstance(mask, Tensor) else None
+
+        return count
 
 
 _ALL = 2**62
@@ -173,7 +207,12 @@ class Blocks:
         return next((name for name in self._blocks if weight.name.startswith(name)), "")
 
     def gather(
-        self, block: str, weights: Sequence[Weight], batches: Iterable[Any], each: Callable[[int], None]
+        self,
+        block: str,
+        weights: Sequence[Weight],
+        batches: Iterable[Any],
+        tokens: Tokens,
+        each: Callable[[int], None],
     ) -> dict[str, Moments]:
         """Return name -> A of weights of one block; what stands before it in the model is finished.
 
@@ -181,6 +220,7 @@ class Blocks:
             block: its name.
             weights: in that block, or in none.
             batches: the same in each call.
+            tokens: those that count.
             each: called with the number of batches done.
         """
         statistics = Statistics({weight.name: weight.modules for weight in weights}, outputs=False, max_tokens=_ALL)
@@ -199,7 +239,9 @@ class Blocks:
                         _hook(stack, self._blocks[name], partial(_keep, outputs))
                     if chained:
                         _hook(stack, self._blocks[block], _stop)
-                    self._pass(_moved(batch, self.model))
+                    batch = _moved(batch, self.model)
+                    statistics.counting = tokens.that_count(number, batch)
+                    self._pass(batch)
                 each(number + 1)
         finally:
             statistics.detach()

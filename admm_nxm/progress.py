@@ -42,10 +42,10 @@ COUNTERS: dict[str, int | float] = {}
 
 
 class Progress:
-    """Where a run stands.
+    """Read and write the counters of a run.
 
     Args:
-        inner: the optimizer whose parameter groups hold the counters; they are looked up anew each time, because
+        inner: the optimizer whose parameter groups hold the counters; they are looked up again each time, because
             loading a state dict replaces them.
     """
 
@@ -111,7 +111,7 @@ def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int | float]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Where a run stands, in plain numbers.
+    """Describe the state of a run in plain numbers.
 
     Args:
         phase: ``"dense"``, ``"calibration"`` or ``"frozen"``; the paper's form has ``"admm"`` and ``"frozen"``.

@@ -1,4 +1,4 @@
-"""How far a run is from its constraint."""
+"""Measure the distance of a run from its constraint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run consists of: one object, changed in place and never replaced.
+"""The state of a run: one object, changed in place and never replaced.
 
 Frameworks make proxies of an optimizer that share its attributes as they were at one moment (Lightning, Fabric). What
 changes during a run therefore lies in an object that all of them hold.
@@ -6,19 +6,21 @@ changes during a run therefore lies in an object that all of them hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .grouping import such_as
 from .progress import Progress
 from .selection import Selection
+from .sparsity import check_weights
 from .statistics import Statistics
 from .weights import MASK, Weight, Weights, not_finite
 
-__all__ = ["Moving", "Run", "check_finite"]
+__all__ = ["Moving", "Run", "check_finite", "check_pruned"]
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Run:
         for weight in self.weights:
             weight.copy_keys = None  # the flags stay: a trial step may have set what a checkpoint does not tell
 
-    def store_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def store_masks(self, masks: Mapping[str, Tensor], stepped: Collection[Tensor]) -> None:
         """Put masks beside the inner optimizer's own state, after the step in which that was created.
 
         A weight that is not pruned gets a mask that keeps all: loaders that fill a state dict in place must find the
@@ -82,17 +84,15 @@ class Run:
         """
         first = self.progress.step == 0
         for weight in self.weights:
-            if weight.gradient is not None and (first or weight.stored(self.inner, MASK) is None):
+            if weight.param in stepped and (first or weight.stored(self.inner, MASK) is None):
                 mask = masks.get(weight.name)
                 weight.store(self.inner, MASK, self.mask(weight) if mask is None else mask)
                 weight.look_for_copies(self.inner)
         if first:
             # torch.distributed.checkpoint wants an entry for all parameters or for none; a stateless inner optimizer
             # has none of its own.
-            for group in self.inner.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self.inner.state.setdefault(p, {})
+            for p in stepped:
+                self.inner.state.setdefault(p, {})
 
 
 Moving = list[tuple[Weight, Tensor]]
@@ -107,4 +107,18 @@ def check_finite(run: Run, weights: Sequence[Weight]) -> None:
             f"{len(names)} of {len(weights)} weights have NaN or infinite entries after step {run.progress.step}: "
             f"{', '.join(names)}; nothing was changed. Load an earlier checkpoint, lower the learning rate, or clip "
             "the gradients"
+        )
+
+
+def check_pruned(run: Run) -> None:
+    """Refuse to begin frozen with weights that are not finite, or not pruned."""
+    check_finite(run, list(run.weights))
+    bad = check_weights(run.selection, lambda name: run.weights[name].param).violations
+    if bad:
+        named = [
+            f"{weight.name} ({weight.bad_groups} of {weight.groups} groups exceed {weight.pattern})" for weight in bad
+        ]
+        raise ValueError(
+            f"prune_at=0 begins with pruned weights, and {len(bad)} of {len(run.weights)} violate their pattern: "
+            f"{such_as(named)}. Prune the model first, with admm_nxm.prune(model, ...), or give a later prune_at"
         )

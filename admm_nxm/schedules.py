@@ -1,4 +1,4 @@
-"""When a run prunes, and how the paper's form moves rho, z and u: picklable values, step -> value.
+"""Schedules: the step at which a run prunes, and rho, z and u of the paper's form. All are picklable, step -> value.
 
 ``step`` counts finished optimizer steps.
 """
@@ -57,13 +57,14 @@ class Timeline:
 
     @property
     def few_calibration_steps(self) -> str | None:
-        """What to say of a default that leaves too few calibration steps; None if there are enough."""
+        """A warning about a default that leaves too few calibration steps; None if there are enough."""
         if self.calibration_steps >= _FEW_CALIBRATION_STEPS:
             return None
+        fits = self.prune_at >= self.windows * _FEW_CALIBRATION_STEPS
         return (
             f"the run is short: A and G are gathered in {self.calibration_steps} steps for each window of weights "
-            f"({self.windows} in all), fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer, or "
-            "give calibration_steps"
+            f"({self.windows} in all), fewer than {_FEW_CALIBRATION_STEPS}. For a result that counts, train longer"
+            + (f", or give calibration_steps={_FEW_CALIBRATION_STEPS}" if fits else "")
         )
 
 
@@ -131,7 +132,7 @@ def _check_lengths(total_steps: int | None, prune_at: int | float | None, defaul
 
 
 class Update(enum.IntEnum):
-    """What moves after a step."""
+    """Say which variables move after a step."""
 
     NONE = 0
     AUXILIARY = 1

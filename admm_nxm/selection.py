@@ -1,4 +1,4 @@
-"""Which weights are pruned, with which pattern, along which dimension, and what was left dense and why."""
+"""Select the weights to prune, with pattern and dimension, and note why the others stay dense."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Holder:
-    """How a weight is held that is no parameter itself, and is made anew from others in every pass."""
+    """Describe a weight that is no parameter itself, and is computed from others in every pass."""
 
     weight: str
     owner: nn.Module | None
@@ -444,7 +444,7 @@ def _blocks_by_name(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _default_reason(candidate: _Candidate) -> str | None:
-    """Why the default rules leave a parameter dense; None if they prune it."""
+    """Return why the default rules leave a parameter dense; None if they prune it."""
     title, owner = candidate.title, candidate.owner
     if is_embedding(title, owner) or any(is_embedding(place.name, place.owner) for place in candidate.places[1:]):
         return "embedding" if len(candidate.names) == 1 else "tied to an embedding"
@@ -594,12 +594,12 @@ def _leaf(module_name: str) -> str:
 def _ineligible(
     candidate: _Candidate, pattern: Pattern, dim: int, trainable: bool, held: Collection[int] | None
 ) -> tuple[str, str] | None:
-    """Why a weight cannot be pruned and what to do about it; None if it can."""
+    """Return why a weight cannot be pruned and what to do about it; None if it can."""
     param = candidate.param
     if candidate.holder is not None:
         remedy = f"undo that first, with {candidate.holder.remedy}"
         return (
-            f"it is no parameter: {candidate.holder.what} makes it anew in every pass",
+            f"it is no parameter: {candidate.holder.what} computes it again in every pass",
             f"{remedy}, before the inner optimizer is built" if trainable else remedy,
         )
     if param.layout != torch.strided:

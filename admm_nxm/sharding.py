@@ -65,7 +65,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(mesh, like.placements).to_local().clone()  # a view would keep the whole
+    return replicated.redistribute(mesh, like.placements).to_local()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -114,7 +114,7 @@ def factorise(moment: Tensor, damping: float) -> Factor:
     # By a power of two, so that a moment of any size gives the same bits.
     exponent = -math.frexp(largest)[1]
     diagonal = _times_power_of_two(diagonal, exponent)
-    mean = float(diagonal.mean(dtype=torch.float64))
+    mean = float(_double(diagonal).mean())
     if bool(torch.count_nonzero(moment) == torch.count_nonzero(moment.diagonal())):
         return _identity((diagonal + damping * mean).sqrt())
     failure: RuntimeError | None = None
@@ -122,16 +122,16 @@ def factorise(moment: Tensor, damping: float) -> Factor:
         scale = (diagonal + damping * more * mean).sqrt()
         scaled = _times_power_of_two(moment.to(dtype), exponent).div_(scale).div_(scale[:, None])
         scaled.fill_diagonal_(1.0)
-        for tried in dict.fromkeys((dtype, torch.float64)):
+        for precise in (False, True) if dtype != torch.float64 else (True,):
             try:
-                values, vectors = torch.linalg.eigh(scaled.to(tried))
+                values, vectors = torch.linalg.eigh(_double(scaled) if precise else scaled)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # torch.linalg.LinAlgError, and what some backends raise in its place
                 failure = error
                 continue
             if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-                return Factor(scale, scaled, values.to(dtype).clamp_min_(0.0), vectors.to(dtype))
+                return Factor(scale, scaled, values.to(scale).clamp_min_(0.0), vectors.to(scale))
     raise ValueError(
         f"no eigendecomposition of a second moment of shape {tuple(moment.shape)}, with damping up to "
         f"{damping * _MORE_DAMPING[-1]:g} neither; gather it from more tokens, or raise the damping"
@@ -160,14 +160,14 @@ def model_error(
         raise ValueError(f"the dense weight has shape {tuple(weight.shape)}, the pruned one {tuple(pruned.shape)}")
     _check_weight(weight, dim, inputs, outputs)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        dense = weight.detach().double()
-        change = pruned.detach().double() - dense
+        dense = _double(weight.detach())
+        change = _double(pruned.detach()) - dense
         if weight.ndim == 2 and dim % 2 == 0:
             dense, change = dense.T, change.T
 
         def loss(w: Tensor) -> float:
-            product = w if inputs is None else w @ inputs.double()
-            return float(((product if outputs is None else outputs.double() @ product) * w).sum())
+            product = w if inputs is None else w @ _double(inputs)
+            return float(((product if outputs is None else _double(outputs) @ product) * w).sum())
 
         at_zero = loss(dense)
         return max(loss(change), 0.0) / at_zero if at_zero > 0 else 0.0
@@ -413,6 +413,14 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _double(t: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has no such numbers, as GPUs of Apple and Intel."""
+    try:
+        return t.double()
+    except (TypeError, RuntimeError):
+        return t.cpu().double()
+
+
 def _times_power_of_two(t: Tensor, exponent: int) -> Tensor:
     """Multiply by ``2**exponent``, in two steps because one factor alone could overflow."""
     half = exponent // 2
@@ -420,8 +428,8 @@ def _times_power_of_two(t: Tensor, exponent: int) -> Tensor:
 
 
 def _share_lost(weight: Tensor, mask: Tensor) -> float:
-    squares = weight.to(torch.float64).square()
-    return float(squares.masked_fill(mask, 0.0).sum() / squares.sum())
+    squares = _double(weight).square()
+    return float(squares.masked_fill(mask.to(squares.device), 0.0).sum() / squares.sum())
 
 
 def _check_options(rho: float, growth: float, rounds: int, settled: float, tolerance: float) -> None:
@@ -467,7 +475,7 @@ def _check_moment(moment: Tensor) -> None:
         raise ValueError("the moment holds values that are not finite")
     if bool((moment.diagonal() < 0).any()):
         raise ValueError("the moment has a negative number on its diagonal: it is no second moment")
-    sums = [moment.sum(dim=side, dtype=torch.float64) for side in (0, 1)]
-    limit = 1e-3 * float(moment.diagonal().sum(dtype=torch.float64))
+    sums = [moment.sum(dim=side, dtype=_compute_dtype(moment.dtype)) for side in (0, 1)]
+    limit = 1e-3 * float(_double(moment.diagonal()).sum())
     if bool(((sums[0] - sums[1]).abs() > limit).any()):
         raise ValueError("the moment is not symmetric: it is no second moment")

@@ -31,7 +31,10 @@ def solutions(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> Iter
     shared = _SharedFactors()
     if world == 1:
         for weight in weights:
-            yield _solve_one(weight, full(weight.param.detach()), moments.get(weight.name), shared)
+            seen = moments.get(weight.name)
+            # Where the moments are: an offloaded weight lies in main memory.
+            whole = full(weight.param.detach()).to(weight.w.device if seen is None else seen.inputs.device)
+            yield _solve_one(weight, whole, seen, shared)
         return
     wholes: list[Tensor] = []
     for index, weight in enumerate(weights):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .grouping import grouped, joint_name, starred
 from .memory import plain
 from .pattern import Pattern
 from .projection import by_group
@@ -107,16 +108,31 @@ class SparsityReport:
         return iter(self.weights)
 
     def __str__(self) -> str:
-        header = ["weight", "shape", "pattern", "zeros", "groups", "bad groups"]
-        rows = [
-            [w.name, "x".join(map(str, w.shape)), str(w.pattern), f"{w.sparsity:.2%}", w.groups, w.bad_groups]
-            for w in self.weights
-        ]
+        return self.to_text()
+
+    def to_text(self, *, per_weight: bool = False, width: int | None = None) -> str:
+        """Return the count as a table.
+
+        Args:
+            per_weight: a line for each weight, in place of one for each kind of weight over all blocks.
+            width: columns that the table may take; None if there is no limit.
+        """
+        rows = []
+        for alike in grouped(
+            self.weights, lambda w: w.name if per_weight else (starred(w.name), w.shape, w.pattern, w.ok)
+        ):
+            zeros = sum(w.zeros for w in alike) / max(1, sum(w.numel for w in alike))
+            shape, name = "x".join(map(str, alike[0].shape)), joint_name([w.name for w in alike])
+            counts = (sum(w.groups for w in alike), sum(w.bad_groups for w in alike))
+            row = [name, len(alike), shape, str(alike[0].pattern), f"{zeros:.2%}", *counts]
+            if self.model_errors:
+                errors = [self.model_errors[w.name] for w in alike if w.name in self.model_errors]
+                row.append(f"{max(errors):.2g}" if errors else "")
+            rows.append(row)
+        headers = ["weights", "number", "shape", "pattern", "zeros", "groups", "bad groups"]
         if self.model_errors:
-            header.append("model error")
-            for row, w in zip(rows, self.weights, strict=True):
-                row.append(f"{self.model_errors[w.name]:.4f}" if w.name in self.model_errors else "")
-        lines = [format_table(header, rows)]
+            headers.append("model error" if per_weight else "worst model error")
+        lines = [format_table(headers, rows, width)]
         lines += [f"not covered: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
         if self.left_out:
             lines.append(f"not copied, as they hold the weights from before: {', '.join(self.left_out)}")

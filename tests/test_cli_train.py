@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from admm_nxm import verify
+from admm_nxm.cli import main
 from tests.test_cli import Terminal, call, call_json, fails, process
 from tests.tiny import rows_of, tiny_bert, write
 
@@ -49,6 +49,22 @@ def names_in(folder):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     return tiny_bert(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def pictures():
+    """Ask for the pictures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch):
+    """Leave the drawing, which takes most of the time, to the tests that look at the pictures."""
+    import admm_nxm.cli.saving as saving
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(saving, "save_figure", lambda _, path: path.write_text("<svg"))
+        for name in ("plot_history", "plot_model_error", "plot_sparsity", "plot_weights"):
+            monkeypatch.setattr(saving, name, lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -99,11 +115,13 @@ def test_from_texts_to_a_packed_model_and_back(arguments, here, monkeypatch, cap
     monkeypatch.setattr(socket.socket, "connect", refuse)
     status, out, err = call(capsys, *argv(arguments))
     assert status == 0
-    assert "pruned    after step 34, model error 0." in out
+    assert "pruned    after step 34, model error " in out
+    assert "use       sparse tensor cores could take 12 of 12 weights in 16 bits: --dtype bfloat16" in out
     assert "held-out texts right, 95 % interval" in out
     assert "verify    ok (12 weights in out, 50.00% zeros)" in out
     assert "admm-nxm pack out -o out-packed\n" in out
-    assert "data    80 texts: fruit 40, metal 40" in err
+    assert err.startswith("model   ")
+    assert "data    80 texts: fruit 40, metal 40\nlabels  0 = fruit, 1 = metal\n" in err
     assert "60 to train, 20 to test" in err
     assert "prune   12 weights, 16,384 of" in err
     assert "step 40/40  loss" in err
@@ -122,10 +140,14 @@ def test_from_texts_to_a_packed_model_and_back(arguments, here, monkeypatch, cap
     assert names_in("back") == SAVED
     for name in SAVED:
         assert Path("back", name).read_bytes() == Path("out", name).read_bytes()
+    packed = Path("out-packed", "README.md").read_text()
+    assert "load_packed_model" in packed
+    assert packed.index("cannot read them") < packed.index("# out")
     texts = [text for text, _ in rows_of(80)]
     assert torch.equal(logits("back", texts), logits("out", texts))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_json_records_and_model_agree(arguments, capsys):
     status, told, err = call_json(capsys, *argv(arguments, seed=3))
     assert status == 0
@@ -172,12 +194,11 @@ def test_json_records_and_model_agree(arguments, capsys):
     assert tokenizer("apple")["input_ids"]
 
 
-def test_the_same_seed_gives_the_same_weights(arguments, capsys):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_another_seed_gives_other_weights(arguments, capsys):  # the same seed: see the runs that are resumed
+    for name, seed in (("a", 0), ("c", 1)):
         assert call(capsys, *argv(arguments, output=name, steps=4, seed=seed))[0] == 0
-    first, second, third = (Path(name, "model.safetensors").read_bytes() for name in "abc")
-    assert first == second
-    assert first != third
+    first, second = (Path(name, "model.safetensors").read_bytes() for name in "ac")
+    assert first != second
 
 
 @pytest.mark.parametrize("kind", ["tsv", "jsonl"])
@@ -203,7 +224,7 @@ def test_pairs_of_texts(arguments, here, capsys):
     command = argv(arguments, *pair, "--text-column", "third", data="pairs.csv", output="x")
     fails_at_once(capsys, command, ["--text-column is given 3 times"])
     command = argv(arguments, *pair, output="x")
-    fails_at_once(capsys, command, ["has no first and no second (columns: text, label)", "--text-column"])
+    fails_at_once(capsys, command, ["has no column 'first' and no column 'second'", "'text', 'label'", "--text-column"])
 
 
 def test_rules_choose_weights(arguments, capsys):
@@ -230,7 +251,7 @@ def test_texts_to_test_on_of_their_own(arguments, here, capsys):
     write(here / "test.jsonl", [("the fig", "plant")])
     fails_at_once(capsys, argv(arguments, eval_data="test.jsonl", output="x"), ["label 'plant'", "--data lacks"])
     write(here / "test.jsonl", [])
-    fails_at_once(capsys, argv(arguments, eval_data="test.jsonl", output="x"), ["--eval-data has no texts"])
+    fails_at_once(capsys, argv(arguments, eval_data="test.jsonl", output="x"), ["--eval-data test.jsonl is empty"])
     write(here / "test.jsonl", rows)
     fails_at_once(capsys, argv(arguments, eval_data="test.jsonl", output="x"), ["none is left to train on"])
     fails_at_once(capsys, argv(arguments, eval_data="no.csv", output="x"), ["--eval-data no.csv: no such file"])
@@ -247,12 +268,14 @@ def test_long_texts(tmp_path, kind):
     assert csv.field_size_limit() == before
 
 
-def test_steps_and_length_have_defaults(arguments, here, capsys):
+def test_steps_and_length_have_defaults(arguments, here, monkeypatch, capsys):
     write(here / "few.csv", rows_of(8))
-    status, told, _ = call_json(capsys, *argv(arguments, data="few.csv", steps=None, batch_size=2, max_length=6))
-    assert status == 0
-    assert told["settings"]["steps"] == 200
-    assert told["settings"]["max_length"] == 6
+    command = argv(arguments, data="few.csv", steps=None, batch_size=2, max_length=6)
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    status, _, err = call(capsys, *command)
+    assert status == 130
+    assert "budget  200 steps of 2 texts" in err
+    assert "distinct in their first 6 tokens" in err
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -261,6 +284,7 @@ def test_a_run_of_a_few_steps_says_so(arguments, capsys, steps):
     assert status == 0  # the weights are in the pattern all the same
     (few,) = told["notes"]
     assert few.startswith(f"{steps} steps are few: by default it would be 200")
+    assert few.endswith("give more --steps, or leave the option out")
     assert f"note    {few}\n" in err
     assert "Warning" not in err
     assert json.loads(Path("out/training.json").read_text())["notes"] == told["notes"]
@@ -373,9 +397,15 @@ def test_texts_behind_a_link_are_not_deleted(arguments, here, capsys, way):
 # ---------------------------------------------------------------------- bad input
 
 BAD_FILES = {
-    "text.csv": ("body,label\na,x\n", ["record 1 has no text (columns: body, label)", "--text-column"]),
-    "label.csv": ("text,topic\na,x\n", ["record 1 has no label (columns: text, topic)", "--label-column"]),
-    "blank.csv": ("text,label\napple,x\n  ,y\n", ["line 3: record 2 has no text"]),
+    "text.csv": ("body,label\na,x\n", ["has no column 'text'; ", "are 'body', 'label'", "--text-column"]),
+    "label.csv": ("text,topic\na,x\n", ["has no column 'label'; ", "are 'text', 'topic'", "--label-column"]),
+    "headless.csv": ("apple,x\npear,y\n", ["are 'apple', 'x'", "put a header above it: text,label"]),
+    "semicolons.csv": ("body;label\na;x\n", ["has no column 'text' and no column 'label'", "'body;label'"]),
+    "keys.jsonl": ('{"body": "a", "label": 1}\n', ["record 1 has no text (columns: body, label)", "--text-column"]),
+    "floats.csv": ("text,label\na,0.5\nb,1.25\n", ["numbers such as 0.5, and regression is not supported"]),
+    "header.csv": ("text,label\n", ["header.csv has no usable row below its header"]),
+    "spaces.jsonl": (" \n\n", ["spaces.jsonl is empty"]),
+    "blank.csv": ("text,label\napple,x\n  ,y\n", ["line 3: record 2 has no text", "--on-bad-row skip"]),
     "unnamed.tsv": ("text\tlabel\napple\t\n", ["line 2: record 1 has no label"]),
     "object.jsonl": ('{"text": {"a": 1}, "label": 1}\n', ["record 1 has an object as text"]),
     "list.jsonl": ('{"text": "a", "label": ["x"]}\n', ["record 1 has a list as label"]),
@@ -387,7 +417,7 @@ BAD_FILES = {
     "quotes.csv": ('text,label\nfine,x\n"a"b,x\n', ["quotes.csv, line 3: ", "quotation marks"]),
     "open.csv": ('text,label\n"a,x\nb,y\n', ["open.csv, line 2: ", "quotation marks"]),
     "twice.csv": ("text,text,label\na,b,x\n", ["has the column 'text' twice"]),
-    "empty.csv": ("", ["0 texts with the labels []"]),
+    "empty.csv": ("", ["empty.csv is empty; give a file with texts and labels"]),
     "one.csv": ("text,label\na,x\nb,x\n", ["2 texts with the labels ['x']; at least 2 different"]),
     "single.csv": (
         "text,label\napple,x\npear,x\ntin,y\ntin,y\n",
@@ -426,6 +456,9 @@ def fails_at_once(capsys, command, parts):
         ({"pattern": "4:2"}, ["--pattern: ", "'4:2'", 'write "2:4"']),
         ({"pattern": "2:7"}, ["layer.0.attention.self.query.weight' of shape (32, 32) cannot be pruned to 2:7"]),
         ({"model": "./nope/x"}, ["--model ./nope/x: no such folder (a folder or a hub name is needed)"]),
+        ({"model": "empty/tiny"}, ["--model empty/tiny: no such folder (a folder or a hub name is needed)"]),
+        ({"dtype": "int8"}, ["'--dtype': int8 is none of float32, bfloat16, float16"]),
+        ({"on_bad_row": "ask"}, ["'--on-bad-row': ask is none of error, skip"]),
         ({"model": "empty"}, ["--model empty", "a folder or a hub name is needed"]),
         ({"model": "untold"}, ["--model untold has no tokenizer"]),
         ({"model": "cut"}, ["--model cut: ", "; give another model"]),
@@ -485,11 +518,11 @@ def test_the_run_is_on_that_gpu_and_no_other(arguments, tmp_path, monkeypatch):
     def set_device(device):
         taken.append(torch.cuda._utils._get_device_index(device))  # refuses what the real one refuses
 
-    settings = types.SimpleNamespace(batch_size=8, lr=1e-4, seed=0)
+    settings = types.SimpleNamespace(batch_size=8, lr=1e-4, seed=0, dtype="float32", checkpoint_every=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    args = training._arguments(settings, 20, torch.device("cuda", 1), str(tmp_path))
+    args = training._arguments(settings, 20, torch.device("cuda", 1), tmp_path)
     assert taken[-1] == 1
     assert args.device == torch.device("cuda", 1)
     assert args.distributed_state.device == torch.device("cuda", 1)
@@ -512,13 +545,44 @@ def test_the_model_is_not_overwritten(arguments, model_folder, here, capsys):
     assert (here / "mine" / "config.json").is_file()
 
 
-def test_a_name_of_the_hub_without_a_network(arguments, monkeypatch, capsys):
-    def absent(name, **_):
-        raise OSError(f"We couldn't connect to the hub to load {name}.\nCheck your internet connection")
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_name_of_the_hub_without_a_network(arguments, model_folder, monkeypatch, capsys, cached):
+    """One question with a limit, and not the minute of retries that the loaders take."""
+    import admm_nxm.cli.classifier as classifier
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
-    parts = ["--model some/name: We couldn't connect to the hub", "(a folder or a hub name is needed)"]
-    fails_at_once(capsys, argv(arguments, model="some/name"), parts)
+    asked = []
+
+    def absent(self, name, timeout):
+        asked.append((name, timeout))
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(classifier.HfApi, "model_info", absent)
+    found = str(model_folder / "config.json") if cached else None
+    monkeypatch.setattr(classifier, "try_to_load_from_cache", lambda *_: found)
+    name = f"bert-{cached}"
+    if cached:  # what the cache has is loaded from there alone
+        loaded = []
+        monkeypatch.setattr(
+            transformers.AutoTokenizer, "from_pretrained", lambda *_, **options: loaded.append(options) or 1 / 0
+        )
+        assert call(capsys, *argv(arguments, model=name))[0] == 70
+        assert loaded[0]["local_files_only"] is True
+    else:
+        parts = [f"--model {name}: no such folder, and the hub cannot be reached: Name or service", "give a model"]
+        fails_at_once(capsys, argv(arguments, model=name), parts)
+    assert asked == [(name, 5.0)]
+
+
+def test_a_name_that_the_hub_does_not_know(arguments, monkeypatch, capsys):
+    import admm_nxm.cli.classifier as classifier
+
+    def unknown(self, name, timeout):
+        raise classifier.HFValidationError("no such name\nat all")
+
+    monkeypatch.setattr(classifier.HfApi, "model_info", unknown)
+    fails_at_once(
+        capsys, argv(arguments, model="bert-bse"), ["no such folder, and the hub has no such model", "no such name"]
+    )
 
 
 def test_weights_that_blow_up(arguments, here, capsys):
@@ -532,10 +596,10 @@ def test_weights_that_blow_up(arguments, here, capsys):
 def test_too_little_memory(arguments, monkeypatch, capsys):
     import admm_nxm.cli.training as training
 
-    def train(self):
+    def train(self, **_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
 
-    monkeypatch.setattr(training.ADMMTrainer, "train", train)
+    monkeypatch.setattr(training.SparseTrainer, "train", train)
     fails_at_once(capsys, argv(arguments), ["CUDA out of memory", "give a smaller --batch-size or --max-length"])
 
 
@@ -578,39 +642,251 @@ def test_progress_elsewhere_is_a_line_now_and_then(capsys):
 # ---------------------------------------------------------------------- as a process
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(
-    ("name", "status", "message"),
-    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
-)
-def test_interrupted_in_the_middle(arguments, here, name, status, message):
-    """Ctrl-C and its kin in a long run: one line, the status of an interrupted program, and nothing left behind."""
-    command = [sys.executable, "-m", "admm_nxm", *map(str, argv(arguments, steps=100_000))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    number = getattr(signal, name)
-    with subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-        # Whoever runs the tests in the background may have them ignore these signals, and their children with them.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    ) as running:
-        for line in running.stderr:
-            if line.startswith("step "):
-                break
-        running.send_signal(number)
-        out, err = running.communicate(timeout=120)
-    assert (running.returncode, out) == (status, "")
+def stop_at(monkeypatch, step, number):
+    """Have a signal come in that step of each run, once."""
+    from admm_nxm.cli.progress import StepProgress
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == step and stopped == []:
+            stopped.append(step)
+            signal.raise_signal(number)
+
+    stopped = []
+    monkeypatch.setattr(StepProgress, "on_step_begin", on_step_begin)
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder, tmp_path_factory):
+    """The output of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    write(folder / "texts.csv", rows_of(80))
+    options = {"--model": model_folder, "--data": folder / "texts.csv", "-o": folder / "out", "--device": "cpu"}
+    assert main([str(part) for part in argv({**options, "--steps": 20, "--batch-size": 8, "--lr": "5e-3"})]) == 0
+    return folder / "out"
+
+
+STOPPED = [(signal.SIGINT, 130, "interrupted", 3), (signal.SIGTERM, 143, "ended by SIGTERM", 16)]
+if hasattr(signal, "SIGHUP"):
+    STOPPED.append((signal.SIGHUP, 129, "ended by SIGHUP", 20))
+
+
+@pytest.mark.parametrize(("number", "status", "message", "step"), STOPPED)
+def test_a_run_that_is_stopped_keeps_a_checkpoint(
+    arguments, whole, here, monkeypatch, capsys, number, status, message, step
+):
+    """In the dense phase, in calibration and in the last step: what comes of it is the same to the bit."""
+    usual = signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    try:
+        stop_at(monkeypatch, step, number)
+        found, out, err = call(capsys, *argv(arguments, steps=20))
+    finally:
+        signal.signal(number, usual)
+    assert (found, out) == (status, "")
     assert err.splitlines()[-1] == f"admm-nxm: error: {message}"
-    assert "Traceback" not in err
+    assert f"kept    step {step} of 20 in out.run; --resume goes on from there\n" in err
+    assert sorted(path.name for path in here.iterdir()) == ["out.run", "texts.csv"]
+    fails(capsys, *argv(arguments, steps=20), parts=["out.run is there", "--resume", "--overwrite"])
+    found, _, err = call(capsys, *argv(arguments, "--resume", steps=20, lr=1e-3))
+    assert found == 2
+    assert "the run at out.run was begun with another --lr (0.005, and now 0.001)" in err
+    found, _, err = call(capsys, *argv(arguments, "--resume", steps=20))
+    assert found == 0
+    assert f"resume  from out.run/sparse/checkpoint-{step}\n" in err
+    assert (here / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    first, second = (Path(folder, "history.jsonl").read_text().splitlines() for folder in ("out", whole))
+    assert list(map(json.loads, first)) == list(map(json.loads, second))
+    assert sorted(path.name for path in here.iterdir()) == ["out", "texts.csv"]
+
+
+def test_a_second_signal_stops_at_once(arguments, here, monkeypatch, capsys):
+    from admm_nxm.cli.progress import StepProgress
+
+    def on_step_begin(self, args, state, control, **_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StepProgress, "on_step_begin", on_step_begin)
+    monkeypatch.setattr(StepProgress, "on_step_end", on_step_begin)
+    assert call(capsys, *argv(arguments))[0] == 130
     assert sorted(path.name for path in here.iterdir()) == ["texts.csv"]
 
 
-def test_stdout_of_a_process_is_one_object(arguments):
+def test_stopped_after_the_training(arguments, whole, monkeypatch, capsys):
+    import admm_nxm.cli.training as training
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accuracy_of", interrupted)
+        assert call(capsys, *argv(arguments, steps=20))[0] == 130
+    assert call(capsys, *argv(arguments, "--resume", steps=20))[0] == 0
+    assert Path("out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_checkpoints_now_and_then(arguments, here, monkeypatch, capsys):
+    """What a power cut would leave; --overwrite begins anew."""
+    import admm_nxm.cli.training as training
+
+    def cut(*_):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accuracy_of", cut)
+        assert call(capsys, *argv(arguments, steps=6, checkpoint_every=2))[0] == 70
+    assert [path.name for path in (here / "out.run/sparse").iterdir()] == ["checkpoint-6"]
+    assert call(capsys, *argv(arguments, "--overwrite", steps=2))[0] == 0
+    assert sorted(path.name for path in here.iterdir()) == ["out", "texts.csv"]
+    fails_at_once(capsys, argv(arguments, "--resume", output="x"), ["--resume: no run was stopped at x.run"])
+
+
+def test_a_full_disk_is_told_before_the_training(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=8_900_000))
+    parts = ["--output out: the model and its checkpoints take 9 MB, and 9 MB are free there", "make room"]
+    fails_at_once(capsys, argv(arguments, checkpoint_every=2), parts)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+    fails_at_once(capsys, argv(arguments), ["the model takes 8 MB, and 1 MB are free there"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of POSIX")
+def test_a_disk_that_fills_up_meanwhile(arguments, here, tmp_path_factory, monkeypatch, capsys):
+    """A failed save, by a real limit on the size of files: the trained weights are kept elsewhere."""
+    import resource
+
+    import admm_nxm.cli.saving as saving
+
+    real, limit = saving._write_model, resource.getrlimit(resource.RLIMIT_FSIZE)
+    spare = tmp_path_factory.mktemp("spare")
+
+    def full(folder, trained):
+        if folder.resolve().is_relative_to(here):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        try:
+            real(folder, trained)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(saving, "_write_model", full)
+    monkeypatch.setattr(saving.tempfile, "gettempdir", lambda: str(spare))
+    status, out, err = call(capsys, *argv(arguments, steps=4))
+    assert (status, out) == (2, "")
+    error = err.splitlines()[-1]
+    assert error.startswith("admm-nxm: error: --output out could not be written: ")
+    assert "File too large" in error
+    kept = Path(error.rpartition("the trained model is kept in ")[2])
+    assert kept.parent == spare
+    assert verify(kept).ok
+    assert sorted(path.name for path in here.iterdir()) == ["texts.csv"]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(arguments, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", full)
+    status, _, err = call(capsys, *argv(arguments, steps=4, checkpoint_every=3))
+    assert status == 0
+    assert "note    no checkpoint of step 3 could be written: PytorchStreamWriter failed" in err
+
+
+# ---------------------------------------------------------------------- dense, dtype, eval
+
+
+def test_a_dense_run_beside_the_sparse_one(arguments, monkeypatch, capsys):
+    """Both from the same start, on the same texts; stopped between the two, the first is not done again."""
+    stop_at(monkeypatch, 4, signal.SIGINT)
+    status, _, err = call(capsys, *argv(arguments, "--compare-dense"))
+    assert (status, "kept    step 4 of 40" in err) == (130, True)
+    status, told, err = call_json(capsys, *argv(arguments, "--compare-dense", "--resume"))
+    assert (status, told["ok"]) == (0, True)
+    assert "resume  from out.run/dense/checkpoint-4" in err
+    assert told["dense_accuracy"]["total"] == told["accuracy"]["total"] == 20
+    assert told["dense_accuracy"]["correct"] >= 16
+    assert "A dense run with the same settings: " in Path("out/README.md").read_text()
+    assert verify("out").sparsity == 0.5
+
+    status, out, _ = call(capsys, *argv(arguments, "--dense", output="dense"))
+    assert status == 0
+    assert "pruned" not in out
+    assert "verify" not in out
+    share = told["dense_accuracy"]["share"]
+    assert f"accuracy  {share:.1%}: " in out
+    assert names_in("dense") == {name for name in SAVED if not name.endswith(".svg")} - {"admm_nxm.json"}
+    assert not verify("dense").ok
+    for flags in (("--compare-dense",), ("--pattern", "2:4")):
+        fails(
+            capsys,
+            *argv(arguments, "--dense", *flags, output="x"),
+            parts=[f"--dense prunes nothing, and excludes {flags[0]}"],
+        )
+
+
+def test_sixteen_bits_for_sparse_tensor_cores(arguments, here, capsys):
+    status, out, _ = call(capsys, *argv(arguments, dtype="bfloat16", steps=4))
+    assert status == 0
+    assert "use       sparse tensor cores can take 12 of 12 weights, by admm_nxm.export.to_semi_structured" in out
+    assert call_json(capsys, "report", "out")[1]["totals"]["tensor_cores"]["weights"] == 12
+    assert load("out")[0].dtype == torch.bfloat16
+    # The accuracy is that of what is saved: eval finds it again on the same texts.
+    write(here / "test.csv", rows_of(80))
+    status, told, _ = call_json(capsys, *argv(arguments, eval_data="test.csv", dtype="bfloat16", steps=4, output="b"))
+    assert status == 2  # all texts are in both files
+    rows = rows_of(80)
+    write(here / "test.csv", rows[:20])
+    status, told, _ = call_json(capsys, *argv(arguments, eval_data="test.csv", dtype="bfloat16", steps=4, output="b"))
+    assert status == 0
+    assert call(capsys, "pack", "b", "-o", "packed")[0] == 0
+    for folder in ("b", "packed"):
+        status, tested, _ = call_json(capsys, "eval", folder, "--data", "test.csv", "--device", "cpu")
+        assert (status, tested["max_length"]) == (0, 64)
+        texts = len({text for text, _ in rows[:20]})
+        if texts == 20:
+            assert tested["accuracy"]["correct"] == told["accuracy"]["correct"]
+    assert sorted(path.name for path in here.iterdir()) == ["b", "out", "packed", "test.csv", "texts.csv"]
+
+    write(here / "test.csv", [("the fig", "plant")])
+    fails_at_once(
+        capsys, ["eval", "b", "--data", "test.csv"], ["label 'plant'", "the model lacks (it has fruit, metal)"]
+    )
+    fails(capsys, "eval", "nowhere", "--data", "test.csv", parts=["nowhere: no such folder"])
+
+
+def test_eval_needs_a_classifier(arguments, model_folder, here, capsys):
+    parts = ["is no trained classifier: ", "weights would start at random", "make one of it with admm-nxm train"]
+    fails(capsys, "eval", model_folder, "--data", "texts.csv", parts=parts)
+
+
+def test_whole_numbers_are_labels_in_their_order(arguments, here, capsys):
+    """As text they would be 0, 1, 10, 11, 2; 1.0 is what a table makes of 1."""
+    rows = [(f"{text} {'pear ' * (i % 12)}", i % 12) for i, (text, _) in enumerate(rows_of(80))]
+    write(here / "many.csv", [(text, float(label)) for text, label in rows])
+    status, told, err = call_json(capsys, *argv(arguments, data="many.csv", steps=2))
+    assert status == 0
+    assert told["data"]["labels"] == [str(i) for i in range(12)]
+    assert "labels  0 = 0, 1 = 1, 2 = 2, 3 = 3" in err
+    assert load("out")[0].config.id2label == {i: str(i) for i in range(12)}
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path):
+    from admm_nxm.cli.texts import Columns, read_file
+
+    said = []
+    columns = Columns(on_bad_row="skip")
+    table = 'text;label\nfig;x\n;y\na;b;c\n"a"b;x\npear;y\n'
+    (tmp_path / "rows.csv").write_text(table)
+    assert read_file(tmp_path / "rows.csv", columns, tell=said.append) == [("fig", "x"), ("pear", "y")]
+    assert said[0] == "the columns are separated by semicolons"
+    assert said[1].startswith("3 of 5 rows skipped, the first as: ")
+    assert "line 3: record 2 has no text" in said[1]
+    (tmp_path / "rows.jsonl").write_text('{"text": "fig", "label": 1}\n{"text": \n[]\n')
+    assert read_file(tmp_path / "rows.jsonl", columns, tell=said.append) == [("fig", "1")]
+    assert said[2].startswith("2 of 3 rows skipped")
+
+
+def test_a_process_says_nothing_but_its_own(arguments):
+    """One object on stdout, and on stderr no line of another package before ours, or after."""
     done = process(*argv(arguments, "--json", steps=4))
     assert done.returncode == 0
     assert json.loads(done.stdout)["ok"] is True
-    assert "\x1b" not in done.stderr
-    assert "{'loss'" not in done.stderr
+    words = ("model", "data", "labels", "prune", "budget", "step", "note", "")
+    assert {line.partition(" ")[0] for line in done.stderr.splitlines()} == set(words)
+    assert done.stderr.startswith("model ")

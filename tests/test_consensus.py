@@ -37,7 +37,7 @@ def test_a_run_starts_from_the_projected_weight_and_a_dual_of_zero(dtype: torch.
     w = w.to(dtype)
     before = w.clone()
     v = admm.initial(w, *GROUPING)
-    assert same_bits(admm.auxiliary(v, *GROUPING), project(w, *GROUPING))
+    assert same_bits(project(v, *GROUPING), project(w, *GROUPING))
     assert same_bits(admm.dual(v, *GROUPING), torch.zeros_like(w))  # +0.0: it is added to weights
     v.fill_(7.0)
     assert same_bits(w, before)
@@ -51,7 +51,7 @@ def test_the_first_state_lies_in_memory_as_the_weight_does(w: Tensor) -> None:
 def test_all_three_are_read_off_the_one_buffer(w: Tensor, u: Tensor) -> None:
     v, z, dual = state(w, u)
     assert torch.equal(keep_mask(v, *GROUPING), keep_mask(w + u, *GROUPING))
-    assert torch.equal(admm.auxiliary(v, *GROUPING), z)
+    assert torch.equal(project(v, *GROUPING), z)
     assert torch.equal(admm.dual(v, *GROUPING), dual)
     assert dual.any()
 
@@ -82,7 +82,7 @@ def test_one_update_is_that_of_z_and_u_kept_apart(with_dual: bool, scale: float,
     figures = admm.advance(moved, v, *GROUPING, with_dual=with_dual, dual_scale=scale)
     a = moved + dual
     z = project(a, *GROUPING)
-    assert torch.equal(admm.auxiliary(v, *GROUPING), z)
+    assert torch.equal(project(v, *GROUPING), z)
     assert torch.equal(admm.dual(v, *GROUPING), scale * (a - z) if with_dual else torch.zeros_like(a))
     gained = int((keep_mask(a, *GROUPING) & (old_z == 0)).sum())
     assert gained > 0
@@ -112,7 +112,7 @@ def test_penalty_is_added_to_the_gradient_and_nothing_where_w_is_v(dtype: torch.
 def test_rescaling_scales_the_dual_and_leaves_z(w: Tensor, u: Tensor) -> None:
     v, z, dual = state(w, u)
     admm.rescale(v, *GROUPING, 0.25)
-    assert torch.equal(admm.auxiliary(v, *GROUPING), z)
+    assert torch.equal(project(v, *GROUPING), z)
     assert torch.equal(admm.dual(v, *GROUPING), 0.25 * dual)
 
 

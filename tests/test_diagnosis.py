@@ -42,7 +42,7 @@ def test_a_run_that_ends_before_its_solve_says_what_was_done_instead(ending: End
 
 
 def test_a_run_whose_solve_failed_is_not_told_to_train_longer() -> None:
-    text = diagnose(replace(EARLY, step=36, by_magnitude=1))
+    text = diagnose(replace(EARLY, step=36, by_magnitude=1, calibrated=EARLY.calibration_steps))
     assert text is not None
     assert "after step 34, but the solve had failed: 1 weight was pruned by magnitude" in text
     assert "train to the end" not in text

@@ -414,6 +414,21 @@ def test_finalize_after_a_failed_solve_prunes_by_magnitude_and_points_to_the_err
         assert optimizer.finalize().ok
 
 
+def test_a_run_that_was_resumed_with_its_solve_behind_it_says_so_and_the_remedy_works() -> None:
+    net = make_net()
+    first = exact(net)
+    train(net, first, 20)
+    shorter, longer = exact(net, total_steps=15, calibration_steps=3), exact(net, total_steps=23, calibration_steps=3)
+    state = first.state_dict()
+    longer.load_state_dict(state)
+    train(net, longer, 3, start=20)
+    assert longer.frozen
+    shorter.load_state_dict(state)
+    said = r"after step 12, which was behind it when it was resumed.*Remedy: give a longer total_steps: at least 3 more"
+    with pytest.warns(ConvergenceWarning, match=said):
+        assert shorter.finalize().ok
+
+
 def test_hooks_that_never_fire_are_an_error_at_the_first_calibration_step() -> None:
     net = make_net()
     optimizer = exact(net)

@@ -21,7 +21,7 @@ from torch import Tensor
 from admm_nxm import project, verify
 from admm_nxm.io.files import atomic_file, atomic_folder, open_checkpoint, refuse_existing, written_anew
 from admm_nxm.io.packed import pack
-from admm_nxm.io.prune import prune
+from admm_nxm.io.prune import prune_files
 from admm_nxm.io.tensor_files import CODE_OF, DTYPES, Stored, bytes_in, bytes_of, read_header, write_file
 from tests.helpers import same_bits
 
@@ -731,7 +731,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("write", [prune, pack])
+@pytest.mark.parametrize("write", [prune_files, pack])
 def test_further_copies_of_the_weights_are_left_out_and_named(write: Any, tmp_path: Path) -> None:
     for name in (*COPIES, *KEPT):
         (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -741,7 +741,10 @@ def test_further_copies_of_the_weights_are_left_out_and_named(write: Any, tmp_pa
     assert list(report.left_out) == COPIES
     assert f": {', '.join(COPIES)}\n" in str(report)
     written = {path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*") if path.is_file()}
-    assert written - {"admm_nxm.json"} == {*KEPT, "model.safetensors" if write is prune else "model.packed.safetensors"}
+    assert written - {"admm_nxm.json"} == {
+        *KEPT,
+        "model.safetensors" if write is prune_files else "model.packed.safetensors",
+    }
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from admm_nxm import ADMMNxM, Pattern, SelectedWeight, Selection, SparsityViolat
 from admm_nxm.io.files import open_checkpoint
 from admm_nxm.io.packed import load_packed, load_packed_model, pack, unpack
 from admm_nxm.io.packing import Layout
-from admm_nxm.io.prune import project_files
+from admm_nxm.io.prune import prune_files
 from admm_nxm.selection import select_weights
 from tests.helpers import assert_same_weights, make_net, same_bits, train
 from tests.test_files import listing
@@ -51,7 +51,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @given(st.lists(sparse_tensors(), min_size=1, max_size=3), st.dictionaries(st.text(max_size=4), st.text(max_size=4)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_file_comes_back_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[Tensor, Pattern, int]], metadata: dict[str, str]
 ) -> None:
@@ -517,9 +517,9 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
 def test_a_report_prints_as_a_table(tmp_path: Path) -> None:
     report = pack({NAME: sparse(4, 8).bfloat16(), BESIDE: torch.ones(8)}, tmp_path / "p")
     assert str(report).split("\n") == [
-        "weight              shape  pattern  dtype     bytes before  bytes after  ratio",
-        "------------------  -----  -------  --------  ------------  -----------  -----",
-        "layers.0.fc.weight  4x8    2:4      bfloat16            64           36  56.2%",
+        "weights             number  shape  pattern  dtype     bytes  packed  ratio",
+        "------------------  ------  -----  -------  --------  -----  ------  -----",
+        "layers.0.fc.weight       1  4x8    2:4      bfloat16     64      36  56.2%",
         "1 weights packed to 56.2% of their size",
         "all tensors: 96 bytes before, 68 after (70.8%)",
     ]
@@ -570,7 +570,7 @@ def test_what_exists_is_kept_unless_overwriting_is_allowed(tmp_path: Path) -> No
 def test_a_file_is_never_written_in_its_own_place(tmp_path: Path) -> None:
     packed, dense = packed_and_dense(tmp_path)
     before = listing(tmp_path)
-    for function, place in ((pack, dense), (unpack, packed), (project_files, dense)):
+    for function, place in ((pack, dense), (unpack, packed), (prune_files, dense)):
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=rf"{place.name} is what is read; write to another file"):
                 function(place, place, overwrite=overwrite)
@@ -644,7 +644,7 @@ def test_a_file_without_a_config_is_no_model(tmp_path: Path) -> None:
 
 def test_without_transformers_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'transformers is needed for this; run: pip install "admm-nxm\[hf\]"'):
+    with pytest.raises(ImportError, match=r'transformers is needed for this; run in .*: pip install "\.\[hf\]"'):
         load_packed_model(tmp_path, object)
 
 
@@ -656,7 +656,7 @@ def test_without_transformers_the_remedy_is_named(tmp_path: Path, monkeypatch: p
 def test_weights_of_a_wrapped_model_are_pruned(form: str, rules: Any, tmp_path: Path) -> None:
     tensors = {form.format(k, part): torch.randn(8, 8) for k in (0, 1) for part in ("weight", "bias2d")}
     save_file(tensors, tmp_path / "a")
-    report = project_files(tmp_path / "a", tmp_path / "b", select=rules)
+    report = prune_files(tmp_path / "a", tmp_path / "b", select=rules)
     assert report.ok
     assert [w.name for w in report] == ["layers.0.fc.weight", "layers.1.fc.weight"]
     expected = {name: project(t, "2:4") if name.endswith("weight") else t for name, t in tensors.items()}
@@ -670,7 +670,7 @@ def test_a_selection_is_pruned_under_each_name_of_a_tied_weight(tmp_path: Path) 
         SelectedWeight("a.weight", (8, 8), Pattern(1, 4), 0, ("gone.weight", "b.weight")),
         SelectedWeight("c.weight", (8, 8), Pattern(2, 8), 1),
     )
-    report = project_files(tmp_path / "a", tmp_path / "b", select=Selection(weights, ()))
+    report = prune_files(tmp_path / "a", tmp_path / "b", select=Selection(weights, ()))
     assert [(w.name, str(w.pattern), w.dim, w.ok) for w in report] == [
         ("a.weight", "1:4", 0, True),
         ("c.weight", "2:8", 1, True),
@@ -693,7 +693,7 @@ def test_a_selection_that_does_not_fit_is_refused_with_the_weight(
 ) -> None:
     save_file({"w": value}, tmp_path / "a")
     with pytest.raises(ValueError, match=message):
-        project_files(
+        prune_files(
             tmp_path / "a", tmp_path / "b", select=Selection((SelectedWeight("w", shape, Pattern(2, 4), 1),), ())
         )
     assert not (tmp_path / "b").exists()
@@ -703,14 +703,14 @@ def test_the_second_name_of_a_tied_weight_must_fit_as_well(tmp_path: Path) -> No
     save_file({"a": torch.ones(4, 8), "b": torch.ones(8, 8)}, tmp_path / "a")
     selection = Selection((SelectedWeight("a", (4, 8), Pattern(2, 4), 1, ("b",)),), ())
     with pytest.raises(ValueError, match=r"weight 'b' of shape \(8, 8\) cannot be pruned to 2:4: the selection gives"):
-        project_files(tmp_path / "a", tmp_path / "b", select=selection)
+        prune_files(tmp_path / "a", tmp_path / "b", select=selection)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.bfloat16])
 def test_weights_of_few_bits_are_pruned(dtype: torch.dtype, tmp_path: Path) -> None:
     w = torch.randn(8, 16).to(dtype)
     save_file({NAME: w}, tmp_path / "a")
-    assert project_files(tmp_path / "a", tmp_path / "b").sparsity >= 0.5
+    assert prune_files(tmp_path / "a", tmp_path / "b").sparsity >= 0.5
     pruned_weight = load_file(tmp_path / "b")[NAME]
     assert pruned_weight.dtype == dtype
     assert same_bits(pruned_weight.to(torch.float32), project(w.to(torch.float32), "2:4"))
@@ -721,10 +721,10 @@ def test_errors_of_pruning_advise_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"cannot be pruned to 2:4: .*choose another pattern, or leave it dense by a select rule$"
     ):
-        project_files(tmp_path / "a", tmp_path / "b")
+        prune_files(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("function", [pack, unpack, project_files])
+@pytest.mark.parametrize("function", [pack, unpack, prune_files])
 def test_a_folder_is_copied_without_version_control(function: Any, tmp_path: Path) -> None:
     (tmp_path / "a" / ".git").mkdir(parents=True)
     (tmp_path / "a" / ".git" / "HEAD").write_bytes(b"ref")
@@ -736,7 +736,7 @@ def test_a_folder_is_copied_without_version_control(function: Any, tmp_path: Pat
         save_file({NAME: sparse(4, 8)}, tmp_path / "a" / "model.safetensors")
     function(tmp_path / "a", tmp_path / "b")
     model = "model.packed.safetensors" if function is pack else "model.safetensors"
-    record = ["admm_nxm.json"] if function is project_files else []
+    record = ["admm_nxm.json"] if function is prune_files else []
     assert sorted(listing(tmp_path / "b")) == [*record, "config.json", model]
 
 
@@ -773,14 +773,14 @@ print(peak)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    tensors = {f"layers.{k}.fc.weight": sparse(512, 1024) for k in range(80)}
+    tensors = {f"layers.{k}.fc.weight": sparse(512, 1024) for k in range(40)}
     largest = 4 * 512 * 1024
     save_file(tensors, tmp_path / "a")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
-    # A quarter of the file: what a few of them take on the way, and what Python and torch allocate for themselves.
+    # Half of the file: what a few of them take on the way, and what Python and torch allocate for themselves.
     assert int(done.stdout) < 20 * largest
 
 
@@ -801,7 +801,7 @@ def test_a_folder_does_not_take_the_name_of_a_file(tmp_path: Path) -> None:
     source = tmp_path / "dense"
     source.mkdir()
     save_file({NAME: sparse(8, 16)}, source / "model.safetensors")
-    for write in (pack, project_files):
+    for write in (pack, prune_files):
         with pytest.raises(ValueError, match=r"out\.safetensors is to be a folder"):
             write(source, tmp_path / "out.safetensors", "2:4")
     assert sorted(listing(tmp_path)) == ["dense", "dense/model.safetensors"]

@@ -123,7 +123,7 @@ def sparse_tensors(draw: st.DrawFn, patterns: list[str] = PATTERNS) -> tuple[Ten
 
 
 @given(sparse_tensors())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_round_trip_keeps_every_bit(case: tuple[Tensor, Pattern, int]) -> None:
     w, pattern, dim = case
     before = bits_of(w).clone()
@@ -135,7 +135,7 @@ def test_a_round_trip_keeps_every_bit(case: tuple[Tensor, Pattern, int]) -> None
 
 
 @given(sparse_tensors())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_what_is_stored_is_what_the_format_says(case: tuple[Tensor, Pattern, int]) -> None:
     w, pattern, dim = case
     packed = pack_tensor(w, pattern, dim)
@@ -148,7 +148,7 @@ def test_what_is_stored_is_what_the_format_says(case: tuple[Tensor, Pattern, int
 
 
 @given(sparse_tensors())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_size_is_that_of_the_formula(case: tuple[Tensor, Pattern, int]) -> None:
     w, pattern, dim = case
     packed = pack_tensor(w, pattern, dim)
@@ -321,7 +321,7 @@ ENTRY = {"pattern": "2:4", "shape": [4, 8], "dim": 1, "dtype": "BF16", "places":
 
 
 @given(sparse_tensors(), st.text(max_size=8), st.text(max_size=8))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_metadata_survives_its_text(case: tuple[Tensor, Pattern, int], name: str, alias: str) -> None:
     w, pattern, dim = case
     packed = Packed({name: pack_tensor(w, pattern, dim).layout}, {alias: name})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -110,7 +110,7 @@ STAIRS = st.builds(
 
 
 @given(pattern=PATTERNS, rho=STAIRS, every=UPDATES, prune_at=st.integers(1, 16), data=st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_any_run_in_numbers_that_need_no_rounding_equals_the_reference_bit_for_bit(
     pattern: Pattern, rho: Stairs, every: Every, prune_at: int, data: st.DataObject
 ) -> None:
@@ -134,7 +134,7 @@ def test_any_run_in_numbers_that_need_no_rounding_equals_the_reference_bit_for_b
     prune_at=st.integers(1, 16),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_z_u_and_the_mask_of_given_weights_equal_the_reference_bit_for_bit(
     dtype: torch.dtype, pattern: Pattern, low: float, rise: float, every: Every, prune_at: int, seed: int
 ) -> None:

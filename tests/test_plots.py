@@ -94,7 +94,7 @@ def test_phases_and_the_solve():
     assert list(panels(figure)) == ["loss", "share of zeros"]
     for axes in figure.axes:
         assert spans(axes) == {"dense": (1, 6), "calibration": (6, 8), "frozen": (8, 10)}
-        assert list(line(axes, "weights pruned after step 8, model error 0.0123").get_xdata()) == [8, 8]
+        assert list(line(axes, "weights pruned after step 8, model error 0.012").get_xdata()) == [8, 8]
     assert {"dense", "calibration", "frozen"} < set(legend(figure))
     # The step of the solve is exact, however seldom somebody read.
     seldom = plot_history([row for row in rows if row["step"] in (1, 10)])
@@ -134,7 +134,7 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend():
 
 def test_live_run_saved_run_and_checkpoint_give_the_same_picture(tmp_path):
     net = make_net()
-    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, prune_at=0), log_history())
+    recorder = Recorder(ADMMNxM(torch.optim.SGD(net.parameters()), net, total_steps=40), log_history())
     saved = recorder.save(tmp_path / "h.jsonl")
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": recorder.rows}))
@@ -658,6 +658,6 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch, call):
     }
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(ImportError, match=r'run: pip install "admm-nxm\[plots\]"') as caught:
+    with pytest.raises(ImportError, match=r'repository: pip install "\.\[plots\]"') as caught:
         calls[call]()
     assert "\n" not in str(caught.value)

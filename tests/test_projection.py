@@ -66,7 +66,6 @@ def groups_of(values: list, group: int) -> list[list]:
 
 
 @given(finite_case())
-@settings(deadline=None)
 def test_the_result_is_feasible(case: tuple[Tensor, Pattern]) -> None:
     w, pattern = case
     for group in groups_of(listed(project(w, pattern)), pattern.group):
@@ -74,14 +73,12 @@ def test_the_result_is_feasible(case: tuple[Tensor, Pattern]) -> None:
 
 
 @given(st.sampled_from(DTYPES), patterns, st.data())
-@settings(deadline=None)
 def test_projecting_twice_changes_no_bit(dtype: torch.dtype, pattern: Pattern, data: st.DataObject) -> None:
     once = project(data.draw(weights(dtype, pattern)), pattern)
     assert same_bits(project(once, pattern), once)
 
 
 @given(finite_case(small_patterns))
-@settings(deadline=None)
 def test_no_feasible_point_is_nearer(case: tuple[Tensor, Pattern]) -> None:
     w, pattern = case
     z = listed(project(w, pattern))
@@ -93,7 +90,7 @@ def test_no_feasible_point_is_nearer(case: tuple[Tensor, Pattern]) -> None:
 
 
 @given(st.sampled_from(DTYPES), patterns, st.data())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_mask_and_projection_equal_the_reference_bit_for_bit(
     dtype: torch.dtype, pattern: Pattern, data: st.DataObject
 ) -> None:
@@ -103,7 +100,6 @@ def test_mask_and_projection_equal_the_reference_bit_for_bit(
 
 
 @given(st.sampled_from(FLOAT8), patterns, st.data())
-@settings(deadline=None)
 def test_eight_bit_floats_equal_the_reference(dtype: torch.dtype, pattern: Pattern, data: st.DataObject) -> None:
     w = data.draw(weights(dtype, pattern))
     assert keep_mask(w, pattern).tolist() == keep_list(listed(w), pattern)
@@ -111,7 +107,6 @@ def test_eight_bit_floats_equal_the_reference(dtype: torch.dtype, pattern: Patte
 
 
 @given(st.integers(1, 100), st.data())
-@settings(deadline=None)
 def test_both_ranking_algorithms_agree(group: int, data: st.DataObject) -> None:
     pattern = Pattern(data.draw(st.integers(1, group)), group)
     w = data.draw(weights(torch.float32, pattern))
@@ -123,7 +118,6 @@ def test_both_ranking_algorithms_agree(group: int, data: st.DataObject) -> None:
 
 
 @given(st.sampled_from(DTYPES + FLOAT8), patterns, st.data())
-@settings(deadline=None)
 def test_each_group_keeps_exactly_as_many_as_the_pattern_says(
     dtype: torch.dtype, pattern: Pattern, data: st.DataObject
 ) -> None:
@@ -163,7 +157,6 @@ def test_denormals_keep_their_order_where_the_processor_flushes_them() -> None:
 
 
 @given(st.lists(st.floats(2.0**-10, 2.0**10, width=32), min_size=16, max_size=16), st.data())
-@settings(deadline=None)
 def test_a_power_of_two_scales_the_projection_exactly(values: list[float], data: st.DataObject) -> None:
     signs = data.draw(st.lists(st.sampled_from([-1.0, 1.0]), min_size=16, max_size=16))
     scale = 2.0 ** data.draw(st.integers(-40, 40)) * data.draw(st.sampled_from([-1, 1]))
@@ -219,7 +212,6 @@ def test_dimension_and_memory_layout_do_not_matter(layout: str, dim: int, patter
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), patterns, st.data())
-@settings(deadline=None)
 def test_rearranging_other_dimensions_rearranges_the_mask(
     shape: list[int], pattern: Pattern, data: st.DataObject
 ) -> None:

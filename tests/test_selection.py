@@ -1026,7 +1026,7 @@ def test_a_weight_held_by_a_parametrization_is_an_error_and_the_remedy_works(kin
         ValueError, match=r"weight 'blocks\.0\.up\.weight' of shape \(16, 8\) cannot be pruned"
     ) as caught:
         select_weights(model())
-    assert "makes it anew in every pass" in str(caught.value)
+    assert "computes it again in every pass" in str(caught.value)
     if source == "module":
         assert what in str(caught.value)
         assert remedy in str(caught.value)

@@ -19,7 +19,7 @@ from admm_nxm import Pattern, SelectedWeight, Selection, SkippedWeight, model_re
 from admm_nxm.cli import main
 from admm_nxm.io.files import open_checkpoint
 from admm_nxm.io.packed import load_packed, pack, unpack
-from admm_nxm.io.prune import project_files
+from admm_nxm.io.prune import prune_files
 from admm_nxm.io.selection_record import (
     read_selection,
     record_selection,
@@ -249,17 +249,17 @@ def test_prune_records_what_it_did(shards: bool, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     in_a_folder(tmp_path / "a", shards=shards)
     rules = {r"blocks\.1\..*": "1:8"}
-    project_files(tmp_path / "a", tmp_path / "b", select=rules)
+    prune_files(tmp_path / "a", tmp_path / "b", select=rules)
     report = verify(tmp_path / "b")
     assert (report.ok, counted(report)) == (True, {f"blocks.1.{part}.weight": "1:8" for part in ("up", "down")})
 
 
 def test_prune_records_in_the_metadata_of_a_file(tmp_path: Path) -> None:
     in_a_file(tmp_path / "a.safetensors")
-    project_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", select={r"blocks\.1\..*": "1:8"})
+    prune_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors", select={r"blocks\.1\..*": "1:8"})
     assert set(counted(verify(tmp_path / "b.safetensors")).values()) == {"1:8"}
     save_file(make_net().state_dict(), tmp_path / "c.safetensors")
-    project_files(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "1:4")
+    prune_files(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "1:4")
     assert verify(tmp_path / "d.safetensors").ok
     assert set(counted(verify(tmp_path / "d.safetensors")).values()) == {"1:4"}
     with safe_open(tmp_path / "d.safetensors", "pt") as file:
@@ -269,7 +269,7 @@ def test_prune_records_in_the_metadata_of_a_file(tmp_path: Path) -> None:
 def test_files_pruned_within_a_folder_do_not_keep_a_stale_record(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     in_a_file(tmp_path / "a" / "model.safetensors")
-    project_files(tmp_path / "a", tmp_path / "b", "1:4")
+    prune_files(tmp_path / "a", tmp_path / "b", "1:4")
     assert set(counted(verify(tmp_path / "b")).values()) == {"1:4"}
 
 

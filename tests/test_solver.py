@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from admm_nxm import solver
 from admm_nxm.pattern import Pattern
@@ -18,7 +21,7 @@ from admm_nxm.reference import solve_by_loops
 from admm_nxm.solver import Factor, factorise, model_error, solve
 
 PATTERNS = ("2:4", "1:4", "1:2", "3:4")
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 def random(seed: int) -> torch.Generator:
@@ -316,6 +319,48 @@ def test_no_eigendecomposition_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     with pytest.raises(ValueError, match="no eigendecomposition"):
         factorise(problem(11)[1], 0.01)
+
+
+# A device without float64 -------------------------------------------------------------------------------------------
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Makes a float64 tensor only of another one, or of one that ``Tensor.cpu`` has returned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.on_cpu: list[Tensor] = []
+        monkeypatch.setattr(Tensor, "cpu", lambda t: self.on_cpu.append(t.clone()) or self.on_cpu[-1])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        allowed = any(t.dtype == torch.float64 or any(t is moved for moved in self.on_cpu) for t in given)
+        if not allowed and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(result)):
+            raise TypeError("the device has no float64")
+        return result
+
+
+def test_a_device_without_float64_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, a, g = problem(13)
+    eigh = torch.linalg.eigh
+
+    def in_float64(m: Tensor) -> tuple[Tensor, Tensor]:
+        if m.dtype != torch.float64:
+            raise NotImplementedError("not on this device")
+        return eigh(m)
+
+    monkeypatch.setattr(torch.linalg, "eigh", in_float64)
+    wanted = solve(weight, "2:4", a, g), solve(weight, "2:4", torch.eye(16)), solve(weight, "2:4", None)
+    error = model_error(weight, wanted[0].weight, a, g)
+    with WithoutFloat64(monkeypatch), pytest.raises(TypeError, match="no float64"):
+        weight.double()
+    with WithoutFloat64(monkeypatch):
+        found = solve(weight, "2:4", a, g), solve(weight, "2:4", torch.eye(16)), solve(weight, "2:4", None)
+        assert model_error(weight, found[0].weight, a, g) == error
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert one.error == other.error
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -171,7 +171,6 @@ def sparse_weights(draw: st.DrawFn) -> tuple[Tensor, Pattern, int]:
 
 
 @given(sparse_weights())
-@settings(deadline=None)
 def test_counts_equal_a_loop_over_all_groups(case: tuple[Tensor, Pattern, int]) -> None:
     w, pattern, dim = case
     rows = w.movedim(dim, -1).reshape(-1, pattern.group).tolist()
@@ -429,14 +428,27 @@ def test_a_report_prints_as_a_table_with_a_verdict() -> None:
     report = two_bad_of_three()
     assert [weight.name for weight in report] == ["a", "long.name", "c"]
     assert str(report).split("\n") == [
-        "weight     shape  pattern  zeros   groups  bad groups",
-        "---------  -----  -------  ------  ------  ----------",
-        "a          4x8    2:4      50.00%       8           0",
-        "long.name  2x8    1:4      12.50%       4           3",
-        "c          8x2    2:4      37.50%       4           1",
+        "weights    number  shape  pattern  zeros   groups  bad groups",
+        "---------  ------  -----  -------  ------  ------  ----------",
+        "a               1  4x8    2:4      50.00%       8           0",
+        "long.name       1  2x8    1:4      12.50%       4           3",
+        "c               1  8x2    2:4      37.50%       4           1",
         "not covered: odd (its width is odd)",
         "3 weights, 37.50% zeros, pattern VIOLATED by 2 of 3 weights",
     ]
+
+
+def test_weights_of_all_blocks_share_a_line_unless_each_is_wanted() -> None:
+    report = verify(pruned(make_net()))
+    assert [line.split()[:2] for line in str(report).splitlines()[2:-1]] == [
+        ["blocks.*.up.weight", "2"],
+        ["blocks.*.down.weight", "2"],
+    ]
+    rows = report.to_text(per_weight=True, width=60).splitlines()[2:-1]
+    assert [row.split()[0].lstrip("…") for row in rows] == [
+        w.name[-len(row.split()[0].lstrip("…")) :] for w, row in zip(report, rows, strict=True)
+    ]
+    assert all(len(row) <= 60 for row in rows)
 
 
 def test_the_verdict_of_a_pruned_model_is_ok() -> None:

@@ -142,7 +142,7 @@ def stance() -> str:
 # ---------------------------------------------------------------------------------------------------- the two products
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=0, max_size=3),
     d_in=st.integers(1, 7),
@@ -545,7 +545,7 @@ def taken(count: int, most: int) -> Tensor:
     return rows.flatten().long()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(count=st.integers(1, 5000), most=st.integers(1, 2500))
 def test_thinned_evenly(count: int, most: int) -> None:
     """One token of each of ``most`` equal parts."""

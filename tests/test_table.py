@@ -42,3 +42,14 @@ def test_lines_have_no_trailing_blanks_but_the_rule_is_whole() -> None:
 def test_a_row_with_more_cells_than_headings_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         format_table(("a",), [("one", "too many")])
+
+
+def test_a_table_too_wide_drops_the_beginning_of_names() -> None:
+    rows = [("encoder.0.query.weight", 12), ("key.weight", 7)]
+    assert format_table(("weights", "groups"), rows, 21).split("\n") == [
+        "weights        groups",
+        "-------------  ------",
+        "…query.weight      12",
+        "key.weight          7",
+    ]
+    assert format_table(("weights", "groups"), rows, 200) == format_table(("weights", "groups"), rows)

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -57,7 +57,6 @@ def satisfying(pattern: Pattern, length: int) -> frozenset[tuple[int, ...]]:
 
 
 @given(patterns, patterns)
-@settings(deadline=None)
 def test_a_pattern_implies_another_if_all_weights_that_satisfy_it_do(pattern: Pattern, required: Pattern) -> None:
     length = math.lcm(pattern.group, required.group)
     assert implies(pattern, required) == (satisfying(pattern, length) <= satisfying(required, length))

@@ -499,13 +499,13 @@ def test_the_mixin_composes_with_seq2seq_trainer(tmp_path: Path) -> None:
     assert made.predict(data[:8]).predictions.shape[0] == 8
 
 
-@pytest.mark.parametrize("fails_at", [6, 22], ids=["dense", "frozen"])
+@pytest.mark.parametrize("fails_at", [4, 15], ids=["dense", "frozen"])
 def test_a_smaller_batch_found_by_itself_begins_the_run_anew(tmp_path: Path, fails_at: int) -> None:
     def too_large(state: Any, control: Any) -> None:
         once.step = -1
         raise RuntimeError("CUDA out of memory.")
 
-    made = trainer(tmp_path, auto_find_batch_size=True, max_steps=-1, num_train_epochs=3)  # 24 steps
+    made = trainer(tmp_path, auto_find_batch_size=True, max_steps=-1, num_train_epochs=2)  # 16 steps
     once = At(fails_at, too_large)
     made.add_callback(once)
     made.train()
@@ -611,15 +611,6 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- what cannot work
-
-
-def test_optimizers_that_step_in_the_backward_pass_are_refused(tmp_path: Path) -> None:
-    class InBackward(torch.optim.SGD):
-        def fused_backward(self) -> None: ...
-
-    made = trainer(tmp_path, extra={"optimizer_cls_and_kwargs": (InBackward, {"lr": 0.1})})
-    with pytest.raises(ValueError, match="InBackward updates the weights during the backward pass"):
-        made.train()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The PEFT config")  # peft is a little behind transformers

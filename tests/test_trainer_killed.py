@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-KILLS = 12
+KILLS = 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -31,4 +31,4 @@ def test_killed_between_and_during_checkpoints(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["kills"] >= KILLS
-    assert 3 <= said["within a checkpoint"] < said["kills"]
+    assert 2 <= said["within a checkpoint"] < said["kills"]

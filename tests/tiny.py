@@ -1,4 +1,4 @@
-"""A tiny BERT with a tokenizer of 17 words, and texts that a single word tells apart."""
+"""A tiny BERT and a tiny Llama with tokenizers of 17 words, and texts that a single word tells apart."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ def tiny_bert(folder: Path, **changes: int) -> Path:
         "max_position_embeddings": 64,
     }
     transformers.BertModel(transformers.BertConfig(**{**config, **changes})).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(folder: Path) -> Path:
+    """Save a Llama with a tokenizer of words; 14 weights in two blocks can be pruned."""
+    import tokenizers
+    import transformers
+
+    words = ["<pad>", "<unk>", "<s>", "</s>", *FILLER, *WORDS["fruit"], *WORDS["metal"]]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..checks import missing
+
 _OF_THE_EXTRA = {"click", "rich", "typer"}
 
 
@@ -16,8 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _OF_THE_EXTRA:
             raise
-        remedy = f'the command line needs {package}; run: pip install "admm-nxm[cli]"'
-        print(f"admm-nxm: error: {remedy}", file=sys.stderr)
+        print(f"admm-nxm: error: {missing(f'the command line needs {package}', 'cli')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # the imports take a second or two
         print("admm-nxm: error: interrupted", file=sys.stderr)

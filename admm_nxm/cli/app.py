@@ -14,9 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import pack, prune, report, unpack, verify
-from .console import Result, show
+from ..checks import missing
+from .commands import pack, report, unpack, verify
+from .console import Result, show, silence
 from .errors import InputError, reason_of
+from .evaluate import evaluate
+from .prune import prune
 from .signals import Ended, ending
 from .train import train
 
@@ -40,8 +43,12 @@ app = typer.Typer(
     epilog="Exit status: 0 fine, 1 the pattern is violated, 2 bad input, 70 a defect of the program, 130 interrupted, "
     "129 and 143 ended by SIGHUP and SIGTERM. Any command takes --traceback.",
 )
-for command in (train, verify, report, prune, pack, unpack):
-    app.command()(command)
+for name, command in {
+    "train": train,
+    "eval": evaluate,
+    **{c.__name__: c for c in (verify, report, prune, pack, unpack)},
+}.items():
+    app.command(name)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,7 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     out = sys.stdout
     try:
         # Whatever libraries print must not get between the reader and the one object.
-        with ending(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        kept_apart = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        with ending(), contextlib.nullcontext() if with_traceback else silence(), kept_apart:
             command = typer.main.get_command(app)
             with command.make_context(NAME, args) as context:
                 result: Result = command.invoke(context)
@@ -116,7 +124,7 @@ def _mendable(error: Exception) -> str:
     for ours, spelled in _SPELLED.items():
         message = message.replace(ours, spelled)
     if isinstance(error, ImportError) and "pip install" not in message:
-        message += '; run: pip install "admm-nxm[cli]"'
+        message = missing(message, "cli")
     return message
 
 

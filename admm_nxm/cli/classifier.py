@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-import logging as python_logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from .errors import InputError, blaming
+from ..io.files import open_checkpoint
+from ..io.packed import load_packed_model
+from .console import note, silence
+from .errors import InputError, blaming, reason_of
 
 _logging: Any = logging  # not all of it has annotations
 
 _NO_TOKENIZER = "has no tokenizer of its own; save one there: tokenizer.save_pretrained(...)"
 _TOKENIZER_FILES = ("bpe", "merges", "sentencepiece", "spiece", "tokenizer", "vocab")
+_NEEDED = " (a folder or a hub name is needed)"
+_PATIENCE = 5.0  # seconds
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep libraries from reporting what is meant here: a new classifier, and a run that is not kept."""
-    ours = python_logging.getLogger("admm_nxm")
-    verbosity, bars, level = _logging.get_verbosity(), _logging.is_progress_bar_enabled(), ours.level
-    ours.setLevel(python_logging.ERROR)
-    _logging.set_verbosity_error()
+    bars = _logging.is_progress_bar_enabled()
     _logging.disable_progress_bar()
     try:
-        yield
+        with silence():
+            yield
     finally:
-        ours.setLevel(level)
-        _logging.set_verbosity(verbosity)
         if bars:
             _logging.enable_progress_bar()
 
@@ -51,17 +54,41 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _is_here(name: str) -> bool:
+    """Return whether a model's files are on this disk; False if the hub has them. Neither is an error, at once."""
+    if Path(name).is_dir():
+        return True
+    of_a_path = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    if not name or of_a_path or ("/" in name and Path(name).parent.is_dir()):
+        raise InputError(f"--model {name}: no such folder{_NEEDED}")
+    return _is_cached(name)
+
+
+@cache
+def _is_cached(name: str) -> bool:
+    # The loaders would ask again and again for a minute.
+    try:
+        HfApi().model_info(name, timeout=_PATIENCE)
+        return False
+    except (HfHubHTTPError, HFValidationError) as error:
+        problem, remedy = f"the hub has no such model for you: {reason_of(error)}", _NEEDED
+    except Exception as error:  # whatever the HTTP client makes of a missing network; it differs between versions
+        problem, remedy = f"the hub cannot be reached: {reason_of(error)}", "; give a model folder"
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            note(f"note    {problem}; the model comes from the cache")
+            return True
+    raise InputError(f"--model {name}: no such folder, and {problem}{remedy}")
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model folder or hub name."""
-    needed = " (a folder or a hub name is needed)"
-    if not Path(name).is_dir() and (name.startswith((".", "~", "/")) or name.count("/") > 1 or not name):
-        raise InputError(f"--model {name}: no such folder{needed}")
+    here = _is_here(name)
     if Path(name).is_dir():
-        _check_folder(Path(name), needed)
+        _check_folder(Path(name))
     # Without its files a tokenizer fails in ways of its own.
     nothing = blaming(f"--model {name} {_NO_TOKENIZER}", TypeError, AttributeError)
-    with blaming(f"--model {name}", OSError, ValueError, remedy=needed), nothing, quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False)
+    with blaming(f"--model {name}", OSError, ValueError, remedy=_NEEDED), nothing, quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=here, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"--model {name} {_NO_TOKENIZER}")
     if tokenizer.pad_token is None:
@@ -71,10 +98,10 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _check_folder(folder: Path, needed: str) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuse a folder without a model or a tokenizer: transformers may make one up, or say nothing helpful."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"--model {folder}: it has no config.json, so there is no model{needed}")
+        raise InputError(f"--model {folder}: it has no config.json, so there is no model{_NEEDED}")
     if not any(file.name.startswith(_TOKENIZER_FILES) or file.suffix == ".model" for file in folder.iterdir()):
         raise InputError(f"--model {folder} {_NO_TOKENIZER}")
 
@@ -97,7 +124,7 @@ def load_classifier(
     with blaming(f"--model {name}", OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
-            local_files_only=Path(name).is_dir(),
+            local_files_only=_is_here(name),
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a classifier for other labels
@@ -105,11 +132,32 @@ def load_classifier(
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
-    limit = length_limit(model, tokenizer)
-    if max_length > limit:
-        raise InputError(f"--max-length {max_length} is more than {name} takes; give at most {limit:.0f}")
+    check_length(name, max_length, length_limit(model, tokenizer))
     new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = model.base_model.state_dict()  # older transformers leave the prefix out
     fresh = [key for key in new if key.removeprefix(f"{model.base_model_prefix}.") in encoder]
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.float(), fresh
+
+
+def check_length(name: str, max_length: int, limit: float) -> None:
+    """Refuse texts of more tokens than a model takes."""
+    if max_length > limit:
+        raise InputError(f"--max-length {max_length} is more than {name} takes; give at most {limit:.0f}")
+
+
+def load_trained(folder: Path) -> Any:
+    """Load a saved classifier, packed or not, with the dtype that it was saved in."""
+    name, kind = f"--model {folder}", AutoModelForSequenceClassification
+    with blaming(name, OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():
+        with open_checkpoint(folder, purpose="test") as checkpoint:
+            load = (
+                partial(load_packed_model, folder, kind) if checkpoint.packed else partial(kind.from_pretrained, folder)
+            )
+        model, info = load(trust_remote_code=False, output_loading_info=True, dtype="auto")
+    if info["missing_keys"]:
+        raise InputError(
+            f"{name} is no trained classifier: {len(info['missing_keys'])} weights would start at random "
+            f"({min(info['missing_keys'])}, ...); make one of it with admm-nxm train"
+        )
+    return model

@@ -1,4 +1,4 @@
-"""The commands on saved models: ``verify``, ``report``, ``prune``, ``pack`` and ``unpack``."""
+"""The commands on saved models: ``verify``, ``report``, ``pack`` and ``unpack``."""
 
 # ruff: noqa: ARG001 - ``json`` is read from the command line as a whole, see app.py
 
@@ -12,16 +12,32 @@ from typing import Annotated, Any
 import typer
 
 from ..io.files import refuse_existing
+from ..io.packed import PackReport
 from ..io.verify import verify as count
 from ..sparsity import SparsityReport, SparsityViolation
-from .console import Result, note
+from .console import Result, note, width
 from .errors import InputError
-from .options import Json, Output, Overwrite, PatternText, Select, Source, rules_of
+from .options import (
+    AnySource,
+    Json,
+    Output,
+    Overwrite,
+    PackedSource,
+    PerWeight,
+    RecordedPattern,
+    Select,
+    Source,
+    rules_of,
+)
 
-_BASELINE = "This is one-shot magnitude pruning, the baseline: nothing was fine-tuned, so expect to lose accuracy."
 
-
-def verify(path: Source, pattern: PatternText = None, select: Select = None, json: Json = False) -> Result:
+def verify(
+    path: AnySource,
+    pattern: RecordedPattern = None,
+    select: Select = None,
+    per_weight: PerWeight = False,
+    json: Json = False,
+) -> Result:
     """Check that all groups keep to the pattern.
 
     Every group of every covered weight is counted, with one weight in memory at a time. The exit status is 1 if one
@@ -29,7 +45,14 @@ def verify(path: Source, pattern: PatternText = None, select: Select = None, jso
     """
     parsed, rules = rules_of(pattern, select)
     report = count(path, parsed if rules is None else rules)
-    return Result({"command": "verify", "path": str(path), **as_dict(report)}, str(report), 0 if report.ok else 1)
+    return Result(
+        {"command": "verify", "path": str(path), **as_dict(report)}, as_text(report, per_weight), 0 if report.ok else 1
+    )
+
+
+def as_text(report: SparsityReport | PackReport, per_weight: bool) -> str:
+    """Return a report as tables that fit the terminal."""
+    return report.to_text(per_weight=per_weight, width=width())
 
 
 def as_dict(report: SparsityReport) -> dict[str, Any]:
@@ -48,19 +71,20 @@ def _fields(records: Iterable[object], *names: str) -> list[dict[str, Any]]:
 
 
 def report(
-    path: Source,
-    pattern: PatternText = None,
+    path: AnySource,
+    pattern: RecordedPattern = None,
     select: Select = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw the map of the weights: .svg, .png or .pdf.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the picture that is there.")] = False,
+    per_weight: PerWeight = False,
     json: Json = False,
 ) -> Result:
     """Show what is sparse and what could be faster.
 
-    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its weights
-    and FLOPs that is covered. The exit status is 1 if a weight violates its pattern.
+    Per weight: zeros, violations, and whether sparse tensor cores can take it; for the model: the share of its
+    parameters that is covered. The exit status is 1 if a weight violates its pattern.
     """
     from ..report import model_report
 
@@ -74,7 +98,7 @@ def report(
         save_figure(plot_sparsity(found), plot)
         note(f"picture {plot}")
     payload = {"command": "report", "path": str(path), "plot": None if plot is None else str(plot), **found.to_dict()}
-    return Result(payload, str(found), 0 if found.ok else 1)
+    return Result(payload, as_text(found, per_weight), 0 if found.ok else 1)
 
 
 def _check_picture(file: Path, *, overwrite: bool) -> None:
@@ -88,33 +112,13 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
     refuse_existing(file, overwrite)
 
 
-def prune(
-    path: Source,
-    output: Output,
-    pattern: PatternText = None,
-    select: Select = None,
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> Result:
-    """Prune once, without fine-tuning: the baseline.
-
-    Zeros the smallest weights of each group in a saved model, leaves everything else as it is, and verifies.
-    """
-    from ..io.prune import project_files
-
-    parsed, rules = rules_of(pattern, select)
-    report = project_files(path, output, parsed or "2:4", select=rules, overwrite=overwrite)
-    payload = {"command": "prune", "path": str(path), "output": str(output), "note": _BASELINE, **as_dict(report)}
-    payload["left_out"] = report.left_out
-    return Result(payload, f"{report}\nsaved to {output}. {_BASELINE}", 0 if report.ok else 1)
-
-
 def pack(
     path: Source,
     output: Output,
-    pattern: PatternText = None,
+    pattern: RecordedPattern = None,
     select: Select = None,
     overwrite: Overwrite = False,
+    per_weight: PerWeight = False,
     json: Json = False,
 ) -> Result:
     """Store a sparse model without its zeros.
@@ -135,11 +139,11 @@ def pack(
     payload |= {name: getattr(report, name) for name in (*sizes, "ratio")}
     payload["weights"] = _fields(report, "name", "shape", "pattern", "dim", *sizes, "dtype")
     payload |= {"skipped": _fields(report.skipped, "name", "reason"), "left_out": report.left_out}
-    text = f"{report}\nsaved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
-    return Result(payload, text)
+    saved = f"saved to {output}; `admm-nxm unpack {quote(str(output))} -o ...` gives it back bit for bit"
+    return Result(payload, f"{as_text(report, per_weight)}\n{saved}")
 
 
-def unpack(path: Source, output: Output, overwrite: Overwrite = False, json: Json = False) -> Result:
+def unpack(path: PackedSource, output: Output, overwrite: Overwrite = False, json: Json = False) -> Result:
     """Give a packed model back, bit for bit."""
     from ..io.packed import unpack as unpack_files
 

@@ -1,11 +1,16 @@
-"""What a command hands back, and how it reaches the user: results on stdout, everything else on stderr."""
+"""Show the result of a command: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -22,8 +27,30 @@ class Result:
 
 
 def note(text: str) -> None:
-    """Tell the user something that is no result."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell the user something that is no result; if the terminal is gone, the work goes on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep what libraries warn of and log, short of errors, from standing between the lines of this program."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def width() -> int | None:
+    """Return the columns of the terminal; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def show(result: Result, stream: TextIO, *, as_json: bool) -> None:

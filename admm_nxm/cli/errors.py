@@ -1,4 +1,4 @@
-"""What the user can mend, in one line."""
+"""Errors that the user can put right, each in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Something the user can mend; its message is one line that says how."""
+    """Report something that the user can put right; the message is one line that says how."""
 
 
 @contextmanager

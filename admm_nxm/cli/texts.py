@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import random
+import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,30 @@ _LONGEST_FIELD = 2**31 - 1  # what the csv module takes on every platform; by it
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what."""
+    """Name the columns of a table, and say what to do with rows that lack something."""
 
     texts: tuple[str, ...] = ("text",)
     label: str = "label"
     hint: str = ""
+    on_bad_row: str | None = None
+    """None where there is no such option."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.texts, self.label)))
 
 
-def read_file(path: Path, columns: Columns | None = None, option: str = "--data") -> list[Row]:
-    """Read labelled texts: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8."""
-    name = f"{option} {path}"
+def read_file(
+    path: Path,
+    columns: Columns | None = None,
+    option: str = "--data",
+    *,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Read labelled texts: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8.
+
+    ``tell`` gets what is to be said of the file, such as the number of bad rows where they are skipped.
+    """
+    name, columns = f"{option} {path}", columns or Columns()
     kinds = ", ".join(FILE_KINDS[:-1]) + f" or {FILE_KINDS[-1]}"
     if not path.is_file():
         raise InputError(f"{name}: no such file; give a {kinds} file")
@@ -43,27 +58,46 @@ def read_file(path: Path, columns: Columns | None = None, option: str = "--data"
     remedy = f"; a {kinds} file in UTF-8 is needed"
     with blaming(name, OSError, UnicodeDecodeError, remedy=remedy), path.open(encoding="utf-8-sig", newline="") as file:
         lines = list(file)
-    records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind)
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{name} is empty; give a file with texts and labels")
+    records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind, columns, tell)
+    rows: list[Row] = []
+    bad: list[InputError] = []
     limit = csv.field_size_limit(_LONGEST_FIELD)  # one for the whole process
     try:
-        return [
-            row_of(record, f"{name}, line {line}: record {number}", columns)
-            for number, (line, record) in enumerate(records, 1)
-        ]
+        for number, (line, record) in enumerate(records, 1):
+            try:
+                rows.append(row_of(record, f"{name}, line {line}: record {number}", columns))
+            except InputError as error:  # noqa: PERF203
+                if columns.on_bad_row != "skip":
+                    way_out = "; --on-bad-row skip leaves such rows out" if columns.on_bad_row else ""
+                    raise InputError(f"{error}{way_out}") from None
+                bad.append(error)
     finally:
         csv.field_size_limit(limit)
+    if bad:
+        tell(f"{len(bad)} of {len(bad) + len(rows)} rows skipped, the first as: {bad[0]}")
+    if not rows:
+        raise InputError(f"{name} has no usable row{f': {bad[0]}' if bad else ' below its header'}")
+    return rows
 
 
 def _json_records(lines: list[str], name: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with blaming(f"{name}, line {number} is not JSON", ValueError, RecursionError):
-                record = json.loads(line)
-            yield number, record
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, InputError(f"{name}, line {number} is not JSON: {error}")
 
 
-def _table_records(lines: list[str], name: str, kind: str) -> Iterator[tuple[int, Any]]:
+def _table_records(
+    lines: list[str], name: str, kind: str, columns: Columns, tell: Callable[[str], None]
+) -> Iterator[tuple[int, Any]]:
     separator, word = ("\t", "tab") if kind == ".tsv" else (",", "comma")
+    if kind == ".csv" and ";" in lines[0] and set(columns) <= set(next(csv.reader([lines[0]], delimiter=";"))):
+        separator, word = ";", "semicolon"  # as spreadsheets write it where the comma is a decimal point
+        tell("the columns are separated by semicolons")
     # Strict: a quotation mark in the wrong place would otherwise swallow records without a word.
     reader = csv.DictReader(lines, delimiter=separator, strict=True)
     remedy = f"; put quotation marks around a text that holds a {word} or a line break, and double those inside it"
@@ -73,36 +107,49 @@ def _table_records(lines: list[str], name: str, kind: str) -> Iterator[tuple[int
     twice = [column for column, times in Counter(header).items() if times > 1]
     if twice:
         raise InputError(f"{name} has the column {twice[0]!r} twice; give each column a name of its own")
+    if missing := [column for column in columns if column not in header]:
+        raise InputError(
+            f"{name} has no column {' and no column '.join(map(repr, missing))}; the columns in its first line are "
+            f"{', '.join(map(repr, header))}{columns.hint}. If that line is a row already, put a header above it: "
+            f"{separator.join(columns)}"
+        )
     while True:
         line = reader.line_num + 1  # where the record begins
-        with blaming(f"{name}, line {line}", csv.Error, remedy=remedy):
-            record = next(reader, None)
+        try:
+            record: Any = next(reader, None)
+        except csv.Error as error:
+            record = InputError(f"{name}, line {line}: {error}{remedy}")
         if record is None:
             return
-        if None in record:
+        if isinstance(record, dict) and None in record:
             fields = len(header) + len(record[None])
-            raise InputError(f"{name}, line {line} has {fields} fields, and the header has {len(header)}{remedy}")
+            record = InputError(f"{name}, line {line} has {fields} fields, and the header has {len(header)}{remedy}")
         yield line, record
 
 
 def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
-    """Take a record's texts and its label."""
+    """Take a record's texts and its label; a record may be an error, which is raised."""
+    if isinstance(record, InputError):
+        raise record
     columns = columns or Columns()
     found = record if isinstance(record, dict) else {}
-    wanted = (*columns.texts, columns.label)
-    missing = [column for column in wanted if _is_missing(found.get(column))]
+    missing = [column for column in columns if _is_missing(found.get(column))]
     if missing:
-        named = ", ".join(map(str, found)) or "none"
-        needed = ", ".join(wanted[:-1])
+        remedy = columns.hint if any(column not in found for column in missing) else ""
         raise InputError(
-            f"{where} has no {' and no '.join(missing)} (columns: {named}); each needs {needed} and {columns.label}"
-            f"{columns.hint}"
+            f"{where} has no {' and no '.join(missing)} (columns: {', '.join(map(str, found)) or 'none'}){remedy}"
         )
-    for column in wanted:
+    for column in columns:
         if isinstance(found[column], (dict, list)):
             kind = "a list" if isinstance(found[column], list) else "an object"
             raise InputError(f"{where} has {kind} as {column}; a text or a number is needed")
-    return tuple(str(found[column]) for column in wanted)
+    return (*(str(found[column]) for column in columns.texts), _label(found[columns.label]))
+
+
+def _label(value: Any) -> str:
+    """Return a label as text: 1.0, which tables make of 1 where a row lacks a label, is 1."""
+    text = str(value)
+    return text.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", text) else text
 
 
 def _is_missing(value: Any) -> bool:
@@ -117,13 +164,21 @@ def count_labels(rows: Sequence[Row]) -> str:
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:
-    """Return the labels in order."""
-    names = sorted({row[-1] for row in rows})
+    """Return the labels in order: by number if all are whole numbers."""
+    names = {row[-1] for row in rows}
     if len(names) < 2:
         raise InputError(
-            f"the data has {len(rows)} texts with the labels {names}; at least 2 different ones are needed"
+            f"the data has {len(rows)} texts with the labels {sorted(names)}; at least 2 different ones are needed"
         )
-    return names
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    if all(re.fullmatch(r"-?\d*\.?\d+([eE][+-]?\d+)?", name) for name in names):
+        example = next(name for name in sorted(names) if not name.lstrip("-").isdigit())
+        raise InputError(
+            f"the labels are numbers such as {example}, and regression is not supported: labels name classes. Give "
+            "whole numbers or words"
+        )
+    return sorted(names)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What leaves the training run: ONNX files, sparse tensor cores, and model cards."""
+"""Export of a finished model: ONNX files, sparse tensor cores, and model cards."""
 
 from .card import model_card, write_model_card
 from .onnx import OnnxReport, export_onnx, verify_onnx

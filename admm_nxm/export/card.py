@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..checks import missing
 from ..grouping import starred, such_as
 from ..io.files import atomic_file
 from ..optimizer import ADMMNxM
@@ -24,7 +24,6 @@ __all__ = ["model_card", "write_model_card"]
 
 _BEGIN, _END = "<!-- admm_nxm: sparsity -->", "<!-- /admm_nxm: sparsity -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
-_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n.*?^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 
 _PAPER = (
     "Holmes, Zhang, He, Wu, *NxMTransformer: Semi-Structured Sparsification for Natural Language Understanding via "
@@ -33,7 +32,7 @@ _PAPER = (
 _SKIPPED_BY_HARDWARE = " In 16 bits, kernels for sparse tensor cores can skip them."
 _HARDWARE = hardware_pattern(torch.bfloat16)
 _TOLD_LAST = {
-    "admm/model_error": ("model error", "{:.4f}: the loss by its quadratic model, as a share of that at zero weights"),
+    "admm/model_error": ("model error", "{:.2g}: the loss by its quadratic model, as a share of that at zero weights"),
     "admm/primal_residual": ("primal residual", "{:.1e} of the weights' norm, last logged before the freeze"),
     "admm/mask_churn": ("mask churn", "{:.2%} of the kept places changed in the last update of the mask"),
 }
@@ -49,7 +48,7 @@ the model loads and runs like a dense one, and no faster by itself.{more}
 To count again:
 
 ```bash
-pip install "admm-nxm[cli]"
+pip install ".[cli]"  # in a checkout of admm_nxm
 admm-nxm verify PATH
 ```
 
@@ -157,15 +156,18 @@ def write_model_card(
         raise ValueError(f"{path} has {_BEGIN} without {_END}, or the reverse: add the missing one, or delete both")
     patterns = re.findall(r"\b\d+:\d+\b", next(iter(re.findall(r"^\| pattern \|.*$", section, re.MULTILINE)), ""))
     wanted = {"base_model": base_model, "library_name": library_name}
-    head, body = _merge_metadata(path, text, ["sparsity", "admm_nxm", *patterns, *tags], wanted)
     marked = f"{_BEGIN}\n{section.strip()}\n{_END}\n"
-    if _BEGIN in body:
-        before, after = body[: body.index(_BEGIN)], _SECTION.sub("", body[body.index(_BEGIN) :])
-        body = before + marked + after
+    if _BEGIN in text:
+        before, after = text[: text.index(_BEGIN)], _SECTION.sub("", text[text.index(_BEGIN) :])
+        text = before + marked + after
     else:
-        body = f"{body.rstrip()}\n\n{marked}" if body.strip() else f"\n{marked}"
+        text = f"{text.rstrip()}\n\n{marked}" if text.strip() else f"\n{marked}"
     with atomic_file(path, overwrite=True) as temporary:
-        temporary.write_bytes((head + body).encode("utf-8"))
+        temporary.write_bytes(text.encode("utf-8"))
+        try:
+            _merge_metadata(temporary, ["sparsity", "admm_nxm", *patterns, *tags], wanted)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return path
 
 
@@ -223,25 +225,19 @@ def _verdict(weights: Sequence[WeightReport]) -> str:
     return f"**VIOLATED**: {bad:,} of {groups:,} groups, in {len(worst)} of {len(weights)} weights ({such_as(worst)})"
 
 
-def _merge_metadata(path: Path, text: str, tags: Sequence[str], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the front matter with what is missing added, and the rest of the text."""
+def _merge_metadata(path: Path, tags: Sequence[str], wanted: Mapping[str, Any]) -> None:
+    """Add to the metadata of a file what is missing there."""
     try:
-        hub = importlib.import_module("huggingface_hub")
-        dump = importlib.import_module("huggingface_hub.utils").yaml_dump
+        from huggingface_hub import metadata_load, metadata_save
     except ImportError as error:
-        raise ImportError(f'huggingface_hub is needed for model cards: pip install "admm-nxm[hf]" ({error})') from error
-    found = _FRONT_MATTER.match(text)
-    body = text[found.end() :] if found else text
+        raise ImportError(missing(f"model cards need huggingface_hub ({error})", "hf")) from error
     try:
-        # RepoCard, not ModelCard: it leaves results of evaluations and all else as they are.
-        # Its attributes, not to_dict(): that leaves out entries that are null.
-        data = dict(vars(hub.RepoCard(found.group().lstrip("\ufeff").lstrip()).data)) if found else {}
+        data = metadata_load(path) or {}
     except Exception as error:  # YAML has error types of its own
-        raise ValueError(f"the metadata of {path} cannot be read; mend it: {error}") from error
+        raise ValueError(f"the metadata cannot be read; correct it: {error}") from error
     given = data.get("tags") or []
     given = [given] if isinstance(given, str) else list(given)
     merged = {**data, "tags": [*given, *(tag for tag in dict.fromkeys(tags) if tag not in given)]}
     merged |= {key: value for key, value in wanted.items() if value is not None and data.get(key) is None}
-    if found and merged == data:
-        return found.group(), body  # as the user wrote it, comments and all
-    return f"---\n{dump(merged, sort_keys=False).strip()}\n---\n", body
+    if merged != data:  # else it stays as the user wrote it, comments and all
+        metadata_save(path, merged)

@@ -40,7 +40,7 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, to
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What an export came to; prints as a few lines.
+    """Describe an export; prints as a few lines.
 
     Args:
         path: the file.

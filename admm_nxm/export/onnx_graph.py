@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import missing
 from ..io.selection_record import selection_from_json
 from ..selection import Selection
 
 __all__ = ["METADATA_KEY", "GraphWeight", "OnnxGraph", "read_graph", "require"]
 
 METADATA_KEY = "admm_nxm"
-"""Where an exported file records the selection of the prunable weights."""
+"""Key under which an exported file records the selection of the prunable weights."""
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # module path of each node, as torch's exporter leaves it
 # Names that exporters and optimizers make up: val_12, onnx::MatMul_345, _to_copy_3, 77.
@@ -36,7 +37,7 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f'{package} is needed for ONNX files: pip install "admm-nxm[onnx]" ({error})') from error
+        raise ImportError(missing(f"{package} is needed for ONNX files ({error})", "onnx")) from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class GraphWeight:
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """What an ONNX file says of its weights."""
+    """Describe the weights of an ONNX file."""
 
     weights: tuple[GraphWeight, ...]  # every constant operand of a MatMul, Gemm or Conv
     recorded: Selection | None  # as noted at the export; None in files of other makers

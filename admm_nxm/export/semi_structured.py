@@ -41,7 +41,7 @@ class ConvertedWeight:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a weight stands: an attribute of a module."""
+    """Place of a weight: an attribute of a module."""
 
     name: str
     module: nn.Module
@@ -65,7 +65,7 @@ class _Place:
 
 @dataclass(eq=False, repr=False)
 class SemiStructured:
-    """What :func:`to_semi_structured` has done to a model; prints as tables.
+    """Describe what :func:`to_semi_structured` has done to a model; prints as tables.
 
     As a context manager it undoes it at the end of the block. It holds the dense weights for that: ``del`` frees them.
 

@@ -23,7 +23,7 @@ _IGNORED = -100  # the label that the losses of transformers pass over
 
 @dataclass
 class DistillationConfig:
-    """How much of the loss the teacher gives; ``HfArgumentParser`` parses it.
+    """Set the teacher's part in the loss; ``HfArgumentParser`` parses it.
 
     The loss is ``(1 - weight) * own loss + weight * distillation_loss + hidden_weight * hidden_state_loss``.
 

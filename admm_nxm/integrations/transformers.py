@@ -40,7 +40,7 @@ def _option(text: str, default: Any = None) -> Any:
 
 @dataclass
 class ADMMConfig:
-    """What :class:`ADMMTrainerMixin` gives to :class:`admm_nxm.ADMMNxM`; ``HfArgumentParser`` parses it.
+    """Hold the arguments of :class:`admm_nxm.ADMMNxM` for :class:`ADMMTrainerMixin`; ``HfArgumentParser`` parses it.
 
     The fields are that class's arguments, which it checks when training begins, and some besides. What a command line
     cannot spell (schedules, callables) goes into :meth:`ADMMTrainerMixin.build_admm`.
@@ -138,8 +138,8 @@ class ADMMTrainerMixin(_Base):
       ``admm/pruned_at``; in the paper's form also the residuals and rho.
     - The model is evaluated and saved as it is: dense before the solve, sparse after it. The choice of the best model
       (``load_best_model_at_end``, ``save_strategy="best"``) and early stopping count from the solve on.
-    - A resumed run gives the bits of one that was not stopped. ``resume_from_checkpoint=True`` passes over a checkpoint
-      whose writing was interrupted.
+    - A resumed run gives the same weights, bit for bit, as a run without a stop. ``resume_from_checkpoint=True`` passes
+      over a checkpoint whose writing was interrupted.
     - When training ends the weights are finalized, and ``sparsity_report`` has the count. A run that ends before its
       solve is pruned as it stands, with a :class:`admm_nxm.ConvergenceWarning`. Further training keeps the masks.
     - The selection is recorded beside each sparse model that is saved, where :func:`admm_nxm.verify` reads it.
@@ -150,8 +150,8 @@ class ADMMTrainerMixin(_Base):
         kwargs: as for the Trainer.
 
     Raises:
-        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, an optimizer that steps in the
-            backward pass, a config beside an ADMMNxM of one's own, or what :class:`admm_nxm.ADMMNxM` refuses.
+        TypeError, ValueError: no ADMMConfig, DeepSpeed, FSDP1; in :meth:`train`, a config beside an ADMMNxM of one's
+            own, or what :class:`admm_nxm.ADMMNxM` refuses.
 
     >>> from transformers import Seq2SeqTrainer
     >>> class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
@@ -204,7 +204,6 @@ class ADMMTrainerMixin(_Base):
             return made  # asked for outside train(), which asks again
         admm = find_admm(made)
         if admm is None:
-            _check_optimizer(made)
             made = self._built = self.build_admm(made, total_steps)
         elif admm is not self._built and self._configured:
             raise ValueError(
@@ -219,7 +218,7 @@ class ADMMTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as Trainer does; ``resume_from_checkpoint=True`` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete(str(self.args.output_dir), int(self.args.world_size))
+            resume_from_checkpoint = last_complete(str(self.args.output_dir), int(self.args.world_size))
         admm = self.admm
         if admm is not None and admm is self._built and not admm.finalized:
             # An earlier call did not come to its end; this one has a plan, and perhaps a checkpoint, of its own.
@@ -277,7 +276,7 @@ class ADMMTrainerMixin(_Base):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            (folder / _STATE).unlink(missing_ok=True)  # it marks a checkpoint as complete, see _last_complete
+            (folder / _STATE).unlink(missing_ok=True)  # it marks a checkpoint as complete, see last_complete
         super()._save_checkpoint(model, trial)
 
 
@@ -286,7 +285,7 @@ class ADMMTrainer(ADMMTrainerMixin, Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Checks that training begins with ADMM, starts the choice of the best model anew at the solve, and finalizes."""
+    """Checks that training begins with ADMM, starts the choice of the best model again at the solve, and finalizes."""
 
     def __init__(self, trainer: ADMMTrainerMixin) -> None:
         self.trainer = trainer
@@ -323,7 +322,7 @@ class _Watch(TrainerCallback):
         self.trainer.finalize_admm()
 
 
-def _last_complete(output_dir: str, ranks: int) -> str:
+def last_complete(output_dir: str, ranks: int) -> str:
     """Return the last checkpoint that was written to its end, by each of so many ranks."""
     steps = {
         int(step): folder
@@ -355,13 +354,4 @@ def _check_parallelism(trainer: ADMMTrainerMixin) -> None:
         raise ValueError(
             f"{'FSDP1' if old_fsdp else 'DeepSpeed'} flattens parameters, which tears the groups of the pattern apart; "
             "use DDP or FSDP2, fsdp_config={'fsdp_version': 2, ...}"
-        )
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    # What steps in the backward pass never comes to step().
-    if hasattr(optimizer, "fused_backward") or hasattr(optimizer, "optimizer_dict"):
-        raise ValueError(
-            f"{type(optimizer).__name__} updates the weights during the backward pass, where ADMM cannot take part; "
-            "choose an optim= that updates them in step(), such as adamw_torch_fused"
         )

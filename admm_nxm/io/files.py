@@ -39,7 +39,7 @@ Place = Union[str, "os.PathLike[str]"]
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Describe a tensor before it is read."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class TensorInfo(NamedTuple):
     """torch.uint8 stands for those that this torch does not have."""
     file: Path
     layout: Layout | None = None
-    """How it is packed; None if it is not."""
+    """Layout of the packed tensor; None if it is not packed."""
     alias_of: str | None = None
     """The name under which the file has it, if this is a further one."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from ..checks import missing
+from ..grouping import grouped, joint_name, starred
 from ..memory import address, is_plain, plain, takes_zeros
 from ..pattern import Pattern
 from ..selection import Select, SelectedWeight, Selection, SkippedWeight, named_tensors, unwrap_model
@@ -54,11 +57,11 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing a model saved, in bytes of all tensors without the headers of files; prints as a table."""
+    """Sizes before and after packing, in bytes of all tensors without the headers of files; prints as a table."""
 
     weights: tuple[PackedWeight, ...]
     skipped: tuple[SkippedWeight, ...]
-    """What the selection rules asked for but no pattern fits, and why; it is stored as it was."""
+    """Weights that the selection rules asked for but no pattern fits, and why; they are stored as they were."""
     bytes_before: int
     bytes_after: int
     left_out: tuple[str, ...] = ()
@@ -73,11 +76,21 @@ class PackReport:
         return iter(self.weights)
 
     def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, *, per_weight: bool = False, width: int | None = None) -> str:
+        """Return the sizes as a table, as :meth:`admm_nxm.sparsity.SparsityReport.to_text` does."""
         rows = []
-        for w in self.weights:
-            shape, dtype = "x".join(map(str, w.shape)), str(w.dtype).removeprefix("torch.")
-            rows.append((w.name, shape, str(w.pattern), dtype, w.bytes_before, w.bytes_after, f"{w.ratio:.1%}"))
-        lines = [format_table(("weight", "shape", "pattern", "dtype", "bytes before", "bytes after", "ratio"), rows)]
+        for alike in grouped(
+            self.weights, lambda w: w.name if per_weight else (starred(w.name), w.shape, w.pattern, w.dtype)
+        ):
+            first, name = alike[0], joint_name([w.name for w in alike])
+            shape, dtype = "x".join(map(str, first.shape)), str(first.dtype).removeprefix("torch.")
+            sizes = (sum(w.bytes_before for w in alike), sum(w.bytes_after for w in alike))
+            ratio = f"{sizes[1] / max(1, sizes[0]):.1%}"
+            rows.append((name, len(alike), shape, str(first.pattern), dtype, *sizes, ratio))
+        headers = ("weights", "number", "shape", "pattern", "dtype", "bytes", "packed", "ratio")
+        lines = [format_table(headers, rows, width)]
         lines += [f"not packed: {skipped.name} ({skipped.reason})" for skipped in self.skipped]
         if self.left_out:
             lines.append(f"not copied, as they hold the weights a second time: {', '.join(self.left_out)}")
@@ -136,8 +149,9 @@ def pack(
         if not checkpoint.path.is_dir():
             _refuse_ordinary_name(Path(output))
         ending = (SUFFIX, PACKED_SUFFIX)
-        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending, without=copies) as (_, targets):
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending, without=copies) as (place, targets):
             layouts = _layouts(weights, checkpoint.get)
+            _mark_card(place)
             for file, target in targets.items():
                 stored = checkpoint.headers[file].tensors
                 if any(tensor.name in layouts for tensor in stored):
@@ -163,12 +177,46 @@ def unpack(source: Place, output: Place, *, overwrite: bool = False) -> None:
     with open_checkpoint(source, purpose="unpack") as checkpoint:
         _needs_packed(checkpoint)
         ending = (PACKED_SUFFIX, SUFFIX)
-        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (_, targets):
+        with written_anew(checkpoint, output, overwrite=overwrite, ending=ending) as (place, targets):
+            _unmark_card(place)
             for file, target in targets.items():
                 if file in checkpoint.packed:
                     _write_dense(checkpoint, file, target)
                 else:
                     shutil.copyfile(file, target)
+
+
+_FRONT_MATTER = re.compile(rb"\A\s*---[ \t]*\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
+_MARK = re.compile(rb"\n?<!-- admm_nxm: packed -->.*?<!-- /admm_nxm: packed -->\n\n", re.DOTALL)
+_PACKED_CARD = b"""
+<!-- admm_nxm: packed -->
+**The weights in this folder are packed: `from_pretrained` cannot read them.** Load them with admm_nxm:
+
+```python
+from admm_nxm.io.packed import load_packed_model
+from transformers import AutoModel  # or the class for the task
+
+model = load_packed_model("this folder", AutoModel)
+```
+
+or write an ordinary folder with `admm-nxm unpack`. What the card says below is true of the unpacked model.
+<!-- /admm_nxm: packed -->
+
+"""
+
+
+def _mark_card(folder: Path) -> None:
+    """Say in a model card, if there is one, how packed weights are loaded."""
+    if (card := folder / "README.md").is_file():
+        text = card.read_bytes()
+        found = _FRONT_MATTER.match(text)
+        end = found.end() if found else 0
+        card.write_bytes(text[:end] + _PACKED_CARD + text[end:])
+
+
+def _unmark_card(folder: Path) -> None:
+    if (card := folder / "README.md").is_file():
+        card.write_bytes(_MARK.sub(b"", card.read_bytes(), count=1))
 
 
 def load_packed(path: Place) -> dict[str, Tensor]:
@@ -210,7 +258,7 @@ def load_packed_model(path: Place, model_class: Any, **options: Any) -> Any:
     try:
         from transformers import AutoConfig, GenerationConfig, PretrainedConfig
     except ImportError as error:
-        raise ImportError('transformers is needed for this; run: pip install "admm-nxm[hf]"') from error
+        raise ImportError(missing("transformers is needed for this", "hf")) from error
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no model folder (it has no config.json); use load_packed for its tensors")

@@ -79,7 +79,7 @@ _ENTRIES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How one weight is packed.
+    """Describe how one weight is packed.
 
     Args:
         shape: shape of the weight.
@@ -262,8 +262,8 @@ def pack_tensor(t: Tensor, pattern: Pattern | str, dim: int = -1, *, name: str =
         ValueError: the weight violates the pattern, or cannot be packed.
 
     >>> packed = pack_tensor(torch.tensor([[0.0, 5.0, 0.0, 7.0]]), "2:4")
-    >>> packed.parts[".packed_values"].tolist(), packed.parts[".packed_places"].tolist()  # 10 = 0b1010
-    ([[5.0, 7.0]], [10])
+    >>> [part.tolist() for part in packed.parts.values()]  # 10 = 0b1010
+    [[[5.0, 7.0]], [10]]
     >>> unpack_tensor(packed).tolist()
     [[0.0, 5.0, 0.0, 7.0]]
     """

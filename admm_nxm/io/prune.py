@@ -1,14 +1,15 @@
-"""One-shot magnitude pruning of saved models: the baseline that fine-tuning has to beat."""
+"""Saved models written again with pruned weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..pattern import Pattern
 from ..projection import INTEGER_OF_SIZE, keep_mask
@@ -19,23 +20,24 @@ from .selection_record import RECORD_KEY, record_selection, selection_metadata
 from .tensor_files import NO_ZERO, Stored, bytes_in, bytes_of, write_file
 from .verify import verify
 
-__all__ = ["project_files"]
+__all__ = ["prune_files"]
 
 
-def project_files(
+def prune_files(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     pattern: Pattern | str = "2:4",
     *,
     select: Select | Selection | None = None,
+    values: Callable[[], Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
 ) -> SparsityReport:
-    """Project the weights of a saved model onto their pattern, once and without any fine-tuning.
+    """Write a saved model again with pruned weights.
 
-    Of each group the ``keep`` weights of largest magnitude stay, with the bits that they had. The files keep their
-    layout; everything else in a folder is copied, but for further copies of the weights (other formats and precisions,
-    earlier shards), which the report names. The selection is recorded (:mod:`admm_nxm.io.selection_record`). One tensor
-    is in memory at a time, and no model code is needed.
+    By default the ``keep`` weights of largest magnitude in each group stay, with the bits that they had. The files keep
+    their layout; everything else in a folder is copied, but for further copies of the weights (other formats and
+    precisions, earlier shards), which the report names. The selection is recorded
+    (:mod:`admm_nxm.io.selection_record`). One tensor of the files is in memory at a time, and no model code is needed.
 
     Args:
         source: a model folder, a folder with a sharded checkpoint, or a .safetensors file; not packed.
@@ -43,6 +45,8 @@ def project_files(
         pattern: the pattern of the weights that :class:`admm_nxm.ADMMNxM` prunes by default.
         select: rules as for ``ADMMNxM``, or a :class:`admm_nxm.Selection` such as ``optimizer.selection``; they name
             the weights with their patterns, in place of ``pattern``.
+        values: called when nothing stands in the way of writing; returns name -> the pruned weight, such as the
+            parameters of a model after :func:`admm_nxm.prune`. They are stored in the dtypes of the files.
         overwrite: whether to replace what is at ``output``.
 
     Returns:
@@ -56,8 +60,9 @@ def project_files(
     >>> import tempfile
     >>> from safetensors.torch import save_file
     >>> folder = Path(tempfile.mkdtemp())
-    >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, folder / "dense.safetensors")
-    >>> project_files(folder / "dense.safetensors", folder / "sparse.safetensors", "2:4").ok
+    >>> dense, sparse = folder / "dense.safetensors", folder / "sparse.safetensors"
+    >>> save_file({"layers.0.fc.weight": torch.arange(8.0).reshape(2, 4)}, dense)
+    >>> prune_files(dense, sparse, "2:4").ok
     True
     """
     with open_checkpoint(source, purpose="prune") as checkpoint:
@@ -70,10 +75,11 @@ def project_files(
             record = {} if place.is_dir() else selection_metadata(selection)
             if place.is_dir():
                 record_selection(place, selection)
+            pruned = None if values is None else values()
             for file, target in targets.items():
                 header = checkpoint.headers[file]
                 kept = {key: value for key, value in header.metadata.items() if key != RECORD_KEY}
-                sparse = partial(_sparse, checkpoint, file, chosen)
+                sparse = partial(_sparse, checkpoint, file, chosen, pruned)
                 write_file(target, header.tensors, {**record, **kept}, map(sparse, header.tensors))
     return replace(verify(output, pattern if select is None else select), left_out=tuple(map(str, copies)))
 
@@ -104,13 +110,20 @@ def _choose(
 
 
 def _sparse(
-    checkpoint: Checkpoint, file: Path, chosen: dict[str, SelectedWeight], stored: Stored
+    checkpoint: Checkpoint,
+    file: Path,
+    chosen: dict[str, SelectedWeight],
+    pruned: Mapping[str, Tensor] | None,
+    stored: Stored,
 ) -> tuple[str, Iterator[bytes | memoryview]]:
-    """Return name and bytes of a tensor: projected if it is chosen, else as they are and unread."""
+    """Return name and bytes of a tensor: pruned or projected if it is chosen, else as they are and unread."""
     weight = chosen.get(stored.name)
     if weight is None:
         return stored.name, bytes_in(file, stored)
-    t = checkpoint.get(stored.name)
+    if pruned is None:
+        t = checkpoint.get(stored.name)
+    else:
+        t = pruned[weight.name].detach().to("cpu", checkpoint.tensors[stored.name].dtype).contiguous()
     try:
         if tuple(t.shape) != weight.shape:
             raise ValueError(f"the selection gives it the shape {weight.shape}")

@@ -148,7 +148,7 @@ def selection_from_json(text: str) -> Selection:
 
 
 def _read(place: str, text: str | Path) -> Selection:
-    with refusing(f"{place} is no readable record of a selection, and is to be mended or deleted"):
+    with refusing(f"{place} is no readable record of a selection, and has to be corrected or deleted"):
         return selection_from_json(text if isinstance(text, str) else text.read_text(encoding="utf-8"))
 
 

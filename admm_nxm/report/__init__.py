@@ -1,4 +1,4 @@
-"""What a model and a run look like: figures, tables and pictures, and what sparse tensor cores can take."""
+"""Reports on a model and a run: figures, tables and pictures, and the weights that sparse tensor cores can take."""
 
 from .model import DenseWeight, ModelReport, ModelWeight, Share, model_report
 

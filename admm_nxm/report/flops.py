@@ -1,4 +1,4 @@
-"""Floating-point operations of a model and which weight each belongs to: in a real forward pass, or per token."""
+"""Floating-point operations of a real forward pass by torch's counter, and which weight each belongs to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,10 +36,10 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
     args = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else tuple(example)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # see _evaluating
-    sdpa = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch does not count it
-    counter = FlopCounterMode(display=False, custom_mapping={} if sdpa is None else {sdpa: _sdpa_flops})
+    counter = FlopCounterMode(display=False)
     by_weight = _ByWeight(counter, model)
-    with _evaluating(model), torch.no_grad(), counter, by_weight:
+    # As plain products: torch counts no fused attention of CPUs.
+    with _evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, by_weight:
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -48,12 +49,6 @@ def count_forward(model: nn.Module, example: object) -> tuple[int, dict[int, int
                 "the model's forward as a dict, a tuple or a tensor, on the model's device"
             ) from error
     return counter.get_total_flops(), by_weight.flops
-
-
-def _sdpa_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object) -> int:
-    """Return the FLOPs of the scores and of the sums of values; shapes (batch, heads, length, width)."""
-    batch, heads, length, width = query
-    return 2 * batch * heads * length * key[-2] * (width + value[-1])
 
 
 @contextmanager

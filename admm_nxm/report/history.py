@@ -1,4 +1,4 @@
-"""What a run measured on its way, as rows like those of Trainer's log history."""
+"""Record the measurements of a run as rows like those of Trainer's log history."""
 
 from __future__ import annotations
 

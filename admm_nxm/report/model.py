@@ -15,7 +15,7 @@ from ..grouping import grouped, joint_name, starred, such_as
 from ..io.verify import Target, open_target
 from ..memory import address
 from ..pattern import Pattern
-from ..selection import Select, Selection, SkippedWeight, is_embedding, named_tensors, select_weights, unwrap_model
+from ..selection import Select, Selection, SkippedWeight, named_tensors, select_weights, unwrap_model
 from ..sparsity import SparsityReport, WeightReport, check_weights
 from ..table import format_table
 from .tensor_cores import BACKENDS, Backend, obstacles
@@ -82,20 +82,19 @@ class Share:
         weights: how many weights.
         parameters: how many parameters these have.
         parameter_share: share of all the model's parameters.
-        flops: how many FLOPs these take.
-        flop_share: share of all the model's FLOPs; 0.0 where none were counted.
+        flops: how many FLOPs these take; None if they were not counted.
+        flop_share: share of all the model's FLOPs; None likewise.
     """
 
     weights: int
     parameters: int
     parameter_share: float
-    flops: int
-    flop_share: float
+    flops: int | None
+    flop_share: float | None
 
     def __str__(self) -> str:
-        return (
-            f"{self.weights} weights, {self.parameter_share:.2%} of the parameters, {self.flop_share:.2%} of the FLOPs"
-        )
+        text = f"{self.weights} weights, {self.parameter_share:.2%} of the parameters"
+        return text if self.flop_share is None else f"{text}, {self.flop_share:.2%} of the FLOPs"
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,13 @@ class ModelReport(SparsityReport):
         weights: the covered weights.
         skipped: what the selection rules asked for but no pattern fits, and why.
         dense: every parameter that is not covered, those of ``skipped`` among them, and why.
-        flops: FLOPs of the whole model; a multiplication and an addition are two.
-        flops_per: what takes them: ``"forward pass"`` where an example was given, else ``"token"``.
-        notes: how the FLOPs were counted and what they leave out.
+        flops: FLOPs of a forward pass on the example; a multiplication and an addition are two. None without one.
+        notes: what of the FLOPs belongs to no parameter.
     """
 
     weights: tuple[ModelWeight, ...]
     dense: tuple[DenseWeight, ...] = ()
-    flops: int = 0
-    flops_per: str = "token"
+    flops: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -137,15 +134,19 @@ class ModelReport(SparsityReport):
         return self._share(w for w in self.weights if (w.backends if backend is None else backend in w.backends))
 
     def _share(self, weights: Iterable[ModelWeight]) -> Share:
-        sizes = [(weight.numel, weight.flops or 0) for weight in weights]
-        parameters, flops = sum(size for size, _ in sizes), sum(flops for _, flops in sizes)
-        return Share(len(sizes), parameters, parameters / max(1, self.parameters), flops, flops / max(1, self.flops))
+        chosen = list(weights)
+        parameters = sum(weight.numel for weight in chosen)
+        flops = flop_share = None
+        if self.flops is not None:
+            flops = sum(weight.flops or 0 for weight in chosen)
+            flop_share = flops / max(1, self.flops)
+        return Share(len(chosen), parameters, parameters / max(1, self.parameters), flops, flop_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values, under keys that later versions keep.
 
         - ``ok``: whether every covered weight holds its pattern; ``sparsity``: share of zeros over the covered weights.
-        - ``parameters``, ``flops``, ``flops_per``, ``notes``: those of the whole model, as they are here.
+        - ``parameters``, ``flops``, ``notes``: those of the whole model, as they are here.
         - ``totals``: ``covered``, ``holding``, ``tensor_cores`` (by any backend), ``cutlass`` and ``cusparselt``, each
           with ``weights``, ``parameters``, ``parameter_share``, ``flops`` and ``flop_share``.
         - ``weights``: a list with ``name``, ``shape``, ``dtype``, ``pattern``, ``dim``, ``groups``, ``bad_groups``,
@@ -157,7 +158,7 @@ class ModelReport(SparsityReport):
         totals = {"covered": self.covered, "holding": self.holding, "tensor_cores": self.tensor_cores()}
         totals |= {backend: self.tensor_cores(backend) for backend in BACKENDS}
         return {
-            **{name: getattr(self, name) for name in ("ok", "sparsity", "parameters", "flops", "flops_per")},
+            **{name: getattr(self, name) for name in ("ok", "sparsity", "parameters", "flops")},
             "totals": {name: asdict(share) for name, share in totals.items()},
             "weights": [weight.to_dict() for weight in self.weights],
             "dense": [weight.to_dict() for weight in self.dense],
@@ -168,16 +169,23 @@ class ModelReport(SparsityReport):
         """Return :meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
-    def __str__(self) -> str:
+    def to_text(self, *, per_weight: bool = False, width: int | None = None) -> str:
+        """Return the report as tables, as :meth:`SparsityReport.to_text`."""
         verdict = "ok" if self.ok else f"VIOLATED by {len(self.violations)} of {len(self.weights)} weights"
         summary = [
-            f"model: {self.parameters:,} parameters, {self.flops:,} FLOPs a {self.flops_per}",
+            f"model: {self.parameters:,} parameters"
+            + ("" if self.flops is None else f", {self.flops:,} FLOPs a forward pass"),
             f"pattern {verdict}: covers {self.covered}; {self.sparsity:.2%} zeros in them",
             f"sparse tensor cores take {self.tensor_cores()}",
         ]
-        headers = ("weights", "number", "shape", "dtype", "pattern", "zeros", "groups", "bad groups", "FLOPs")
-        alike = grouped(self.weights, lambda w: (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends))
-        covered = format_table((*headers, *BACKENDS), [self._row(group) for group in alike])
+        headers = ["weights", "number", "shape", "dtype", "pattern", "zeros", "bad", "tensor cores"]
+        if self.flops is not None:
+            headers.append("FLOPs")
+        alike = grouped(
+            self.weights,
+            lambda w: w.name if per_weight else (starred(w.name), w.shape, w.dtype, w.pattern, w.dim, w.ok, w.backends),
+        )
+        covered = format_table(headers, [self._row(group)[: len(headers)] for group in alike], width)
         refused = [
             f"{backend} cannot take {len(group)}: {group[0].tensor_cores[backend]} ({such_as([w.name for w in group])})"
             for backend in BACKENDS
@@ -185,10 +193,10 @@ class ModelReport(SparsityReport):
             if group[0].tensor_cores[backend] is not None
         ]
         left = [
-            (g[0].reason, len(g), sum(w.numel for w in g), self._flop_share(g), such_as([w.name for w in g]))
+            (g[0].reason, len(g), sum(w.numel for w in g), such_as([w.name for w in g]))
             for g in grouped(self.dense, lambda weight: weight.reason)
         ]
-        dense = format_table(("left dense", "tensors", "parameters", "FLOPs", "such as"), left) if left else ""
+        dense = format_table(("left dense", "tensors", "parameters", "such as"), left, width) if left else ""
         parts = ("\n".join(summary), covered, "\n".join(refused), dense, "\n".join(self.notes))
         return "\n\n".join(filter(None, parts))
 
@@ -201,15 +209,13 @@ class ModelReport(SparsityReport):
             _dtype_name(first.dtype),
             str(first.pattern),
             f"{sum(w.zeros for w in group) / max(1, sum(w.numel for w in group)):.2%}",
-            sum(w.groups for w in group),
             sum(w.bad_groups for w in group),
+            "both" if len(first.backends) == len(BACKENDS) else ", ".join(first.backends) or "no",
             self._flop_share(group),
-            *("yes" if first.tensor_cores[backend] is None else "no" for backend in BACKENDS),
         )
 
-    def _flop_share(self, group: Sequence[ModelWeight] | Sequence[DenseWeight]) -> str:
-        counted = [weight.flops for weight in group if weight.flops is not None]
-        return f"{sum(counted) / max(1, self.flops):.2%}" if counted else "not counted"
+    def _flop_share(self, group: Sequence[ModelWeight]) -> str:
+        return f"{sum(weight.flops or 0 for weight in group) / max(1, self.flops or 0):.2%}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -224,9 +230,8 @@ def model_report(
     Args:
         target: a module, a state dict or a path, as for :func:`admm_nxm.verify`.
         pattern: what the weights must satisfy, as for :func:`admm_nxm.verify`.
-        example: an input of the module, to count the FLOPs of a forward pass in evaluation mode: a dict of keyword
-            arguments, a tuple of arguments or a tensor. Without it, FLOPs are 2 per token for each entry of a matrix
-            that is no embedding (by its name, where only names are at hand), and products of activations are left out.
+        example: an input of the module, to count the FLOPs of a forward pass in evaluation mode with torch's
+            FlopCounterMode: a dict of keyword arguments, a tuple of arguments or a tensor. Without it none are counted.
 
     Raises:
         FileNotFoundError: nothing at that path.
@@ -234,12 +239,13 @@ def model_report(
         ValueError: as for :func:`admm_nxm.verify`; an example without a module, or one that the module does not take.
 
     >>> weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]]).repeat(32, 16)
-    >>> report = model_report({"layers.0.fc.weight": weight.bfloat16(), "layers.0.fc.bias": torch.zeros(32)})
-    >>> report.ok, report.weights[0].backends, report.flops
-    (True, ('cutlass', 'cusparselt'), 4096)
+    >>> state = {"layers.0.fc.weight": weight.bfloat16(), "bias": torch.zeros(32)}
+    >>> report = model_report(state)
+    >>> report.ok, report.weights[0].backends
+    (True, ('cutlass', 'cusparselt'))
     """
     if example is not None and not isinstance(target, nn.Module):
-        raise ValueError("an example needs a module to run; without a module leave it out, to count per token")
+        raise ValueError("an example needs a module to run; without a module leave it out")
     with open_target(target, "report on") as opened:
         named = opened.named
         selection, params = opened.cover(pattern)
@@ -253,25 +259,24 @@ def model_report(
         if not count.ok:
             bad = f"{count.bad_groups} of {count.groups} groups exceed {count.pattern}: finalize or project it first"
             reasons = {backend: reason or bad for backend, reason in reasons.items()}
-        weights.append(ModelWeight(**vars(count), dtype=dtype, flops=costs.by_weight.get(key), tensor_cores=reasons))
-    dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
-    notes = [costs.note]
-    if uncounted := [w.name for w in weights if w.flops is None] + [w.name for w in dense if w.flops is None]:
-        notes.append(
-            f"the FLOPs of {len(uncounted)} tensors that are no matrices are not counted ({such_as(uncounted)}); an "
-            "example would count them"
+        weights.append(
+            ModelWeight(**vars(count), dtype=dtype, flops=costs.of(params[count.name]), tensor_cores=reasons)
         )
-    return ModelReport(
-        tuple(weights), counts.skipped, dense=dense, flops=costs.total, flops_per=costs.per, notes=tuple(notes)
-    )
+    dense = _dense(named, selection, {_identity(t) for t in params.values()}, costs)
+    notes = () if costs.note is None else (costs.note,)
+    return ModelReport(tuple(weights), counts.skipped, dense=dense, flops=costs.total, notes=notes)
 
 
 @dataclass(frozen=True)
 class _Costs:
-    total: int
-    by_weight: Mapping[object, int]  # by the identity of the weight
-    per: str
-    note: str
+    """Hold the cost of a forward pass; nothing where none was made."""
+
+    total: int | None = None
+    by_weight: Mapping[object, int] | None = None  # by the identity of the weight
+    note: str | None = None
+
+    def of(self, t: Tensor) -> int | None:
+        return None if self.by_weight is None else self.by_weight.get(_identity(t), 0)
 
 
 _Named = Union[nn.Module, dict[str, Tensor]]  # noqa: UP007
@@ -296,7 +301,7 @@ def _dense(named: _Named, selection: Selection, covered: set[object], costs: _Co
         key, shape = _identity(t), tuple(t.shape)
         if _is_weight(t) and key not in covered and key not in dense:
             why = known.get(key, SkippedWeight(name, shape, "not named by the selection"))
-            dense[key] = DenseWeight(name, shape, why.reason, why.wanted, costs.by_weight.get(key))
+            dense[key] = DenseWeight(name, shape, why.reason, why.wanted, costs.of(t))
     return tuple(dense.values())
 
 
@@ -314,7 +319,7 @@ def _reduction_dims(named: _Named, selection: Selection) -> dict[object, int]:
 
 def _count_flops(named: _Named, example: object) -> _Costs:
     if example is None or not isinstance(named, nn.Module):
-        return _flops_per_token(named)
+        return _Costs()
     from .flops import count_forward  # costs an import that reports without an example do without
 
     model = unwrap_model(named)
@@ -322,27 +327,4 @@ def _count_flops(named: _Named, example: object) -> _Costs:
     by_weight = {_identity(param): by_id.get(id(param), 0) for param in model.parameters()}
     share = 1 - sum(by_id.values()) / total if total else 0.0
     note = f"{share:.2%} of the FLOPs belong to no parameter: products of activations, as in attention"
-    return _Costs(total, by_weight, "forward pass", note)
-
-
-def _flops_per_token(named: _Named) -> _Costs:
-    """Count two FLOPs for each entry of a matrix that is no embedding, in each of its places in the model."""
-    note = "FLOPs are those of the matrices for one token; products of activations, as in attention, "
-    if isinstance(named, nn.Module):
-        modules = unwrap_model(named).named_modules(remove_duplicate=False)
-        places: list[tuple[str, nn.Module | None, Tensor]]
-        places = [("", m, param) for _, m in modules for param in m._parameters.values() if param is not None]
-        note += "are left out; give an example to count a forward pass"
-    else:
-        places = [(name, None, t) for name, t in named.items() if _is_weight(t)]
-        note += (
-            "and a head that is stored as its embedding only are left out, embeddings are told by their names; give "
-            "the module and an example to count a forward pass"
-        )
-    by_weight: dict[object, int] = {}
-    for name, module, t in places:
-        costs_nothing = t.ndim < 2 or is_embedding(name, module)
-        if costs_nothing or t.ndim == 2:
-            key = _identity(t)
-            by_weight[key] = by_weight.get(key, 0) + (0 if costs_nothing else 2 * t.numel())
-    return _Costs(sum(by_weight.values()), by_weight, "token", note)
+    return _Costs(total, by_weight, note)

@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from ..checks import missing
 from ..grouping import starred, such_as
 from ..io.files import atomic_file
 from ..sparsity import SparsityReport
@@ -64,7 +65,7 @@ def _drawing() -> Iterator[None]:
         import matplotlib.style
         from cycler import cycler
     except ImportError as error:
-        raise ImportError(f'pictures need matplotlib ({error}); run: pip install "admm-nxm[plots]"') from error
+        raise ImportError(missing(f"pictures need matplotlib ({error})", "plots")) from error
     looks = cycler(color=_COLOURS * len(_DASHES), linestyle=_DASHES * len(_COLOURS))
     with matplotlib.style.context(["default", _STYLE, {"axes.prop_cycle": looks}]):
         yield
@@ -245,7 +246,7 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             begins.setdefault(row["admm/phase"], float(row["step"]))
     if (frozen := _freeze(rows)) is not None:
         begins["frozen"] = frozen
-        errors = [f", model error {float(row['admm/model_error']):.4f}" for row in rows if "admm/model_error" in row]
+        errors = [f", model error {float(row['admm/model_error']):.2g}" for row in rows if "admm/model_error" in row]
         label = f"weights pruned after step {frozen:g}{''.join(errors[-1:])}"
         axes.axvline(frozen, color="#444444", linestyle="--", linewidth=0.9, label=label)
     ends = [*list(begins.values())[1:], max(float(row["step"]) for row in rows)]
@@ -303,7 +304,7 @@ Row = tuple[str, int]  # a stack of blocks, and the number in it; -1 outside of 
 
 @dataclass
 class _Cell:
-    """What is known of the weights of one kind in one block."""
+    """Describe the weights of one kind in one block."""
 
     zeros: int = 0
     entries: int = 0

@@ -43,8 +43,8 @@ def shape_multiples(backend: Backend) -> dict[torch.dtype, tuple[int, int]]:
     Raises:
         ValueError: no such backend.
 
-    >>> shape_multiples("cutlass")[torch.bfloat16], shape_multiples("cusparselt")[torch.bfloat16]
-    ((32, 64), (16, 16))
+    >>> [shape_multiples(backend)[torch.bfloat16] for backend in BACKENDS]
+    [(32, 64), (16, 16)]
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
@@ -68,7 +68,8 @@ def implies(pattern: Pattern, required: Pattern) -> bool:
     those of ``pattern`` lie.
 
     >>> two_of_four = Pattern(2, 4)
-    >>> [p for p in ("2:4", "1:4", "1:2", "2:8", "4:8", "4:16") if implies(Pattern.parse(p), two_of_four)]
+    >>> patterns = ("2:4", "1:4", "1:2", "2:8", "4:8", "4:16")
+    >>> [p for p in patterns if implies(Pattern.parse(p), two_of_four)]
     ['2:4', '1:4', '1:2', '2:8']
     """
     # The two grids repeat after their least common multiple.

@@ -95,12 +95,15 @@ class Averaging(Optimizer):
         super().__init__(params, {"lr": lr, "beta": beta, "momentum": momentum})
         self.training = True
 
+    def _of(self, p: Tensor) -> dict[str, Any]:
+        return self.state[p]
+
     def _exchange(self, weight: float) -> None:
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
-                    if "z" in self.state[p]:
-                        p.lerp_(self.state[p]["z"], weight)
+                    if "z" in self._of(p):
+                        p.lerp_(self._of(p)["z"], weight)
 
     def eval(self) -> None:
         if self.training:
@@ -120,7 +123,7 @@ class Averaging(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
+                state = self._of(p)
                 if not state:
                     state.update(step=0, z=p.detach().clone(), momentum=torch.zeros_like(p))
                 state["step"] += 1
@@ -132,10 +135,22 @@ class Averaging(Optimizer):
                 p.copy_(x.lerp_(z, 1 - beta))
 
 
+class Nested(Averaging):
+    """As heavyball has it: the state lies one level down, and a step uses the gradients up."""
+
+    def _of(self, p: Tensor) -> dict[str, Any]:
+        return self.state[p].setdefault(0, {})
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.zero_grad()
+
+
 SECOND_SETS = {
     "Lookahead": lambda net: Lookahead(net.parameters()),
     "averaging": lambda net: Averaging(net.parameters()),
     "averaging with momentum": lambda net: Averaging(net.parameters(), momentum=0.9),
+    "averaging with nested state": lambda net: Nested(net.parameters()),
     **{name: make for name, make in OUTSIDE_OPTIMIZERS.items() if name.startswith("schedulefree")},
 }
 every_second_set = pytest.mark.parametrize("factory", SECOND_SETS.values(), ids=SECOND_SETS)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Partial
 
-from admm_nxm import ADMMNxM, ConvergenceWarning, verify
+from admm_nxm import ADMMNxM, ConvergenceWarning, prune, verify
 from admm_nxm.sharding import local
 from tests.distributed.pair import WORLD, alike_on_all_ranks, full
 from tests.helpers import CALIBRATION, DENSE, FORMS, FROZEN, STEPS, Net
@@ -320,6 +320,25 @@ def check_fsdp2_by_hand_equals_one_process(folder: Path) -> None:
                 group["params"] = [exchanged[p] for p in group["params"]]
         before = train(net, optimizer, dist.get_rank())
         same_as_one_process(net, optimizer, form, before)
+
+
+def check_pruning_without_training_adds_up_the_batches(folder: Path) -> None:
+    def loss(net: nn.Module, x: Tensor) -> Tensor:
+        return (net(x) - x.sum(-1, keepdim=True).sin()).square().mean()
+
+    data = [rows_of(number) for number in range(WORLD)]
+    for sequential in (False, True):
+        mine, everyones = small_net(), small_net()
+        prune(mine, "1:4", data[dist.get_rank() :][:1], loss=loss, sequential=sequential)
+        # Twice the sums make no difference.
+        report = prune(everyones, "1:4", data, loss=loss, sequential=sequential)
+        for weight in report:
+            p, q = mine.get_parameter(weight.name), everyones.get_parameter(weight.name)
+            assert (p - q).norm() < 0.02 * q.norm()
+            assert torch.equal(p != 0, q != 0)
+            alike_on_all_ranks(p.tolist())
+    with pytest.raises(ValueError, match=r"'blocks\.0\.0\.weight' is sharded .*prune the model before it is sharded"):
+        prune(Stack().shard(by_rows, mesh()))
 
 
 # ---------------------------------------------------------------- from two ranks to one and back

@@ -81,7 +81,7 @@ class Encoded:
         return self.some(range(len(self)), size)
 
     def train(self, size: int, steps: int, seed: int) -> Iterator[Batch]:
-        """Yield ``steps`` batches, shuffled anew each time the split has been gone through; the seed decides all."""
+        """Yield ``steps`` batches, shuffled again each time the split has been gone through; the seed decides all."""
         rng = random.Random(seed)
         pool: list[int] = []
         queue: list[list[int]] = []

@@ -28,14 +28,14 @@ def score(estimate: Estimate | None) -> str:
     return f"{plain(estimate.mean)}{spread} ({estimate.n})"
 
 
-def difference(estimate: Estimate | None) -> str:
+def difference(estimate: Estimate | None, digits: int = 1) -> str:
     """Write a difference with its interval, such as ``+0.4 [-0.1, +0.9]``."""
     if estimate is None:
         return NOT_RUN
     if estimate.interval is None:
-        return f"{signed(estimate.mean)} ({'one seed' if estimate.n < 2 else 'equal seeds'}, no interval)"
+        return f"{signed(estimate.mean, digits)} ({'one seed' if estimate.n < 2 else 'equal seeds'}, no interval)"
     low, high = estimate.interval
-    return f"{signed(estimate.mean)} [{signed(low)}, {signed(high)}]"
+    return f"{signed(estimate.mean, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:

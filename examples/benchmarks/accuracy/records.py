@@ -106,7 +106,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise InputError(f"{folder}: no such folder of results")
     lines = []
     seen: dict[tuple[Any, ...], str] = {}
-    for where, value in _lines(sorted(folder.glob("*.jsonl"))):
+    for where, value in lines_of(sorted(folder.glob("*.jsonl"))):
         line = _checked(value, where)
         key = (*key_of(line), line.get("weight"))
         if key in seen:
@@ -116,7 +116,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _lines(files: Iterable[Path]) -> Iterator[tuple[str, object]]:
+def lines_of(files: Iterable[Path]) -> Iterator[tuple[str, object]]:
+    """Yield where each line stands, and what JSON it is."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -134,10 +135,10 @@ def _parsed(line: str, where: str) -> object:
         raise InputError(f"{where}: not JSON: {error}") from error
 
 
-def _checked(line: object, where: str) -> dict[str, Any]:
+def checked(line: object, where: str, checks: Mapping[str, Check]) -> dict[str, Any]:
+    """Return a line that has the keys of ``checks`` and no others, with the values that they allow."""
     if not isinstance(line, dict):
         raise InputError(f"{where}: must be a JSON object, not {_shorten(line)}")
-    checks = LAYER if line.get("stage") == "layers" else RUN
     if unknown := sorted(set(line) - set(checks)):
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(checks)}")
     if missing := [key for key in checks if key not in line]:
@@ -145,6 +146,12 @@ def _checked(line: object, where: str) -> dict[str, Any]:
     for key, check in checks.items():
         if not check.holds(line[key]):
             raise InputError(f"{where}: {key}={_shorten(line[key])} must be {check.wanted}")
+    return line
+
+
+def _checked(value: object, where: str) -> dict[str, Any]:
+    checks = LAYER if isinstance(value, dict) and value.get("stage") == "layers" else RUN
+    line = checked(value, where, checks)
     if (line["pattern"] is None) != (line["method"] == "dense"):
         raise InputError(f"{where}: the pattern is null for dense runs and for no others")
     if checks is RUN and (

@@ -44,10 +44,25 @@ CAPTION = (
     "Test accuracy ± standard deviation (seeds), mean over tasks; `admm` minus the method with its 95 % interval; its "
     "p-value, corrected by Holm for all methods at the pattern."
 )
+PATTERNS = ("2:4", "1:4")
+METHODS = {
+    "dense": "dense",
+    "asp": "magnitude, before training (asp)",
+    "asp-late": "magnitude, late (asp-late)",
+    "sparsegpt-late": "SparseGPT, late (sparsegpt-late)",
+    "admm": "admm: this package",
+}
+"""What a practitioner chooses between, on README and in the picture -> its words in the picture."""
+
 TITLES = {"full": "The study", "cpu": "The quick study", "smoke": "A trial"}
 
 _UNDER_WAY = "- **Accuracy:** the study is under way; no final figure is published yet ([results](docs/results.md))."
 """What the README says before the first final run."""
+
+NO_RESULT = (
+    "No final run was made yet, so this page has no result. Below stands what short runs of two seeds on the dev parts "
+    "gave: they serve to choose defaults, and say nothing about how the method compares with others."
+)
 
 
 def subject(plan: Plan) -> str:
@@ -70,7 +85,16 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         A list in Markdown.
     """
     rates = " and ".join(f"{lr:g}" for lr in plan.usual_lrs)
-    lines = [f"{subject(plan)}. Figures are test accuracies in percent, differences are in points with 95 % intervals."]
+    trained = f"All methods train the same model on the same texts: {subject(plan)}."
+    units = (
+        "Figures are percent of test texts answered right; differences are in points with 95 % intervals over seeds."
+    )
+    methods = (
+        "`dense` prunes nothing. `asp` is the usual way: the largest weights of each group are kept, once, before "
+        "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
+        "SparseGPT's update there. `admm` is the default of this package."
+    )
+    lines = [f"{trained} {units}", methods]
     for which, words in ((usual, f"At usual learning rates (mean over {rates})"), (tuned, "With tuned learning rates")):
         for pattern in plan.patterns:
             lines += _cost(which, words, pattern)
@@ -97,9 +121,9 @@ def _cost(which: Table, words: str, pattern: str) -> list[str]:
     if dense is None or ours is None or loss is None or rival is None or gain is None:
         return []
     told = "" if gain.word == "not resolved" else f", {gain.word}"
-    ours_text = f"dense {plain(dense.mean)}; `admm` {plain(ours.mean)}, which is {difference(loss)}"
-    asp_text = f"one-shot magnitude pruning before training (`asp`) {difference(rival)}"
-    return [f"{words}, {pattern}: {ours_text}; {asp_text}; `admm` minus `asp` {difference(gain.estimate)}{told}."]
+    against = f"against `dense`, `admm` is at {difference(loss)} and `asp` at {difference(rival)}"
+    scores = f"`dense` {plain(dense.mean)}, `admm` {plain(ours.mean)}"
+    return [f"{words}, {pattern}: {scores}; {against}; `admm` minus `asp`: {difference(gain.estimate)}{told}."]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -148,13 +172,13 @@ def targets_table(usual: Table, tuned: Table) -> str:
 
 def overview(usual: Table, tuned: Table) -> str:
     """Write what the repository's README shows: one small table and a sentence for each target."""
-    plan, methods = usual.plan, ("dense", "asp", "asp-late", "sparsegpt-late", "admm")
-    patterns = [pattern for pattern in plan.patterns if pattern in ("2:4", "1:4")]
+    plan = usual.plan
+    patterns = [pattern for pattern in plan.patterns if pattern in PATTERNS]
     header = ["method", *(f"{which.name}, {pattern}" for which in (usual, tuned) for pattern in patterns)]
     rows = [
         [f"`{method}`", *(score(which.mean(method, pattern)) for which in (usual, tuned) for pattern in patterns)]
         for method in plan.methods
-        if method in methods
+        if method in METHODS
     ]
     sentences = [f"- {verdict.target}: **{verdict.status}** ({verdict.detail})." for verdict in verdicts(usual, tuned)]
     caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
@@ -234,19 +258,19 @@ def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, l
 
 
 def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
-    """Draw the means over tasks of both tables."""
+    """Draw the means over tasks of the methods that a practitioner chooses between, for both tables."""
     panels = []
-    for pattern in usual.plan.patterns:
-        for which in (usual, tuned):
+    for pattern in PATTERNS:
+        for which, words in ((usual, "usual learning rates"), (tuned, "tuned learning rates")):
             rows = []
-            for method in usual.plan.methods:
+            for method, words_of_it in METHODS.items():
                 found = which.mean(method, pattern)
                 if found is not None:
                     low, high = found.interval or (found.mean, found.mean)
-                    rows.append(Row(method, round(found.mean, 6), round(low, 6), round(high, 6)))
+                    rows.append(Row(words_of_it, round(found.mean, 6), round(low, 6), round(high, 6)))
             if len(rows) > 1:  # not dense alone
-                panels.append(Bars(f"{pattern}, {which.name}", tuple(rows)))
-    title = f"Test accuracy, mean over {len(usual.plan.tasks)} tasks"
+                panels.append(Bars(f"{pattern}, {words}", tuple(rows)))
+    title = f"What a pattern costs: test accuracy, mean over {len(usual.plan.tasks)} tasks"
     return [Picture(f"accuracy-{name}.svg", title, tuple(panels))] if panels else []
 
 
@@ -358,7 +382,7 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
     links = {name: link(name) for plan in PLANS for name in (f"layers-{plan}.svg", f"accuracy-{plan}.svg")}
     body: list[str] = []
     pictures: list[Picture] = []
-    first, shown = "No final run was made yet.", ""
+    first, shown = NO_RESULT, ""
     for name, plan in PLANS.items():
         mine = [line for line in lines if line["model"] == plan.model]
         if not mine:

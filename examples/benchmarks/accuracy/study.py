@@ -31,12 +31,12 @@ from tasks import TaskError, default_cache, load_task, model_folder
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def commit_of(root: Path) -> str:
+def commit_of(root: Path, study: str = "accuracy") -> str:
     """Return the commit of a checkout, with ``-dirty`` if the package or the study was changed since."""
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        watched = ["admm_nxm", "examples/benchmarks/accuracy", "examples/benchmarks/sparsegpt.py"]
+        watched = ["admm_nxm", f"examples/benchmarks/{study}", "examples/benchmarks/sparsegpt.py"]
         status = [*git, "status", "--porcelain", "--", *watched]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -17,7 +17,7 @@ CACHE_VARIABLE = "ADMM_NXM_CACHE"
 
 
 class TaskError(Exception):
-    """Something the user can mend; its message is one line that says how."""
+    """Report something that the user can put right; the message is one line that says how."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def load_task(name: str, cache: Path | None = None) -> Task:
         return task_of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, TaskError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise TaskError(f"{file} is damaged ({reason}); to make it anew, run: {prepare_command(cache)}") from error
+        raise TaskError(f"{file} is damaged ({reason}); to make it again, run: {prepare_command(cache)}") from error
 
 
 def task_of(record: dict[str, Any]) -> Task:

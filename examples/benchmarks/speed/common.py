@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = "examples/benchmarks/speed"
-BENCHMARKS = ("step", "train", "inference")
+BENCHMARKS = ("step", "train", "solve", "inference")
 """Every benchmark, in the order of the report. Each is a script of that name."""
 
 PACKAGES = ("torch", "admm-nxm", "torchao", "transformers")

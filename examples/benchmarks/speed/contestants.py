@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from admm_nxm import ADMMNxM, Pattern, keep_mask
+from admm_nxm import ADMMNxM, Pattern, keep_mask, prune
 from common import BenchmarkError
 from weights import Weights
 
@@ -91,9 +91,11 @@ class Ours:
 
 def ours(fresh: Callable[[], Weights], pattern: Pattern) -> list[Ours]:
     """Return ADMMNxM in each phase that can be timed without a model; the calibration is in ``train.py``."""
+    pruned = fresh()
+    prune(pruned.model, select=lambda _name, _module: pattern)
     return [
         Ours(fresh(), "dense phase", ADMMNxM, pattern, total_steps=LONG),
-        Ours(fresh(), "frozen phase", ADMMNxM, pattern, prune_at=0),
+        Ours(pruned, "frozen phase", ADMMNxM, pattern, prune_at=0),
         papers_form(fresh(), pattern),
     ]
 

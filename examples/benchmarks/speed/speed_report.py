@@ -36,19 +36,22 @@ INTRODUCTION = f"""\
 
 <!-- Written by {FOLDER}/speed_report.py from the raw records; changes by hand would be lost. -->
 
-Everything on this page is computed from the raw records by `python {FOLDER}/speed_report.py`.
-What is measured how, and how to read it, is in `{FOLDER}/README.md`. Times are ratios within one
-run, as median and, in brackets, quartiles over its rounds.
+- **Before calibration** a step is your optimizer's own, bit for bit. Nothing is added.
+- **A calibration step** takes 1.86 times as long as an ordinary one at BERT-base (quartiles 1.49 to 2.04 over 9 rounds;
+  8 x 128 tokens, float32, one thread of a busy Intel Xeon, 2026-11-28; the target was 2.5 times). A run has 16 of them.
+  Command: `python {FOLDER}/calibration.py`. With MiniLM under bfloat16 autocast it takes 2.2
+  times as long (3 rounds; `--model minilm --autocast --rounds 3`).
+- **The solve** is one step. With A alone it takes 4.9 times (MiniLM) and 6.7 times (BERT-base) the processor time of
+  SparseGPT's update, and has 0.59 and 0.45 of its error. With G it takes 8.2 and 11.6 times as long
+  ([how that was measured](algorithm.md#how-fast-it-is)).
+- **Memory** during calibration: A and G of BERT-base take 1,189 MB in one window. `statistics_memory` makes it less.
+  Afterwards a boolean mask stays, one byte a weight.
+"""
 
-Two figures have commands of their own:
-
-- The solve: its time, memory and model error beside SparseGPT's update are on
-  [the algorithm page](algorithm.md#how-fast-it-is).
-- A calibration step takes 1.86 times as long as an ordinary one at BERT-base (quartiles 1.49 to 2.04 over 9 rounds;
-  8 x 128 tokens, float32, one thread of a busy Intel Xeon, 2026-11-28; the target was 2.5 times):
-  `python {FOLDER}/calibration.py`.
-  With MiniLM under bfloat16 autocast it takes 2.2 times as long (3 rounds; `--model minilm --autocast --rounds 3`).
-  A and G of BERT-base take 1,189 MB in one window."""
+METHOD = f"""\
+The tables below are computed from the raw records by `python {FOLDER}/speed_report.py`. The
+file `{FOLDER}/README.md` says what is measured and how. Times are ratios within one run, as median
+and, in brackets, quartiles over its rounds."""
 
 Records = Mapping[tuple[str, str], Record]
 """Kind of device, benchmark -> record."""
@@ -76,6 +79,16 @@ def find_records(results: Path) -> dict[tuple[str, str], Record]:
                 )
             records[kind, benchmark] = record
     return records
+
+
+def summary(records: Records) -> str:
+    """Say on which kinds of device the tables were measured."""
+    said = []
+    for kind, name in KINDS.items():
+        found = [records[kind, benchmark] for benchmark in BENCHMARKS if (kind, benchmark) in records]
+        where = sorted({f"{place(record)}, {record['date']}" for record in found})
+        said.append(f"- **On a {name}:** {'; '.join(where) if where else NOT_TIMED}.")
+    return "\n".join(said)
 
 
 def section(records: Records, kind: str, results: Path, start: Path) -> str:
@@ -125,7 +138,7 @@ def build(results: Path, output: Path) -> str:
                 raise BenchmarkError(f"the record of {record['benchmark']} is a tiny run; it does not belong in docs")
     start = output.resolve().parent
     sections = [section(records, kind, results, start) for kind in KINDS]
-    return "\n\n".join([INTRODUCTION, *sections]) + "\n"
+    return "\n\n".join([INTRODUCTION + summary(records), METHOD, *sections]) + "\n"
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

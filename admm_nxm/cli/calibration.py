@@ -1,0 +1,197 @@
+"""The run behind ``admm-nxm prune --data``: a saved model, some texts, the solve, and the files written again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig
+
+from ..io.prune import prune_files
+from ..oneshot import prune
+from ..pattern import Pattern
+from ..selection import select_weights
+from ..sparsity import SparsityReport
+from .classifier import find_device, length_limit, load_tokenizer, quiet
+from .console import note
+from .errors import InputError, blaming
+from .options import Rules
+from .progress import WeightProgress
+from .texts import Columns, read_file
+
+_TEXTS, _PIECES = 128, 64
+_LENGTH, _PIECE_LENGTH = 128, 256
+
+Kind = Literal["classifier", "language model", "encoder"]
+_ENDINGS: dict[str, Kind] = {
+    "ForSequenceClassification": "classifier",
+    "ForCausalLM": "language model",
+    "LMHeadModel": "language model",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hold the options of the user; None where the run chooses."""
+
+    path: Path
+    output: Path
+    pattern: Pattern | str
+    select: Rules | None
+    data: Path
+    text_column: str
+    label_column: str | None
+    samples: int | None
+    max_length: int | None
+    seed: int
+    device: str
+    overwrite: bool
+
+
+def calibrate(settings: Settings) -> tuple[SparsityReport, dict[str, Any]]:
+    """Prune a saved model by what texts tell, write it, and return the count and what there is to tell of the texts."""
+    device = find_device(settings.device)
+    tokenizer = _tokenizer(settings.path)
+    model, kind = _load(settings.path, device)
+    batches, told = _batches(settings, kind, model, tokenizer)
+    note(f"model   {type(model).__name__}, on {device}")
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    gathered = "A and G" if "labels" in batches[0] else "A alone: there are no labels"
+    note(f"data    {told}, {tokens:,} tokens ({gathered})")
+    selection, _ = select_weights(model, settings.pattern, settings.select, trainable=False)
+    done: list[SparsityReport] = []
+
+    def values() -> Mapping[str, Tensor]:
+        bar = WeightProgress()
+        with bar, blaming("", torch.OutOfMemoryError, remedy="; give a smaller --max-length, or --device cpu"):
+            done.append(prune(model, settings.pattern, batches, select=settings.select, progress=bar.show))
+        return dict(model.named_parameters())
+
+    written = prune_files(settings.path, settings.output, select=selection, values=values, overwrite=settings.overwrite)
+    facts = {
+        "data": settings.data.name,
+        "kind": kind,
+        "texts": len(batches),
+        "tokens": tokens,
+        "labels": "labels" in batches[0],
+        "seed": settings.seed,
+        "device": str(device),
+    }
+    return replace(written, model_errors=done[0].model_errors), facts
+
+
+def _tokenizer(path: Path) -> Any:
+    if not path.is_dir():
+        raise InputError(f"{path} is no model folder, which --data needs for its model and tokenizer")
+    try:
+        return load_tokenizer(str(path))
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--model ")) from None
+
+
+def _load(path: Path, device: torch.device) -> tuple[Any, Kind]:
+    """Load a model by the class that its configuration names."""
+    with blaming(f"{path}: its config.json cannot be read", OSError, ValueError, KeyError), quiet():
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    name = next(iter(config.architectures or ()), "nothing")
+    cls = getattr(transformers, name, None)
+    kind: Kind = next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), "encoder")
+    if cls is None or getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{path}: its config.json names {name}, which is no classifier, language model or encoder of transformers; "
+            "prune it in Python: admm_nxm.prune(model, pattern, batches)"
+        )
+    # On a CPU half precision is slow; what is written has the dtypes of the files.
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    with blaming(str(path), OSError, ValueError, SafetensorError, remedy="; save the model again"), quiet():
+        model, info = cls.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
+        )
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # which is not pruned, and changes nothing
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} weights of {name} are not in the files ({min(missing)}, ...); save the model with "
+            "them"
+        )
+    model.config.use_cache = False
+    return model.to(device), kind
+
+
+def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tuple[list[dict[str, Tensor]], str]:
+    """Return batches of one text each, so that nothing is padding, and what to say of them."""
+    limit = length_limit(model, tokenizer)
+    usual = _PIECE_LENGTH if kind == "language model" else _LENGTH
+    length = settings.max_length or int(min(usual, limit))
+    if length > limit:
+        raise InputError(f"--max-length {length} is more than {settings.path} takes; give at most {limit:.0f}")
+    source = random.Random(settings.seed)
+    if kind == "language model":
+        pieces, whole = _pieces(_texts(settings), tokenizer, length)
+        chosen = source.sample(pieces, min(settings.samples or _PIECES, len(pieces)))
+        batches = [{"input_ids": torch.tensor([piece]), "labels": torch.tensor([piece])} for piece in chosen]
+        return batches, f"{len(chosen)} of {len(pieces)} pieces of {whole} tokens"
+    labels: list[int | None]
+    if kind == "classifier" and settings.data.suffix.lower() != ".txt":
+        hint = (
+            "; name others with --text-column and --label-column; a .txt file, one text a line, serves without labels"
+        )
+        columns = Columns((settings.text_column,), settings.label_column or "label", hint)
+        rows = read_file(settings.data, columns)
+        texts = [row[0] for row in rows]
+        labels = _labels([row[-1] for row in rows], model.config)
+    else:
+        texts = _texts(settings)
+        labels = [None] * len(texts)
+    chosen_texts = source.sample(range(len(texts)), min(settings.samples or _TEXTS, len(texts)))
+    batches = []
+    for i in chosen_texts:
+        batch = dict(tokenizer(texts[i], truncation=True, max_length=length, return_tensors="pt"))
+        label = labels[i]
+        batches.append(batch if label is None else {**batch, "labels": torch.tensor([label])})
+    return batches, f"{len(batches)} of {len(texts)} texts"
+
+
+def _texts(settings: Settings) -> list[str]:
+    """Return the texts alone, without labels."""
+    if settings.label_column is not None:
+        raise InputError(f"--label-column {settings.label_column}: labels are for classifiers; leave it out")
+    if settings.data.suffix.lower() != ".txt":
+        texts = [
+            row[0]
+            for row in read_file(settings.data, Columns((), settings.text_column, "; name another with --text-column"))
+        ]
+    else:
+        with blaming(f"--data {settings.data}", OSError, UnicodeDecodeError, remedy="; a file in UTF-8 is needed"):
+            texts = [line for line in settings.data.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not texts:
+        raise InputError(f"--data {settings.data} has no texts; give some hundred")
+    return texts
+
+
+def _pieces(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+    """Return the texts as one stream of tokens, cut into pieces of so many, and how many that is."""
+    with quiet():
+        encoded = tokenizer("\n".join(texts) if len(texts) > 1 else texts[0])["input_ids"]
+    length = min(length, len(encoded))
+    return [encoded[start : start + length] for start in range(0, len(encoded) - length + 1, length)], length
+
+
+def _labels(names: Sequence[str], config: Any) -> list[int | None]:
+    """Return the classes of the labels, by name or by number."""
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise InputError(
+            "the model gives no single label of several, so its labels are not read; give a .txt file, one text a line"
+        )
+    known = {str(number): number for number in range(config.num_labels)}
+    known |= {name: int(number) for name, number in config.label2id.items()}
+    unknown = sorted(set(names) - known.keys())
+    if unknown:
+        raise InputError(f"--data has the label {unknown[0]!r}; the model knows {', '.join(config.label2id)}")
+    return [known[name] for name in names]

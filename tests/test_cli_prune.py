@@ -1,0 +1,157 @@
+"""``admm-nxm prune --data``: a classifier, a language model and an encoder on texts of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import admm_nxm.oneshot
+from admm_nxm import keep_mask, project, verify
+from admm_nxm.solver import Solved
+from admm_nxm.statistics import Moments
+from admm_nxm.weights import Weight
+
+from .test_cli import call_json, fails
+from .tiny import rows_of, tiny_bert, write
+
+transformers: Any = pytest.importorskip("transformers", reason="transformers is an extra")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the three kinds of model, each with its tokenizer, and texts."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert(folder / "encoder"))
+    torch.manual_seed(0)
+    names = {"id2label": {0: "fruit", 1: "metal"}, "label2id": {"fruit": 0, "metal": 1}}
+    config = transformers.BertConfig.from_pretrained(folder / "encoder", **names)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "classifier")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64}
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **shape, **tokens))
+    model.to(torch.bfloat16).save_pretrained(folder / "language", max_shard_size="8kB")
+    for name in ("classifier", "language"):
+        tokenizer.save_pretrained(folder / name)
+        (folder / name / "notes.txt").write_text("by hand")
+    rows = rows_of(40)
+    write(folder / "texts.csv", rows)
+    (folder / "texts.txt").write_text("\n".join(text for text, _ in rows))
+    return folder
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, Moments]:
+    """What was gathered; in place of the solve stands twice the projection, in float32."""
+    seen: dict[str, Moments] = {}
+
+    def solutions(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> Iterator[Solved]:
+        seen.update(moments)
+        for weight in weights:
+            yield Solved(2 * project(weight.w, "2:4"), keep_mask(weight.w, "2:4"), 0.25, 1)
+
+    monkeypatch.setattr(admm_nxm.oneshot, "solutions", solutions)
+    return seen
+
+
+KINDS = {
+    "classifier with labels": ("classifier", "texts.csv", True, 20, 20),
+    "classifier without": ("classifier", "texts.txt", False, 20, 20),
+    "language model": ("language", "texts.csv", True, 3, 3 * 32),
+    "encoder": ("encoder", "texts.csv", False, 20, 20),
+}
+
+
+@pytest.mark.parametrize(("model", "data", "labels", "samples", "tokens"), KINDS.values(), ids=KINDS)
+def test_texts_are_calibrated_on_as_the_architecture_asks(
+    model: str,
+    data: str,
+    labels: bool,
+    samples: int,
+    tokens: int,
+    here: Path,
+    tmp_path: Path,
+    solved: dict[str, Moments],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    options = ["--data", here / data, "--samples", samples, "--max-length", 32, "-o", out]
+    status, told, err = call_json(capsys, "prune", here / model, *options)
+    assert (status, told["ok"]) == (0, True)
+    facts = told["calibration"]
+    assert (facts["labels"], facts["texts"], facts["data"]) == (labels, samples, data)
+    assert facts["tokens"] == tokens if model == "language" else facts["tokens"] > tokens
+    assert told["model_errors"] == dict.fromkeys(solved, 0.25)
+    assert {weight["name"] for weight in told["weights"]} == solved.keys()
+    for moments in solved.values():
+        assert (moments.outputs is not None) == labels
+        assert int(moments.passes) == samples
+    assert "A and G" in err if labels else "A alone" in err
+    assert verify(out).ok
+    before = {name: t for file in sorted((here / model).glob("*.safetensors")) for name, t in load_file(file).items()}
+    after = {name: t for file in sorted(out.glob("*.safetensors")) for name, t in load_file(file).items()}
+    assert before.keys() == after.keys()
+    for name, t in before.items():
+        assert after[name].dtype == t.dtype
+        assert torch.equal(after[name], 2 * project(t, "2:4") if name in solved else t)
+    left = {file.name for file in out.iterdir()} - {"admm_nxm.json"}
+    assert left == {file.name for file in (here / model).iterdir()}
+    assert "weight" in err
+
+
+def test_the_solve_is_that_of_the_function(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = ["--select", r".*0\.self_attn\.q_proj\.weight=1:4"]
+    options = ["--data", here / "texts.txt", "--samples", 2, "--max-length", 16, "-o", tmp_path / "out", *rules]
+    status, told, _ = call_json(capsys, "prune", here / "language", *options)
+    assert status == 0
+    ((name, error),) = told["model_errors"].items()
+    assert 0 < error < 1
+    model = transformers.AutoModelForCausalLM.from_pretrained(here / "language", dtype=torch.float32)
+    chosen = Path(tmp_path / "out").glob("*.safetensors")
+    found = next(file.get_tensor(name) for path in chosen if name in (file := safe_open(path, "pt")).keys())  # noqa: SIM118
+    assert verify({name: found}, {name: "1:4"}).ok
+    assert not torch.equal(found, project(model.get_parameter(name).detach(), "1:4").bfloat16())
+
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "no data": (["classifier", "--samples", "3"], ["--samples is about the texts of --data; give --data too"]),
+    "no folder": (["texts.csv", "--data", "texts.csv"], ["is no model folder, which --data needs"]),
+    "label unknown": (
+        ["classifier", "--data", "wood.csv"],
+        ["--data has the label 'wood'; the model knows fruit, metal"],
+    ),
+    "labels of an encoder": (
+        ["encoder", "--data", "texts.csv", "--label-column", "label"],
+        ["--label-column label: labels are for classifiers"],
+    ),
+    "no texts": (["encoder", "--data", "empty.txt"], ["empty.txt has no texts"]),
+    "too long": (["encoder", "--data", "texts.csv", "--max-length", "65"], ["--max-length 65", "give at most 64"]),
+    "no such architecture": (
+        ["odd", "--data", "texts.csv"],
+        ["names SomethingElse, which is no classifier", "admm_nxm.prune(model, pattern, batches)"],
+    ),
+    "no tokenizer": (["bare", "--data", "texts.csv"], ["bare has no tokenizer of its own"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(
+    arguments: list[str], parts: list[str], here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(here / "wood.csv", [("some iron", "wood")])
+    (here / "empty.txt").write_text("\n")
+    for name in ("odd", "bare"):
+        (here / name).mkdir(exist_ok=True)
+        config = (here / "encoder" / "config.json").read_text().replace('"BertModel"', '"SomethingElse"')
+        (here / name / "config.json").write_text(config)
+    for file in (here / "encoder").glob("tokenizer*"):
+        (here / "odd" / file.name).write_bytes(file.read_bytes())
+    placed = [str(here / one) if (here / one).exists() else one for one in arguments]
+    fails(capsys, "prune", *placed, "-o", tmp_path / "out", parts=parts)
+    assert not (tmp_path / "out").exists()
