@@ -400,7 +400,7 @@ BAD_FILES = {
     "text.csv": ("body,label\na,x\n", ["has no column 'text'; ", "are 'body', 'label'", "--text-column"]),
     "label.csv": ("text,topic\na,x\n", ["has no column 'label'; ", "are 'text', 'topic'", "--label-column"]),
     "headless.csv": ("apple,x\npear,y\n", ["are 'apple', 'x'", "put a header above it: text,label"]),
-    "semicolons.csv": ("body;label\na;x\n", ["has no column 'text' and no column 'label'", "are 'body', 'label'"]),
+    "semicolons.csv": ("body;label\na;x\n", ["has no column 'text'; ", "are 'body', 'label'"]),
     "keys.jsonl": ('{"body": "a", "label": 1}\n', ["record 1 has no text (columns: body, label)", "--text-column"]),
     "floats.csv": ("text,label\na,0.5\nb,1.25\n", ["numbers such as 0.5, and regression is not supported"]),
     "header.csv": ("text,label\n", ["header.csv has no usable row below its header"]),
