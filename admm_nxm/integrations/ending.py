@@ -1,4 +1,4 @@
-"""How a framework's run ends: sparse, or with a word on what is missing."""
+"""End a framework's run: sparse, or with a word on what is missing."""
 
 from __future__ import annotations
 
