@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_nxm import ADMMNxM, verify
-from tests.helpers import Net, assert_same_weights, make_net, weights_of
+from tests.helpers import Net, assert_same_weights, batches, loss_of, make_net, weights_of
 from tests.tiny import FILLER, WORDS, rows_of, tiny_bert, tiny_llama
 
 # These programs warn of their own affairs; our warnings stay errors.
@@ -239,6 +239,38 @@ def test_timm(tmp_path: Path) -> None:
     again[2].step_update(CALIBRATED)
     run(again, CALIBRATED, STEPS)
     assert_same_weights(again[0], net)
+
+
+@pytest.mark.parametrize("switch", [False, True])
+def test_ema_pytorch(switch: bool) -> None:
+    """An average beside the model, and one that the model is set to now and then."""
+    package = pytest.importorskip("ema_pytorch")
+
+    def run(wrapped: bool) -> tuple[float, Net, Any, Any]:
+        net = make_net()
+        optimizer: Any = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        if wrapped:
+            optimizer = ADMMNxM(optimizer, net, total_steps=STEPS, prune_at=PRUNE_AT)
+        options = {"update_model_with_ema_every": 6} if switch else {}
+        average = package.EMA(net, beta=0.9, update_after_step=2, update_every=1, **options)
+        largest = 0.0
+        for x in batches(STEPS):
+            loss_of(net, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+            largest = max(largest, *(p.abs().max().item() for p in net.parameters()))
+        return largest, net, optimizer, average
+
+    bare, *_ = run(wrapped=False)
+    largest, net, optimizer, average = run(wrapped=True)
+    assert optimizer.finalize().ok
+    assert verify(net, optimizer.selection).ok
+    assert largest <= 2 * bare
+    with torch.no_grad():
+        for name, mask in optimizer.masks().items():
+            average.ema_model.get_parameter(name).mul_(mask)
+    assert verify(average.ema_model, optimizer.selection).ok
 
 
 def test_fastai(tmp_path: Path) -> None:
