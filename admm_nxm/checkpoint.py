@@ -82,6 +82,13 @@ def check(run: Run, state_dict: dict[str, Any], *, paper: bool) -> Loaded:
         position = order[id(weight.param)]
         entry = own[weight.name] = parts.own.pop(position, {})
         stepped = counters["admm_step"] > 0 and position in parts.stepped
+        under_way = counters["admm_step"] > 0 and counters["admm_pruned_at"] < 0
+        if paper and under_way and not (entry or parts.extra or weight.param.requires_grad):
+            raise ValueError(
+                f"the checkpoint comes without ADMM state of weight {weight.name!r}, which is frozen "
+                "(requires_grad=False): torch.distributed.checkpoint loads state of trainable parameters alone. Load "
+                "first, and freeze it then"
+            )
         _check_entry(weight.spec, entry, stepped=stepped, pruned=_is_pruned(run, weight, counters), paper=paper)
     if parts.own:
         raise ValueError(

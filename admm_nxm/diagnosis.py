@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Ending", "PaperEnding", "diagnose", "diagnose_paper"]
+__all__ = ["Ending", "PaperEnding", "diagnose", "diagnose_loaded", "diagnose_paper"]
 
 RESIDUAL_TOLERANCE = 0.02
 """The primal residual above which the paper's form has not reached its pattern, as a share of the weights' norm."""
@@ -56,6 +56,17 @@ def diagnose(ending: Ending) -> str | None:
         f"finalize() came after {ending.step} optimizer steps, and the weights were to be pruned after step "
         f"{ending.prune_at}{what}: {' and '.join(done)}, and no step has "
         f"trained what was kept. Accuracy measured before does not hold. Remedy: {remedy}"
+    )
+
+
+def diagnose_loaded(count: int) -> str | None:
+    """Return what to say about weights without the pattern that the model was given after the solve."""
+    if not count:
+        return None
+    return (
+        f"{_weights(count)} no longer in the pattern when finalize() came, because the model was given other weights "
+        "after the solve, and pruned by magnitude, without statistics. Likely cause: an average over the dense part of "
+        "the run. Remedy: let the average begin once optimizer.frozen is true, or load weights that are sparse"
     )
 
 

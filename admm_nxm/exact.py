@@ -13,7 +13,7 @@ from .diagnosis import Ending, diagnose
 from .projection import keep_mask
 from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Timeline
-from .sharding import part_of, rank_and_world
+from .sharding import average, part_of, rank_and_world
 from .solving import solutions
 from .statistics import Statistics
 from .weights import MASK, Weight
@@ -204,6 +204,8 @@ class ExactStep:
                     f"weight {weight.name!r} has no usable statistics at the solve: {problem}. Nothing was changed, "
                     "and the next step() gathers on and tries again"
                 )
+        for weight in weights:
+            average(weight.w, weight.param)
         check_finite(run, weights)
         moments = {} if run.statistics is None else run.statistics.moments
         solved = list(solutions(weights, moments))

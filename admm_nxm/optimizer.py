@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .consensus import primal_sums
+from .diagnosis import diagnose_loaded
 from .exact import ExactStep
 from .inner import check_inner, has_no_effect, is_capturing, load_or_restore, raw_step, share_step_hooks
 from .paper import PenaltyStep
@@ -324,8 +325,8 @@ class ADMMNxM(Optimizer):
             The count of every group of every prunable weight, with its model error where that is known.
 
         Warns:
-            ConvergenceWarning: the run ended before its solve; in the paper's form, the weights were far from the
-                pattern when they were projected.
+            ConvergenceWarning: the run ended before its solve; weights without the pattern were loaded after it; in
+                the paper's form, the weights were far from the pattern when they were projected.
 
         Raises:
             RuntimeError: within :meth:`projected`, or after :meth:`unwrap`.
@@ -336,25 +337,30 @@ class ADMMNxM(Optimizer):
             raise RuntimeError(run.refusal)
         run.weights.rebind(self.inner)
         check_finite(run, list(run.weights))
-        if run.progress.frozen:
-            self._project_what_was_loaded()
-        verdict = self._w_step.finish(run)
+        strays = self._project_what_was_loaded() if run.progress.frozen else 0
+        verdicts = (diagnose_loaded(strays), self._w_step.finish(run))
         run.progress.finalized = 1
-        if verdict is not None:
-            warnings.warn(verdict, ConvergenceWarning, stacklevel=3)  # past torch's no_grad wrapper
+        for verdict in verdicts:
+            if verdict is not None:
+                warnings.warn(verdict, ConvergenceWarning, stacklevel=3)  # past torch's no_grad wrapper
         return check_weights(run.selection, lambda name: run.weights[name].param, run.model_errors)
 
-    def _project_what_was_loaded(self) -> None:
-        """Prune by magnitude what is not what the masks left: somebody has loaded these weights since."""
+    def _project_what_was_loaded(self) -> int:
+        """Prune by magnitude what is not what the masks left, because somebody has loaded or averaged these weights
+        since; return how many did not have the pattern."""
         run = self._run
         weights = list(run.weights)
         device = weights[0].w.device
         strays = [((w.w != 0) & ~w.mask(self.inner)).sum().reshape(1).to(device) for w in weights]
         counts = reduce_sums(strays, [weight.param for weight in weights]).flatten().tolist()
+        dense = 0
         for weight, count in zip(weights, counts, strict=True):
             if count:
                 pattern, dim = weight.spec.pattern, weight.spec.dim
-                weight.replace_value(self.inner, project(weight.w, pattern, dim), keep_mask(weight.w, pattern, dim))
+                z, mask = project(weight.w, pattern, dim), keep_mask(weight.w, pattern, dim)
+                dense += not torch.equal(z, weight.w)
+                weight.replace_value(self.inner, z, mask)
+        return dense
 
     @torch.no_grad()
     def unwrap(self) -> Optimizer:

@@ -14,7 +14,7 @@ from .projection import keep_mask, project
 from .residuals import ratio
 from .run import Moving, Run, check_finite, check_pruned
 from .schedules import Plan, Update, check_update, next_rho
-from .sharding import reduce_sums
+from .sharding import average, reduce_sums
 from .weights import CONSENSUS, MASK, Weight
 
 __all__ = ["PenaltyStep"]
@@ -86,6 +86,9 @@ class PenaltyStep:
         if update is not Update.NONE:
             self._move(run, moving, update is Update.AUXILIARY_AND_DUAL)
         if progress.step >= self.plan.prune_at:
+            for weight in run.weights:
+                average(weight.w, weight.param)
+                average(self._consensus(run, weight), weight.param)
             self._freeze(run)
 
     def finish(self, run: Run) -> str | None:

@@ -41,7 +41,7 @@ Select = Union[Mapping[str, Rule], Callable[[str, nn.Module | None], Rule]]  # n
 Ineligible = Literal["error", "skip"]
 
 # Components that wrappers put into parameter names.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _HEADS = re.compile(r"(classification_|lm_)?head|heads|classifier|cls|pooler|qa_outputs|score|summary")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Names of the modules themselves: an encoder below "image_embed" is none.
@@ -51,7 +51,8 @@ _MEMBER = re.compile(r"(?P<stem>.*_)?\d+")
 # The tensors that stand for a weight which torch's utilities took apart.
 _PARAMETRIZED = re.compile(r"(?P<module>.*\.)?parametrizations\.(?P<attribute>\w+)\.original\d*")
 _SPLIT = re.compile(r"(?P<module>.*\.)?(?P<attribute>\w+)_(?:orig|g|v)")
-_ADAPTERS = re.compile(r"(^|\.)(base_layer|modules_to_save|lora_\w+)\.")
+_ADAPTER = re.compile(r"(^|\.)(modules_to_save|(lora|ia3)_\w+)(\.|$)")
+_ADAPTED = re.compile(r"(^|\.)base_layer\.")
 # Where only names are at hand, these are transformers' Conv1D in GPT-2 and its kin, stored as (input, output), or a
 # Linear in other families.
 _CONV1D_NAMES = {"c_attn", "c_fc", "c_proj", "q_attn"}
@@ -206,6 +207,7 @@ def select_weights(
     ineligible: Ineligible = "error",
     trainable: bool = True,
     held: Collection[int] | None = None,
+    adapters: Ineligible = "error",
 ) -> tuple[Selection, dict[str, Tensor]]:
     """Choose the prunable weights of a model.
 
@@ -224,6 +226,7 @@ def select_weights(
             class that takes no zeros) and say so in the selection.
         trainable: False accepts frozen weights.
         held: ids of the optimizer's parameters; None accepts all.
+        adapters: ``"error"``, or ``"skip"`` to leave adapters of PEFT out of the default rules.
 
     Returns:
         The selection, and the tensor of each prunable weight by name.
@@ -235,8 +238,9 @@ def select_weights(
     if ineligible not in ("error", "skip"):
         raise ValueError(f'ineligible={ineligible!r} must be "error" or "skip"')
     candidates = _candidates(model)
-    if trainable or select is None:
+    if adapters == "error" and (trainable or select is None):
         _refuse_adapters(model, candidates, trainable)
+    left_out = _adapters(model, candidates) if adapters == "skip" and select is None else set()
     rule_of = _rules(pattern, select, candidates)
     dim_rules = [(_compile("dims", expression, candidates), dim) for expression, dim in (dims or {}).items()]
     weights: list[SelectedWeight] = []
@@ -246,6 +250,8 @@ def select_weights(
         shape = tuple(candidate.param.shape)
         _refuse_flattened(candidate)
         rule, reason = (None, "part of a parametrization") if candidate.is_part else rule_of(candidate)
+        if id(candidate.param) in left_out:
+            rule, reason = None, "adapter of PEFT"
         if rule is None or len(shape) < 2:
             skipped.append(SkippedWeight(candidate.name, shape, reason if rule is None else "not a matrix"))
             continue
@@ -329,14 +335,15 @@ def _places_by_name(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) 
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, DataParallel and torch.compile, in any order."""
+    """Return the model inside DistributedDataParallel, DataParallel, Fabric and torch.compile, in any order."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif (compiled := model._modules.get("_orig_mod")) is not None:
-            model = compiled
         else:
-            return model
+            inside = model._modules.get("_orig_mod", model._modules.get("_forward_module"))
+            if inside is None:
+                return model
+            model = inside
 
 
 def _places_in(model: nn.Module) -> list[_Place]:
@@ -633,7 +640,7 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
                     )
                 break
     else:
-        name = next((c.name for c in candidates if _ADAPTERS.search(c.name)), None)
+        name = next((c.name for c in candidates if _ADAPTER.search(c.name) or _ADAPTED.search(c.name)), None)
         found = None if name is None else f"it has {name!r}"
     if found is not None:
         unfreeze = (
@@ -643,6 +650,15 @@ def _refuse_adapters(model: Source, candidates: list[_Candidate], trainable: boo
             f"the model has PEFT adapters ({found}), and zeros in an adapter or in the weight below it are gone when "
             f"the two are merged. {remedy}{unfreeze if trainable else ''}"
         )
+
+
+def _adapters(model: Source, candidates: list[_Candidate]) -> set[int]:
+    """Return the ids of the parameters of PEFT's adapters; the weights below them are none."""
+    found = {id(candidate.param) for candidate in candidates if _ADAPTER.search(candidate.name)}
+    for module in unwrap_model(model).modules() if isinstance(model, nn.Module) else ():
+        if any(base.__name__ == "BaseTunerLayer" for base in type(module).__mro__):
+            found |= {id(p) for name, p in module.named_parameters() if not name.startswith("base_layer.")}
+    return found
 
 
 def _refuse_flattened(candidate: _Candidate) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "average",
     "broadcast",
     "check_sharding",
     "full",
@@ -78,6 +79,21 @@ def broadcast(t: Tensor, source: int) -> None:
     """Give all ranks what the rank ``source`` holds, in place."""
     # Gloo does not know booleans.
     dist.broadcast(t.view(torch.uint8) if t.dtype == torch.bool else t, source)
+
+
+def average(part: Tensor, like: Tensor) -> None:
+    """Give all ranks the mean of what they hold of a weight, in place: where each trains on its own for a while, as in
+    local SGD, they must not come to masks of their own.
+
+    Equal tensors keep their bits, because sums are taken in twice the precision. What is sharded stays as it is.
+    """
+    _, world = rank_and_world()
+    if world == 1 or is_sharded(like):
+        return
+    wide = torch.float64 if part.element_size() > 2 else torch.float32
+    total = part.to(wide, copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    part.copy_(total / world)
 
 
 def check_sharding(name: str, t: Tensor, dim: int, group: int) -> None:

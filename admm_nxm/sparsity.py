@@ -214,5 +214,6 @@ def cover(
             found[weight.name] = tensors[name]
         return pattern, found
     if pattern is None or isinstance(pattern, (str, Pattern)):
-        return select_weights(named, "2:4" if pattern is None else pattern, ineligible="skip", trainable=False)
+        pattern = "2:4" if pattern is None else pattern
+        return select_weights(named, pattern, ineligible="skip", trainable=False, adapters="skip")
     return select_weights(named, select=pattern, ineligible="skip", trainable=False)

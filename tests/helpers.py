@@ -252,3 +252,13 @@ def forms_and_inners(factories: Mapping[str, Factory], few: Collection[str] = A_
         if form == "exact" or name in few
     ]
     return pytest.mark.parametrize(("build", "factory"), cases)
+
+
+LIGHTNING_ADVICE = (
+    "Starting from v1.9.0, `tensorboardX` has been removed",  # so it logs to csv files
+    "The '.*_dataloader' does not have many workers",
+    "Checkpoint directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning asks torch in the old way
+)
+"""Beginnings of what Lightning warns of in toy runs."""

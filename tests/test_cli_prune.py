@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import admm_nxm.oneshot
 from admm_nxm import keep_mask, project, verify
+from admm_nxm.cli.classifier import class_numbers
+from admm_nxm.cli.errors import InputError
 from admm_nxm.solver import Solved
 from admm_nxm.statistics import Moments
 from admm_nxm.weights import Weight
@@ -124,11 +126,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no folder": (["texts.csv", "--data", "texts.csv"], ["is no model folder, which --data needs"]),
     "label unknown": (
         ["classifier", "--data", "wood.csv"],
-        ["--data has the label 'wood'; the model knows fruit, metal"],
+        ["--data has the label 'wood', which the model lacks (it has fruit, metal)"],
     ),
     "labels of an encoder": (
         ["encoder", "--data", "texts.csv", "--label-column", "label"],
-        ["--label-column label: labels are for classifiers"],
+        ["--label-column label: labels are read from a table, for a classifier"],
+    ),
+    "columns of plain texts": (
+        ["encoder", "--data", "texts.txt", "--text-column", "text"],
+        ["--text-column text: a .txt file has no columns; leave it out"],
     ),
     "no texts": (["encoder", "--data", "empty.txt"], ["empty.txt has no texts"]),
     "too long": (["encoder", "--data", "texts.csv", "--max-length", "65"], ["--max-length 65", "give at most 64"]),
@@ -155,3 +161,31 @@ def test_bad_input_is_one_line(
     placed = [str(here / one) if (here / one).exists() else one for one in arguments]
     fails(capsys, "prune", *placed, "-o", tmp_path / "out", parts=parts)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_a_card_says_that_its_model_was_pruned(
+    unreadable: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its figures are of the dense model; a card that cannot be changed does not cost the weights."""
+    model, out = tiny_bert(tmp_path / "dense"), tmp_path / "out"
+    before = "---\na: [\n---\nAccuracy: 97.0%\n" if unreadable else "Accuracy: 97.0%\n"
+    (model / "README.md").write_text(before)
+    status, told, err = call_json(capsys, "prune", model, "-o", out, "--pattern", "1:4")
+    after = (out / "README.md").read_text()
+    assert (status, told["ok"]) == (0, True)
+    assert (after == before) == unreadable
+    assert ("README.md stays as it was" in err) == unreadable
+    assert (
+        unreadable or "| method | pruned once, by magnitude, without training; the rest of this card is about" in after
+    )
+    assert unreadable or "| pattern | 1:4 " in after
+
+
+def test_numbers_are_named_in_their_order() -> None:
+    """A saved config has its labels in the order of text."""
+    config = transformers.BertConfig(num_labels=12)
+    config.label2id = {str(i): i for i in sorted(range(12), key=str)}
+    assert class_numbers(["10", "2"], config) == [10, 2]
+    with pytest.raises(InputError, match=r"'x', which the model lacks \(it has 0, 1, 2, 3, .*, 11\)"):
+        class_numbers(["x"], config)

@@ -400,7 +400,7 @@ BAD_FILES = {
     "text.csv": ("body,label\na,x\n", ["has no column 'text'; ", "are 'body', 'label'", "--text-column"]),
     "label.csv": ("text,topic\na,x\n", ["has no column 'label'; ", "are 'text', 'topic'", "--label-column"]),
     "headless.csv": ("apple,x\npear,y\n", ["are 'apple', 'x'", "put a header above it: text,label"]),
-    "semicolons.csv": ("body;label\na;x\n", ["has no column 'text' and no column 'label'", "'body;label'"]),
+    "semicolons.csv": ("body;label\na;x\n", ["has no column 'text'; ", "are 'body', 'label'"]),
     "keys.jsonl": ('{"body": "a", "label": 1}\n', ["record 1 has no text (columns: body, label)", "--text-column"]),
     "floats.csv": ("text,label\na,0.5\nb,1.25\n", ["numbers such as 0.5, and regression is not supported"]),
     "header.csv": ("text,label\n", ["header.csv has no usable row below its header"]),
@@ -852,7 +852,9 @@ def test_sixteen_bits_for_sparse_tensor_cores(arguments, here, capsys):
 
 def test_eval_needs_a_classifier(arguments, model_folder, here, capsys):
     parts = ["is no trained classifier: ", "weights would start at random", "make one of it with admm-nxm train"]
-    fails(capsys, "eval", model_folder, "--data", "texts.csv", parts=parts)
+    fails(capsys, "eval", model_folder, "--data", "texts.csv", parts=[f"error: {model_folder} {parts[0]}", *parts[1:]])
+    (here / "bare").mkdir()
+    fails(capsys, "eval", "bare", "--data", "texts.csv", parts=["error: bare: it has no config.json"])
 
 
 def test_whole_numbers_are_labels_in_their_order(arguments, here, capsys):

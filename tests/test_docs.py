@@ -31,6 +31,7 @@ import pytest
 import torch
 
 import admm_nxm
+from tests.helpers import LIGHTNING_ADVICE
 from tests.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -88,12 +89,24 @@ def needs(text: str) -> set[str]:
 
 def skip_without(names: set[str]) -> None:
     """The oldest environment that is tested has torch and nothing of Hugging Face; the packages that an extra has."""
-    optional = {"accelerate", "matplotlib", "onnx", "onnxruntime", "onnxscript", "transformers", "trl", "typer"}
+    optional = {
+        "accelerate",
+        "lightning",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "transformers",
+        "trl",
+        "typer",
+    }
     if "onnx" in names:
         names = names | {"onnxruntime", "onnxscript"}
     for name in sorted(names & optional):
         pytest.importorskip(name)
 
+
+INTEGRATIONS = {"accelerate", "lightning", "transformers"}
 
 CHECKED = {
     "python": "run, one after the other",
@@ -153,7 +166,7 @@ def test_code_blocks_of_a_page_run_one_after_the_other(
     if any("admm_nxm.report.plots" in block.text for block in found):
         imported.add("matplotlib")
     if any("integrations" in block.text for block in found):
-        imported |= {"transformers", "accelerate"}
+        imported |= INTEGRATIONS
     skip_without(imported)
     monkeypatch.chdir(tmp_path)
     if "trl" in imported:
@@ -164,6 +177,8 @@ def test_code_blocks_of_a_page_run_one_after_the_other(
         code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for message in LIGHTNING_ADVICE:
+                warnings.filterwarnings("ignore", message=message)
             # TRL sets options by the names that transformers had before.
             warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
             exec(code, module.__dict__)
@@ -492,6 +507,7 @@ INTERNAL = {
     "admm_nxm.grouping": "names for weights that are alike",
     "admm_nxm.inner": "what the optimizer asks of the one that it wraps",
     "admm_nxm.integrations": "an empty package; its modules are on the page",
+    "admm_nxm.integrations.ending": "how a framework's run ends, for its integration",
     "admm_nxm.io": "an empty package; its modules are on the page",
     "admm_nxm.io.files": "checkpoints read one tensor at a time, and files written whole or not at all",
     "admm_nxm.io.tensor_files": "the bytes of a safetensors file",
@@ -576,7 +592,7 @@ def test_the_list_of_internal_modules_is_up_to_date() -> None:
 
 
 def test_every_name_on_the_page_exists_once() -> None:
-    skip_without({"transformers", "accelerate"})
+    skip_without(INTEGRATIONS)
     listed = directives()
     assert len(listed) == len(set(listed))
     for dotted in listed:
@@ -587,11 +603,11 @@ def test_every_name_on_the_page_exists_once() -> None:
 @pytest.mark.parametrize("module", [name for name in modules() if name not in INTERNAL])
 def test_every_public_name_is_on_the_api_page(module: str) -> None:
     if module.startswith("admm_nxm.integrations."):
-        skip_without({"transformers", "accelerate"})
+        skip_without(INTEGRATIONS)
     loaded = importlib.import_module(module)
     assert hasattr(loaded, "__all__"), f"{module} has no __all__: name what is public in it"
     listed = set(directives())
-    skip_without({"transformers", "accelerate"})
+    skip_without(INTEGRATIONS)
     objects = [resolve(dotted) for dotted in listed]
     missing = []
     for name in loaded.__all__:

@@ -868,7 +868,7 @@ def test_a_block_compiled_on_its_own_keeps_its_name() -> None:
     assert dims_of(chosen(net.named_parameters())) == expected
 
 
-@pytest.mark.parametrize("part", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize("part", ["_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_parts_that_wrappers_put_into_names_are_left_out(part: str) -> None:
     pairs = [(name.replace("blocks.1", f"blocks.1.{part}"), p) for name, p in make_net().named_parameters()]
     assert dims_of(chosen(pairs)) == dims_of(chosen(make_net()))

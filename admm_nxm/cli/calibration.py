@@ -19,7 +19,7 @@ from ..oneshot import prune
 from ..pattern import Pattern
 from ..selection import select_weights
 from ..sparsity import SparsityReport
-from .classifier import find_device, length_limit, load_tokenizer, quiet
+from .classifier import class_numbers, find_device, length_limit, load_tokenizer, of_an_argument, quiet
 from .console import note
 from .errors import InputError, blaming
 from .options import Rules
@@ -46,7 +46,7 @@ class Settings:
     pattern: Pattern | str
     select: Rules | None
     data: Path
-    text_column: str
+    text_column: str | None
     label_column: str | None
     samples: int | None
     max_length: int | None
@@ -90,10 +90,8 @@ def calibrate(settings: Settings) -> tuple[SparsityReport, dict[str, Any]]:
 def _tokenizer(path: Path) -> Any:
     if not path.is_dir():
         raise InputError(f"{path} is no model folder, which --data needs for its model and tokenizer")
-    try:
+    with of_an_argument():
         return load_tokenizer(str(path))
-    except InputError as error:
-        raise InputError(str(error).removeprefix("--model ")) from None
 
 
 def _load(path: Path, device: torch.device) -> tuple[Any, Kind]:
@@ -137,12 +135,12 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
         chosen = source.sample(pieces, min(settings.samples or _PIECES, len(pieces)))
         batches = [{"input_ids": torch.tensor([piece]), "labels": torch.tensor([piece])} for piece in chosen]
         return batches, f"{len(chosen)} of {len(pieces)} pieces of {whole} tokens"
-    labels: list[int | None]
+    labels: Sequence[int | None]
     if kind == "classifier" and settings.data.suffix.lower() != ".txt":
         hint = (
             "; name others with --text-column and --label-column; a .txt file, one text a line, serves without labels"
         )
-        columns = Columns((settings.text_column,), settings.label_column or "label", hint)
+        columns = Columns((settings.text_column or "text",), settings.label_column or "label", hint)
         rows = read_file(settings.data, columns)
         texts = [row[0] for row in rows]
         labels = _labels([row[-1] for row in rows], model.config)
@@ -161,12 +159,18 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
 def _texts(settings: Settings) -> list[str]:
     """Return the texts alone, without labels."""
     if settings.label_column is not None:
-        raise InputError(f"--label-column {settings.label_column}: labels are for classifiers; leave it out")
+        raise InputError(
+            f"--label-column {settings.label_column}: labels are read from a table, for a classifier; leave it out"
+        )
     if settings.data.suffix.lower() != ".txt":
         texts = [
             row[0]
-            for row in read_file(settings.data, Columns((), settings.text_column, "; name another with --text-column"))
+            for row in read_file(
+                settings.data, Columns((), settings.text_column or "text", "; name another with --text-column")
+            )
         ]
+    elif settings.text_column is not None:
+        raise InputError(f"--text-column {settings.text_column}: a .txt file has no columns; leave it out")
     else:
         with blaming(f"--data {settings.data}", OSError, UnicodeDecodeError, remedy="; a file in UTF-8 is needed"):
             texts = [line for line in settings.data.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -183,15 +187,10 @@ def _pieces(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[lis
     return [encoded[start : start + length] for start in range(0, len(encoded) - length + 1, length)], length
 
 
-def _labels(names: Sequence[str], config: Any) -> list[int | None]:
+def _labels(names: Sequence[str], config: Any) -> Sequence[int]:
     """Return the classes of the labels, by name or by number."""
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise InputError(
             "the model gives no single label of several, so its labels are not read; give a .txt file, one text a line"
         )
-    known = {str(number): number for number in range(config.num_labels)}
-    known |= {name: int(number) for name, number in config.label2id.items()}
-    unknown = sorted(set(names) - known.keys())
-    if unknown:
-        raise InputError(f"--data has the label {unknown[0]!r}; the model knows {', '.join(config.label2id)}")
-    return [known[name] for name in names]
+    return class_numbers(names, config)

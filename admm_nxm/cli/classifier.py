@@ -42,6 +42,15 @@ def quiet() -> Iterator[None]:
             _logging.enable_progress_bar()
 
 
+@contextmanager
+def of_an_argument() -> Iterator[None]:
+    """Leave ``--model`` out of messages, for the commands that have no such option."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).removeprefix("--model ")) from None
+
+
 def find_device(name: str) -> torch.device:
     """Return the device of that name (``auto``: a GPU if there is one), which works; a GPU with its index."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -140,6 +149,16 @@ def load_classifier(
     return model.float(), fresh
 
 
+def class_numbers(names: Sequence[str], config: Any) -> list[int]:
+    """Return the classes of labels, which are given by name or by number."""
+    known = {str(number): number for number in range(config.num_labels)}
+    known |= {name: int(number) for name, number in config.label2id.items()}
+    if unknown := sorted(set(names) - known.keys()):
+        has = ", ".join(sorted(config.label2id, key=config.label2id.get))
+        raise InputError(f"--data has the label {unknown[0]!r}, which the model lacks (it has {has})")
+    return [known[name] for name in names]
+
+
 def check_length(name: str, max_length: int, limit: float) -> None:
     """Refuse texts of more tokens than a model takes."""
     if max_length > limit:
@@ -148,7 +167,7 @@ def check_length(name: str, max_length: int, limit: float) -> None:
 
 def load_trained(folder: Path) -> Any:
     """Load a saved classifier, packed or not, with the dtype that it was saved in."""
-    name, kind = f"--model {folder}", AutoModelForSequenceClassification
+    name, kind = str(folder), AutoModelForSequenceClassification
     with blaming(name, OSError, ValueError, SafetensorError, remedy="; give another model"), quiet():
         with open_checkpoint(folder, purpose="test") as checkpoint:
             load = (

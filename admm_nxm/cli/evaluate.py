@@ -40,7 +40,15 @@ def evaluate(
     """
     from transformers import DataCollatorWithPadding, Trainer
 
-    from .classifier import check_length, find_device, length_limit, load_tokenizer, load_trained
+    from .classifier import (
+        check_length,
+        class_numbers,
+        find_device,
+        length_limit,
+        load_tokenizer,
+        load_trained,
+        of_an_argument,
+    )
     from .testing import accuracy_of, told
     from .texts import Columns, count_labels, read_file
     from .training import LENGTH, on_one_device
@@ -57,18 +65,18 @@ def evaluate(
     )
     where = find_device(device)
     rows = read_file(data, columns, tell=lambda text: note(f"note    --data: {text}"))
-    tokenizer, classifier = load_tokenizer(str(model)), load_trained(model)
+    with of_an_argument():
+        tokenizer = load_tokenizer(str(model))
+    classifier = load_trained(model)
     note(f"data    {count_labels(rows)}")
     labels = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
-    place = {label: i for i, label in enumerate(labels)}
-    if unknown := sorted({row[-1] for row in rows} - set(labels)):
-        raise InputError(f"--data has the label {unknown[0]!r}, which the model lacks (it has {', '.join(labels)})")
+    numbers = class_numbers([row[-1] for row in rows], classifier.config)
     limit = length_limit(classifier, tokenizer)
     length = max_length or trained.get("max_length") or int(min(LENGTH, limit))
     check_length(str(model), length, limit)
     encoded = tokenizer(*zip(*(row[:-1] for row in rows), strict=True), truncation=True, max_length=length)
     test = [
-        {**{key: values[i] for key, values in encoded.items()}, "labels": place[row[-1]]} for i, row in enumerate(rows)
+        {**{key: values[i] for key, values in encoded.items()}, "labels": number} for i, number in enumerate(numbers)
     ]
     collator = DataCollatorWithPadding(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:  # Trainer makes a folder, and does not need it here

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..sparsity import SparsityReport
 from .commands import as_dict, as_text
-from .console import Result
+from .console import Result, note
 from .errors import InputError
 from .options import Json, Output, Overwrite, PatternText, PerWeight, Select, Source, a_count, a_seed, rules_of
 
@@ -79,7 +80,7 @@ def prune(
             parsed or "2:4",
             rules,
             data,
-            text_column or "text",
+            text_column,
             label_column,
             samples,
             max_length,
@@ -90,5 +91,18 @@ def prune(
         report, facts = calibrate(settings)
         payload |= {"calibration": facts, "model_errors": dict(report.model_errors)}
         text = f"{as_text(report, per_weight)}\nsaved to {output}"
+    if (card := output / "README.md").is_file():
+        _tell_in_card(card, report, "by magnitude" if data is None else "calibrated on texts")
     payload |= {**as_dict(report), "left_out": report.left_out}
     return Result(payload, text, 0 if report.ok else 1)
+
+
+def _tell_in_card(card: Path, report: SparsityReport, how: str) -> None:
+    """Say in a card that came with the model that the weights, and so its figures, are others now."""
+    from ..export.card import model_card, write_model_card
+
+    method = f"pruned once, {how}, without training; the rest of this card is about the model before that"
+    try:
+        write_model_card(card.parent, model_card(report, method=method), library_name=None)
+    except ValueError as error:  # the weights are written, and no reason to fail
+        note(f"note    {card} stays as it was, and is about the model before: {error}")

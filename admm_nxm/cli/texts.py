@@ -95,7 +95,8 @@ def _table_records(
     lines: list[str], name: str, kind: str, columns: Columns, tell: Callable[[str], None]
 ) -> Iterator[tuple[int, Any]]:
     separator, word = ("\t", "tab") if kind == ".tsv" else (",", "comma")
-    if kind == ".csv" and ";" in lines[0] and set(columns) <= set(next(csv.reader([lines[0]], delimiter=";"))):
+    by_semicolons = next(csv.reader([lines[0]], delimiter=";"))
+    if kind == ".csv" and ";" in lines[0] and ("," not in lines[0] or set(columns) <= set(by_semicolons)):
         separator, word = ";", "semicolon"  # as spreadsheets write it where the comma is a decimal point
         tell("the columns are separated by semicolons")
     # Strict: a quotation mark in the wrong place would otherwise swallow records without a word.

@@ -25,6 +25,7 @@ from ..pattern import Pattern
 from ..report.history import figures_row, find_admm
 from ..schedules import Penalty
 from ..sparsity import SparsityReport
+from .ending import finish, what_to_do
 
 __all__ = ["ADMMConfig", "ADMMTrainer", "ADMMTrainerMixin"]
 
@@ -233,10 +234,7 @@ class ADMMTrainerMixin(_Base):
         """Make the weights satisfy the pattern, as is done when training ends, and return the ``sparsity_report``."""
         admm = self.admm
         if admm is not None:
-            # An inner optimizer that averages weights ships the averaged ones.
-            getattr(admm, "eval", lambda: None)()
-            self.sparsity_report = admm.finalize()
-            logger.info("%s", self.sparsity_report)
+            self.sparsity_report = finish(admm)
         return self.sparsity_report
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -262,11 +260,7 @@ class ADMMTrainerMixin(_Base):
 
     def _what_to_do(self) -> str:
         assert self.admm is not None
-        now = self.admm.figures()
-        return (
-            f"the run stands at step {now.step}, and prunes after step {now.prune_at}. Train to the end (from a "
-            "checkpoint: train(resume_from_checkpoint=True)), or prune with what there is: finalize_admm()"
-        )
+        return what_to_do(self.admm, "train(resume_from_checkpoint=True)", "finalize_admm()")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Draft the model card, as Trainer does, with a section on sparsity once the weights are final."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import nullcontext as nothing
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,36 @@ def test_c05_a_checkpoint_of_the_other_w_step_is_refused(tmp_path: Path) -> None
     other_net, other = fresh(admm, factory)
     with pytest.raises(ValueError, match=r"another selection.*w_step"):
         load(tmp_path, other_net, other)
+
+
+def hold(net: nn.Module) -> None:
+    for p in net.blocks[0].down.parameters():
+        p.requires_grad_(False)
+
+
+@pytest.mark.parametrize("stop", [DENSE, FROZEN])
+@every_form
+def test_c05_layers_that_were_frozen_on_the_way_are_exact_or_refused(build: Build, stop: int, tmp_path: Path) -> None:
+    """torch.distributed.checkpoint loads the state of trainable parameters alone, and v is a state."""
+
+    def fresh_half(seed: int) -> tuple[nn.Module, ADMMNxM]:
+        return fresh(build, TORCH_OPTIMIZERS["AdamW-single"], seed=seed)
+
+    net, optimizer = fresh_half(0)
+    train(net, optimizer, 3)
+    hold(net)
+    train(net, optimizer, stop - 3, start=3)
+    save(tmp_path, net, optimizer)
+    train(net, optimizer, STEPS - stop, start=stop)
+    held_net, held = fresh_half(1)
+    hold(held_net)
+    refused = build is paper and stop == DENSE
+    message = r"'blocks\.0\.down\.weight'.*Load first, and freeze it then"
+    with pytest.raises(ValueError, match=message) if refused else nothing():
+        load(tmp_path, held_net, held)
+    late_net, late = fresh_half(1)
+    load(tmp_path, late_net, late)
+    hold(late_net)
+    for again_net, again in [(late_net, late)] + ([] if refused else [(held_net, held)]):
+        train(again_net, again, STEPS - stop, start=stop)
+        assert_same_weights(again_net, net)

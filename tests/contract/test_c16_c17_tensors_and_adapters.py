@@ -194,3 +194,15 @@ def test_c17_the_way_out_works_as_it_is_written(build: Build, peft: Any) -> None
     assert optimizer.finalize().ok
     assert verify(merged, "1:4").ok
     assert saved(merged.state_dict()).keys() == make_net().state_dict().keys()
+
+
+def test_c17_counting_leaves_adapters_out(peft: Any) -> None:
+    net = make_net()
+    optimizer = admm(net)
+    train(net, optimizer, STEPS)
+    expected = optimizer.finalize()
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["up", "down"], r=4, init_lora_weights=False))
+    for target in (model, net, model.state_dict()):
+        report = verify(target, "1:4")
+        assert report.ok
+        assert [weight.shape for weight in report.weights] == [weight.shape for weight in expected.weights]

@@ -160,3 +160,20 @@ def test_c02_what_accelerate_has_wrapped_is_refused() -> None:
     prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(net.parameters()))
     with pytest.raises(TypeError, match=r"wrap the plain optimizer in ADMMNxM first, then pass that to Accelerator"):
         admm(net, lambda _: prepared)
+
+
+@every_form
+def test_c02_a_scheduler_that_asks_the_inner_optimizer_for_its_rate(build: Build) -> None:
+    net = make_net()
+    optimizer = build(net, lambda net: transformers.optimization.Adafactor(net.parameters(), warmup_init=True))
+    schedule = transformers.optimization.AdafactorSchedule(optimizer)
+    for step, x in enumerate(batches(STEPS)):
+        optimizer.zero_grad()
+        loss_of(net, x).backward()
+        optimizer.step()
+        schedule.step()
+        (group,) = optimizer.param_groups
+        state = optimizer.state[group["params"][0]]
+        assert schedule.get_lr() == [optimizer.inner._get_lr(group, state)]
+        assert state["step"] == step + 1
+    assert optimizer.finalize().ok
