@@ -65,7 +65,8 @@ def prune(
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
         statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 2 GB.
-            More come in several windows of weights, and each takes a pass over the batches.
+            More come in several windows of weights, and each takes a pass over the batches; with ``sequential`` over
+            the model as pruned so far, for G as well.
         sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
             more passes in all, as finished blocks are not computed again where the model allows that.
         progress: called with the number of weights that are done, of all of them, and what is going on. True shows a
@@ -87,6 +88,8 @@ def prune(
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     if batches is None and loss is not None:
         raise TypeError("a loss needs batches; give both, or neither for pruning by magnitude")
+    if isinstance(batches, (str, Mapping, Tensor)):  # which would be taken apart
+        raise TypeError(f"batches is a {type(batches).__name__}; a list or a loader of batches is needed, even of one")
     selection, params = select_weights(model, pattern, select, dims=dims, ineligible=ineligible, trainable=False)
     weights = Weights(selection, params, unwrap_model(model))
     for weight in weights:
@@ -97,7 +100,7 @@ def prune(
             f"{len(names)} of {len(weights)} weights have NaN or infinite entries: {', '.join(names)}; nothing was "
             "changed. Load a sound model, or leave them dense by a select rule"
         )
-    with _shown(progress) as show, torch.no_grad():
+    with _shown(progress) as show, torch.inference_mode(mode=False), torch.no_grad():
         job = _Job(weights, show)
         try:
             if batches is None:

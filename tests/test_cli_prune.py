@@ -95,6 +95,7 @@ def test_texts_are_calibrated_on_as_the_architecture_asks(
         assert (moments.outputs is not None) == labels
         assert int(moments.passes) == samples
     assert "A and G" in err if labels else "A alone" in err
+    assert ("these are few" in err) == (facts["tokens"] < 1000)
     assert verify(out).ok
     before = {name: t for file in sorted((here / model).glob("*.safetensors")) for name, t in load_file(file).items()}
     after = {name: t for file in sorted(out.glob("*.safetensors")) for name, t in load_file(file).items()}

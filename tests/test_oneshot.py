@@ -308,7 +308,7 @@ def test_modes_gradients_and_what_asks_for_them_stay_and_frozen_weights_are_prun
     grads = {name: p.grad for name, p in net.named_parameters()}
     copies = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
     seen: list[bool] = []
-    with net.blocks[0].register_forward_hook(lambda module, *_: seen.append(module.training)), torch.no_grad():
+    with net.blocks[0].register_forward_hook(lambda module, *_: seen.append(module.training)), torch.inference_mode():
         assert prune(net, "2:4", batches(2), loss=loss_of, sequential=False).ok
     assert seen == [False, False]
     assert [net.training, net.blocks[0].training, net.blocks[1].training] == [True, True, False]
@@ -363,6 +363,7 @@ class Half(nn.Module):
 BAD = {
     "not a module": (lambda: {"w": torch.ones(4, 4)}, {}, TypeError, "model is a dict; a torch.nn.Module is needed"),
     "loss alone": (make_net, {"loss": loss_of}, TypeError, "a loss needs batches"),
+    "one batch": (make_net, {"batches": torch.ones(4, 8)}, TypeError, "batches is a Tensor; a list or a loader"),
     "no batches": (make_net, {"batches": iter(())}, ValueError, "batches is empty; give at least one batch"),
     "no loss": (
         make_net,

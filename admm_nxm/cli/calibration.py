@@ -28,6 +28,7 @@ from .texts import Columns, read_file
 
 _TEXTS, _PIECES = 128, 64
 _LENGTH, _PIECE_LENGTH = 128, 256
+_FEW_TOKENS = 1000  # in a thousand dimensions the model error of fewer is near zero, whatever the model has lost
 
 Kind = Literal["classifier", "language model", "encoder"]
 _ENDINGS: dict[str, Kind] = {
@@ -64,7 +65,8 @@ def calibrate(settings: Settings) -> tuple[SparsityReport, dict[str, Any]]:
     note(f"model   {type(model).__name__}, on {device}")
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     gathered = "A and G" if "labels" in batches[0] else "A alone: there are no labels"
-    note(f"data    {told}, {tokens:,} tokens ({gathered})")
+    few = "; these are few: give some ten thousand" if tokens < _FEW_TOKENS else ""
+    note(f"data    {told}, {tokens:,} tokens ({gathered}){few}")
     selection, _ = select_weights(model, settings.pattern, settings.select, trainable=False)
     done: list[SparsityReport] = []
 
