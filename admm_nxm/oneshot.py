@@ -65,8 +65,9 @@ def prune(
         dims: likewise.
         ineligible: likewise; frozen weights can be pruned.
         statistics_memory: bytes that A and G may take at a time; by default 4 a prunable weight and at least 2 GB.
-            More come in several windows of weights, and each takes a pass over the batches; with ``sequential`` over
-            the model as pruned so far, for G as well.
+            With ``sequential`` these are A of one block and G of a whole window. More come in several windows of
+            weights, and each takes a pass over the batches; with ``sequential`` over the model as pruned so far, for G
+            as well.
         sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
             more passes in all, as finished blocks are not computed again where the model allows that.
         progress: called with the number of weights that are done, of all of them, and what is going on. True shows a
@@ -168,28 +169,29 @@ def _calibrate(
         raise ValueError("batches is empty; give at least one batch, some ten thousand tokens in all")
     if loss is None and loss_of(model, batches[0]) is not None:
         loss = loss_of
-    windows = job.weights.assign_windows(memory, outputs=loss is not None, least=_ONE_WINDOW_UP_TO)
-    job.solve([weight for weight in job.weights if not weight.modules], {}, "magnitude")
     blocks = Blocks(model, batches[0]) if sequential else None
+    block_of = None if blocks is None else blocks.block_of
+    windows = job.weights.assign_windows(memory, outputs=loss is not None, block_of=block_of, least=_ONE_WINDOW_UP_TO)
+    job.solve([weight for weight in job.weights if not weight.modules], {}, "magnitude")
     for window in range(windows):
         weights = [weight for weight in job.weights if weight.window == window]
         text, count = f"window {window + 1} of {windows}", len(batches)
         moments: dict[str, Moments] = {}
         tokens = Tokens()
         if loss is not None or blocks is None:
-            moments = gather(model, weights, batches, loss, tokens, job.passing(text, count))
+            show = job.passing(text, count)
+            moments = gather(model, weights, batches, loss, tokens, show, inputs=blocks is None)
             _check_usable(weights, moments)
         if blocks is None:
             job.solve(weights, moments, text)
             continue
         for block, members in groupby(weights, blocks.block_of):
             group = list(members)
-            if group[0] is not weights[0] or not moments:  # else nothing was pruned since A was gathered
-                show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
-                inputs = blocks.gather(block, group, batches, tokens, show)
-                _check_usable(group, inputs)
-                for name, seen in inputs.items():
-                    moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
+            show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
+            inputs = blocks.gather(block, group, batches, tokens, show)
+            _check_usable(group, inputs)
+            for name, seen in inputs.items():
+                moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
             job.solve(group, {weight.name: moments.pop(weight.name) for weight in group}, text)
             job.write()
 

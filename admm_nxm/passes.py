@@ -61,6 +61,8 @@ def gather(
     loss: LossOf | None,
     tokens: Tokens,
     each: Callable[[int], None],
+    *,
+    inputs: bool = True,
 ) -> dict[str, Moments]:
     """Pass all batches through the model once.
 
@@ -69,15 +71,15 @@ def gather(
         weights: those of which statistics are gathered.
         batches: what the model, or the loss function, is called with.
         loss: gives A and G; None gives A alone.
+        inputs: whether A is wanted.
         tokens: gets to know those that the loss depends on.
         each: called with the number of batches done.
 
     Returns:
         Name -> the sums, over all processes.
     """
-    statistics = Statistics(
-        {weight.name: weight.modules for weight in weights}, outputs=loss is not None, max_tokens=_ALL
-    )
+    modules = {weight.name: weight.modules for weight in weights}
+    statistics = Statistics(modules, inputs=inputs, outputs=loss is not None, max_tokens=_ALL)
     with ExitStack() as stack:
         statistics.attach()
         stack.callback(statistics.detach)
@@ -185,9 +187,10 @@ class _Stop(BaseException):
 class Blocks:
     """Passes over the batches for A of one block after the other, from a model whose earlier blocks are finished.
 
-    A pass stops behind its block. The blocks before it are not computed again: they return what the last of them in
-    their list has returned for the same batch when it was finished. Whether that is right is tried at the start, on the
-    first batch; for a model that needs more of its blocks than that, each pass is a whole one.
+    A pass stops behind its block, or the last one that shares a weight with it. The blocks before it are not computed
+    again: they return what the last of them in their list has returned for the same batch when it was finished. Whether
+    that is right is tried at the start, on the first batch; for a model that needs more of its blocks than that, each
+    pass is a whole one.
 
     Args:
         model: held :func:`still`.
@@ -216,6 +219,8 @@ class Blocks:
     ) -> dict[str, Moments]:
         """Return name -> A of weights of one block; what stands before it in the model is finished.
 
+        A weight that modules of later blocks share has A of all of them, with those blocks as they are.
+
         Args:
             block: its name.
             weights: in that block, or in none.
@@ -225,6 +230,8 @@ class Blocks:
         """
         statistics = Statistics({weight.name: weight.modules for weight in weights}, outputs=False, max_tokens=_ALL)
         chained = self._chained and block != ""
+        modules = {module for weight in weights for module in weight.modules}
+        end = [name for name, found in self._blocks.items() if not modules.isdisjoint(found.modules())][-1:]
         if not chained:
             self._outputs.clear()  # a weight in no block may stand before all of them
         last = self._last_before(block) if chained else []
@@ -238,7 +245,7 @@ class Blocks:
                     for name, outputs in fresh.items():
                         _hook(stack, self._blocks[name], partial(_keep, outputs))
                     if chained:
-                        _hook(stack, self._blocks[block], _stop)
+                        _hook(stack, self._blocks[end[0]], _stop)
                     batch = _moved(batch, self.model)
                     statistics.counting = tokens.that_count(number, batch)
                     self._pass(batch)

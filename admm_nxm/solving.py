@@ -33,7 +33,7 @@ def solutions(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> Iter
         for weight in weights:
             seen = moments.get(weight.name)
             # Where the moments are: an offloaded weight lies in main memory.
-            whole = full(weight.param.detach()).to(weight.w.device if seen is None else seen.inputs.device)
+            whole = full(weight.param.detach()).to(weight.w.device if seen is None else seen.tokens.device)
             yield _solve_one(weight, whole, seen, shared)
         return
     wholes: list[Tensor] = []
@@ -79,9 +79,10 @@ def _solve_one(weight: Weight, whole: Tensor, moments: Moments | None, shared: _
     spec = weight.spec
     if moments is None:
         return solve(whole, spec.pattern, None, None, dim=spec.dim)
-    inputs: Factor | None = shared.of("inputs", moments.inputs)
-    outputs = None if moments.outputs is None else shared.of("outputs", moments.outputs)
-    raw: tuple[Tensor | None, Tensor | None] = moments.inputs, moments.outputs
+    raw = moments.inputs, moments.outputs
+    inputs, outputs = (
+        None if moment is None else shared.of(kind, moment) for kind, moment in zip(_DAMPING, raw, strict=True)
+    )
     if weight.moment_along_group == "outputs":
         inputs, outputs, raw = outputs, inputs, (raw[1], raw[0])
     solved = solve(whole, spec.pattern, inputs, outputs, dim=spec.dim)

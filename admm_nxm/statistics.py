@@ -38,14 +38,14 @@ class Moments:
     """Hold the statistics of one weight: sums over tokens, not means.
 
     Args:
-        inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules.
+        inputs: A, the sum of x x^T, (d_in, d_in), float32; float64 of float64 modules. None where only G is gathered.
         outputs: G, the sum of g g^T, (d_out, d_out), likewise; None where only A is gathered.
         tokens: how many tokens the sums are over, int64, 0-d.
         passes: how many passes there were, with those dropped, int64, 0-d; one step may have several.
         dropped: how many of them were left out because x or g was not finite, int64, 0-d.
     """
 
-    inputs: Tensor
+    inputs: Tensor | None
     outputs: Tensor | None
     tokens: Tensor
     passes: Tensor
@@ -72,27 +72,32 @@ class Statistics:
 
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
+        inputs: whether A is gathered. Without it no input of a module is kept for the backward pass.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
             token counts, or those that ``counting`` names.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are
             taken, evenly spread and the same ones in every run.
 
     Raises:
-        ValueError: no modules, one that cannot be observed, sizes of one weight that differ, ``max_tokens`` below 1.
+        ValueError: no modules, one that cannot be observed, sizes of one weight that differ, nothing to gather,
+            ``max_tokens`` below 1.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module | Sequence[nn.Module]],
         *,
+        inputs: bool = True,
         outputs: bool = True,
         max_tokens: int = MAX_TOKENS,
     ) -> None:
         if not modules:
             raise ValueError("modules is empty: statistics need at least one module")
+        if not (inputs or outputs):
+            raise ValueError("inputs and outputs are both False: nothing would be gathered; set one of them")
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
-        self.outputs, self.max_tokens = outputs, max_tokens
+        self.inputs, self.outputs, self.max_tokens = inputs, outputs, max_tokens
         self.modules = {name: _observable(name, found) for name, found in modules.items()}
         self.counting: Callable[[str, Tensor], Tensor | None] | None = None
         """Without ``outputs``: a function of a weight's name and its inputs, (..., d_in), that returns which tokens
@@ -188,7 +193,9 @@ class Statistics:
             if name not in self.modules:
                 raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             d_in, d_out = _sizes(self.modules[name][0])
-            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in), "tokens": (), "passes": (), "dropped": ()}
+            expected: dict[str, tuple[int, ...]] = {"tokens": (), "passes": (), "dropped": ()}
+            if self.inputs:
+                expected["inputs"] = (d_in, d_in)
             if self.outputs:
                 expected["outputs"] = (d_out, d_out)
             found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -200,29 +207,28 @@ class Statistics:
         return {**self.__dict__, "_handles": [], "_stay_eager": None, "_group": None, "counting": None, "counted": None}
 
     @torch.no_grad()
-    def _add(self, name: str, x: Tensor, gradient: Tensor | None) -> None:
-        """Add one pass of one module: x of shape (..., d_in), the gradient of shape (..., d_out), or None."""
-        x = self._thin(full(x))
-        if x.shape[0] == 0:
+    def _add(self, name: str, x: Tensor | None, gradient: Tensor | None) -> None:
+        """Add one pass of one module: x of shape (..., d_in), the gradient of shape (..., d_out); one may be None."""
+        rows = [None if t is None else self._thin(full(t)) for t in (x, gradient)]
+        x, gradient = rows
+        first = gradient if x is None else x
+        if first is None or first.shape[0] == 0:
             return
         if self._equal:
             self._make_partial()
-        moments = self._moments_of(name, x)
-        peaks = x.abs().amax(1)
-        if gradient is None:
-            alive = torch.ones_like(peaks, dtype=torch.bool)
-        else:
-            gradient = self._thin(full(gradient))
-            gradient_peaks = gradient.abs().amax(1)
-            alive = gradient_peaks != 0
-            peaks = torch.maximum(torch.where(alive, peaks, 0), gradient_peaks)
+        moments = self._moments_of(name, first)
+        peaks = [t.abs().amax(1) for t in rows if t is not None]
+        alive = torch.ones_like(peaks[0], dtype=torch.bool) if gradient is None else peaks[-1] != 0
         # Also false if squares overflow. A flag on the device: to ask for it here would be to wait for the device.
-        finite = torch.isfinite(peaks.amax().to(moments.inputs.dtype).square() * x.shape[0])
+        dtype = _dtype(self.modules[name][0])
+        peak = torch.stack([torch.where(alive, each, 0).amax().to(dtype) for each in peaks]).amax()
+        finite = torch.isfinite(peak.square() * first.shape[0])
         counted = alive & finite
         if self.counted is not None:
             self.counted(name, counted)
         # Chosen, not multiplied by 0: what stands at padding need not be finite.
-        _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
+        if moments.inputs is not None and x is not None:
+            _add_products(moments.inputs, torch.where(counted[:, None], x, 0))
         if moments.outputs is not None and gradient is not None:
             _add_products(moments.outputs, torch.where(finite, gradient, 0))
         moments.tokens.add_(counted.sum().to(moments.tokens.device))
@@ -251,10 +257,10 @@ class Statistics:
     def _new_moments(self, name: str, like: Tensor | None = None) -> Moments:
         module = self.modules[name][0]
         device = _weight(module).device if like is None else like.device
-        dtype = torch.float64 if _weight(module).dtype == torch.float64 else torch.float32
+        dtype = _dtype(module)
         d_in, d_out = _sizes(module)
         return Moments(
-            torch.zeros(d_in, d_in, dtype=dtype, device=device),
+            torch.zeros(d_in, d_in, dtype=dtype, device=device) if self.inputs else None,
             torch.zeros(d_out, d_out, dtype=dtype, device=device) if self.outputs else None,
             *(torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)),
         )
@@ -282,10 +288,10 @@ def can_be_observed(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or bool(bases & _LINEAR_MAPS)
 
 
-def bytes_needed(module: nn.Module, *, outputs: bool = True) -> int:
-    """Return the bytes that A and G of a module take; without ``outputs`` A alone."""
-    sizes = _sizes(module) if outputs else _sizes(module)[:1]
-    return (8 if _weight(module).dtype == torch.float64 else 4) * sum(size * size for size in sizes)
+def bytes_needed(module: nn.Module) -> tuple[int, int]:
+    """Return the bytes that A and that G of a module take."""
+    d_in, d_out = _sizes(module)
+    return _dtype(module).itemsize * d_in * d_in, _dtype(module).itemsize * d_out * d_out
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -323,6 +329,8 @@ class _Hook:
         ordinary = torch.is_grad_enabled() and output.requires_grad and not transformed
         if not (statistics.outputs and ordinary):
             return None
+        if not statistics.inputs:
+            return _Tap.apply(output, None, self)  # type: ignore[no-untyped-call,unused-ignore]
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             # What the module has made of x is out of reach, and x itself may be changed in place by now.
@@ -330,7 +338,7 @@ class _Hook:
             x = x.to(torch.get_autocast_dtype(kind))
         return _Tap.apply(output, x, self)  # type: ignore[no-untyped-call,unused-ignore]
 
-    def add(self, x: Tensor, gradient: Tensor) -> None:
+    def add(self, x: Tensor | None, gradient: Tensor) -> None:
         """Count a pass that has come back."""
         statistics = self._statistics()
         if statistics is not None and statistics.attached:
@@ -353,7 +361,7 @@ class _Tap(torch.autograd.Function):
     """Returns a tensor as it is, and hands its gradient to a hook on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, hook: _Hook) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor | None, hook: _Hook) -> Tensor:
         ctx.set_materialize_grads(False)
         # The tensor that autograd keeps for the weight's gradient. Saved by autograd's own means, it is not kept but
         # recomputed where activations are checkpointed.
@@ -424,6 +432,11 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     d_in, d_out = _weight(module).shape
     return d_in, d_out
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of the sums."""
+    return torch.float64 if _weight(module).dtype == torch.float64 else torch.float32
 
 
 def _weight(module: nn.Module) -> Tensor:

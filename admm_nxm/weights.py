@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -231,15 +232,34 @@ class Weights:
         for weight in self.each:
             check_sharding(weight.name, weight.param, weight.spec.dim, weight.spec.pattern.group)
 
-    def assign_windows(self, memory: int | None, *, outputs: bool = True, least: int = _ONE_WINDOW_UP_TO) -> int:
-        """Cut the observed weights into windows whose A and G fit the memory (without ``outputs`` A alone); return how
-        many there are."""
+    def assign_windows(
+        self,
+        memory: int | None,
+        *,
+        outputs: bool = True,
+        block_of: Callable[[Weight], str] | None = None,
+        least: int = _ONE_WINDOW_UP_TO,
+    ) -> int:
+        """Cut the observed weights into windows whose statistics fit the memory; return how many there are.
+
+        Args:
+            memory: bytes; by default 4 a weight, and ``least`` in any case.
+            outputs: whether there is G.
+            block_of: names the block of a weight, where A is held for one block at a time; None if A of a whole window
+                is.
+            least: bytes.
+        """
         if memory is None:
             memory = max(least, 4 * sum(weight.param.numel() for weight in self.each))
         at_least("statistics_memory", memory, 1)
         observed = [weight for weight in self.each if weight.modules]
-        needs = [bytes_needed(weight.modules[0], outputs=outputs) for weight in observed]
-        windows = windows_of(needs, memory)
+        sizes = [bytes_needed(weight.modules[0]) for weight in observed]
+        of_outputs = [of_g if outputs else 0 for _, of_g in sizes]
+        if block_of is None:
+            windows = windows_of([of_a + of_g for (of_a, _), of_g in zip(sizes, of_outputs, strict=True)], memory)
+        else:
+            brief = [(block_of(weight), of_a) for weight, (of_a, _) in zip(observed, sizes, strict=True)]
+            windows = windows_of(of_outputs, memory, brief)
         for weight in self.each:
             weight.window = -1
         for weight, window in zip(observed, windows, strict=True):
@@ -272,19 +292,29 @@ def not_finite(weights: Sequence[Weight]) -> list[str]:
     return [weight.name for weight, count in zip(weights, totals, strict=True) if count]
 
 
-def windows_of(needs: Sequence[int], memory: float) -> list[int]:
+def windows_of(needs: Sequence[int], memory: float, brief: Sequence[tuple[str, int]] = ()) -> list[int]:
     """Cut a sequence of weights into runs whose needs add up to at most ``memory``; one that needs more is alone.
+
+    Args:
+        needs: what each weight takes all the time.
+        memory: the most that a run may take at a time.
+        brief: block and what else each weight takes, while its block is worked on.
 
     >>> windows_of([3, 3, 3, 9, 1], memory=6)
     [0, 0, 1, 2, 3]
+    >>> windows_of([1, 1, 1, 1], memory=6, brief=[("a", 2), ("a", 2), ("b", 2), ("b", 2)])
+    [0, 0, 1, 1]
+    >>> windows_of([0, 0, 0, 0], memory=4, brief=[("a", 2), ("a", 2), ("b", 2), ("b", 2)])
+    [0, 0, 0, 0]
     """
     windows: list[int] = []
-    current, used = 0, 0
-    for need in needs:
-        if used and used + need > memory:
-            current, used = current + 1, 0
+    current, held, passing = 0, 0, Counter[str]()
+    for need, (block, extra) in zip(needs, brief or [("", 0)] * len(needs), strict=True):
+        held += need
+        passing[block] += extra
+        if held + max(passing.values()) > memory and current in windows[-1:]:
+            current, held, passing = current + 1, need, Counter({block: extra})
         windows.append(current)
-        used += need
     return windows
 
 

@@ -158,6 +158,26 @@ def test_windows_change_no_bit(loss: Any) -> None:
     assert passed == ([3, 5] if loss is None else [2, 8])
 
 
+@pytest.mark.parametrize(
+    ("memory", "windows"),
+    # In one block A of both weights takes as much as G of both: as much as A and G of one.
+    [
+        (BYTES_A_WEIGHT, 4),
+        (2 * BYTES_A_WEIGHT - 1, 3),
+        (2 * BYTES_A_WEIGHT, 2),
+        (3 * BYTES_A_WEIGHT - 1, 2),
+        (3 * BYTES_A_WEIGHT, 1),
+    ],
+)
+def test_block_by_block_a_window_holds_g_of_all_its_weights_and_a_of_one_block(memory: int, windows: int) -> None:
+    told: list[str] = []
+    net = make_net()
+    prune(net, "2:4", batches(2), loss=loss_of, statistics_memory=memory, progress=lambda *now: told.append(now[2]))
+    assert {text.partition(",")[0].partition(":")[0] for text in told} == {
+        f"window {number + 1} of {windows}" for number in range(windows)
+    }
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_solved_in_float32_and_rounded_once(dtype: torch.dtype, gathered: dict[str, Moments]) -> None:
     net, dense = make_net(dtype=dtype), make_net(dtype=dtype)
@@ -171,10 +191,11 @@ def test_half_precision_is_solved_in_float32_and_rounded_once(dtype: torch.dtype
         assert is_feasible(net.get_parameter(name))
 
 
-def test_tied_weights_are_pruned_once_from_all_their_inputs(gathered: dict[str, Moments]) -> None:
+@pytest.mark.parametrize("loss", [None, loss_of], ids=["A", "A and G"])
+def test_tied_weights_are_pruned_once_from_all_their_inputs(loss: Any, gathered: dict[str, Moments]) -> None:
     net = make_net()
     net.blocks[1].up.weight = net.blocks[0].up.weight
-    report = prune(net, "2:4", batches(2), loss=loss_of)
+    report = prune(net, "2:4", batches(2), loss=loss)
     assert [weight.name for weight in report] == [WEIGHTS[0], WEIGHTS[1], WEIGHTS[3]]
     assert net.blocks[1].up.weight is net.blocks[0].up.weight
     assert int(gathered[WEIGHTS[0]].passes) == 4

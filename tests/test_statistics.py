@@ -589,7 +589,42 @@ def test_thinned_under_autocast_and_checkpointing() -> None:
     torch.testing.assert_close(found.moments["up"].inputs, rows.T @ rows)
 
 
-# --------------------------------------------------------------------------------------------------------- inputs alone
+# ----------------------------------------------------------------------------------- inputs alone, and gradients alone
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "recomputed"])
+def test_gradients_alone_are_those_beside_the_inputs(checkpointed: bool) -> None:
+    model, x = Mlp(), text()
+    x[0, 0] = 0.5
+
+    def passes(m: Any) -> None:
+        value = checkpoint(m, x, use_reentrant=False) if checkpointed else m(x)
+        (value.square() * torch.tensor([0.0, 1, 2, 3, 4])[:, None]).sum().backward()  # the first token's is zero
+
+    both, alone = gathered(model, passes).moments, gathered(model, passes, inputs=False).moments
+    assert list(alone) == list(both)
+    for name, found in alone.items():
+        assert found.inputs is None
+        assert found.outputs is not None
+        assert torch.equal(found.outputs, both[name].outputs)
+        assert [int(n) for n in (found.tokens, found.passes, found.dropped)] == [12, 1, 0]
+
+
+def test_gradients_alone_keep_no_inputs() -> None:
+    kept: list[Tensor] = []
+    model, x = nn.Linear(D_IN, D_OUT).requires_grad_(False), text().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gathered(model, lambda m: m(x).sum().backward(), inputs=False)
+    assert not [t for t in kept if t.shape == x.shape]
+
+
+def test_gradients_alone_that_are_not_finite_are_dropped() -> None:
+    x = text()
+    model = nn.Linear(D_IN, D_OUT)
+    found = gathered(model, lambda m: (m(x) * math.inf).sum().backward(), inputs=False).moments[""]
+    assert (found.tokens.item(), found.passes.item(), found.dropped.item()) == (0, 1, 1)
+    assert found.outputs is not None
+    assert not found.outputs.any()
 
 
 def test_inputs_alone_need_no_backward_pass() -> None:
@@ -908,16 +943,18 @@ def test_falcon_linear_is_the_linear_map() -> None:
 
 
 def test_bytes() -> None:
-    assert bytes_needed(nn.Linear(10, 3)) == bytes_needed(Conv1D(3, 10)) == 4 * (100 + 9)
-    assert bytes_needed(nn.Linear(10, 3).double()) == 8 * (100 + 9)
+    assert bytes_needed(nn.Linear(10, 3)) == bytes_needed(Conv1D(3, 10)) == (4 * 100, 4 * 9)
+    assert bytes_needed(nn.Linear(10, 3).double()) == (8 * 100, 8 * 9)
     found = gathered(nn.Linear(10, 3).bfloat16(), lambda m: m(torch.ones(1, 10).bfloat16()).sum().backward())
     tensors = found.moments[""].tensors
-    assert sum(tensors[key].nbytes for key in ("inputs", "outputs")) == bytes_needed(nn.Linear(10, 3))
+    assert tuple(tensors[key].nbytes for key in ("inputs", "outputs")) == bytes_needed(nn.Linear(10, 3))
 
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="modules is empty"):
         Statistics({})
+    with pytest.raises(ValueError, match="inputs and outputs are both False"):
+        Statistics({"w": nn.Linear(2, 2)}, inputs=False, outputs=False)
     with pytest.raises(ValueError, match="max_tokens=0: it must be at least 1"):
         Statistics({"w": nn.Linear(2, 2)}, max_tokens=0)
     with pytest.raises(ValueError, match="statistics of 'w' cannot be gathered: Conv1d is neither"):

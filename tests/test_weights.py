@@ -36,6 +36,24 @@ def test_windows_are_runs_that_fit_and_cannot_be_joined(needs: list[int], memory
         assert sum(run) + following[0] > memory
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.sampled_from("abc"), st.integers(0, 50)), max_size=30),
+    st.integers(1, 90),
+)
+def test_windows_with_needs_of_one_block_at_a_time(rows: list[tuple[int, str, int]], memory: int) -> None:
+    def taken(run: list[tuple[int, str, int]]) -> int:
+        return sum(need for need, _, _ in run) + max(
+            sum(brief for _, block, brief in run if block == name) for name in "abc"
+        )
+
+    windows = windows_of([need for need, _, _ in rows], memory, [(block, brief) for _, block, brief in rows])
+    numbered = groupby(zip(windows, rows, strict=True), lambda pair: pair[0])
+    runs = [[row for _, row in run] for _, run in numbered]
+    assert windows == [number for number, run in enumerate(runs) for _ in run]
+    assert all(taken(run) <= memory or len(run) == 1 for run in runs)
+    assert all(taken([*run, following[0]]) > memory for run, following in pairwise(runs))
+
+
 @pytest.mark.parametrize(
     ("memory", "windows"),
     [

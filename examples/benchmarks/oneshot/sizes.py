@@ -79,6 +79,11 @@ def weights_of(shape: Shape) -> tuple[int, Weights]:
     return sum(p.numel() for p in model.parameters()), Weights(selection, params, model)
 
 
+def windows_of(weights: Weights) -> int:
+    """Return how many windows ``prune`` takes with a loss, in the memory that it takes by default."""
+    return weights.assign_windows(None, block_of=lambda weight: weight.name.rpartition(".layers.")[2].partition(".")[0])
+
+
 def memory() -> str:
     """Write the table of memory in gigabytes."""
     rows = []
@@ -87,18 +92,21 @@ def memory() -> str:
         sizes = [weight.param.shape for weight in weights]
         prunable = sum(m * n for m, n in sizes)
         both = [4 * (m * m + n * n) for m, n in sizes]
-        one_block = sum(4 * n * n for _, n in sizes) // shape.layers
-        figures = [2 * count, sum(both), 4 * prunable, max(both), one_block, 16 * count + prunable]
+        inputs, outputs = (sum(4 * size[place] ** 2 for size in sizes) for place in (1, 0))
+        one_block = inputs // shape.layers
+        figures = [2 * count, one_block, outputs + one_block, inputs + outputs, 4 * prunable]
+        figures += [max(both), 16 * count + prunable]
         cells = [plain(figure / 1e9) for figure in figures]
-        rows.append([shape.name, *cells[:3], str(weights.assign_windows(None)), *cells[3:]])
+        rows.append([shape.name, *cells[:5], str(windows_of(weights)), *cells[5:]])
     header = [
         "",
         "weights in bfloat16",
-        "A and G of all weights",
+        "A alone",
+        "A and G",
+        "A and G with `sequential=False`",
         "`statistics_memory` by default",
         "windows",
         "A and G of the largest weight",
-        "A alone, block by block",
         "fine-tuning with AdamW in float32, and masks",
     ]
     return table(header, rows)
@@ -110,7 +118,7 @@ def operations() -> str:
     for shape in SHAPES:
         count, weights = weights_of(shape)
         sizes = [weight.param.shape for weight in weights]
-        windows = weights.assign_windows(None)
+        windows = windows_of(weights)
         # Forward 2 and backward 2 a parameter: no gradient of a weight is formed.
         passes = 4.0 * count * TOKENS * windows
         moments = sum(2.0 * (m * m + n * n) for m, n in sizes) * TOKENS
