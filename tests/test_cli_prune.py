@@ -122,6 +122,29 @@ def test_the_solve_is_that_of_the_function(here: Path, tmp_path: Path, capsys: p
     assert not torch.equal(found, project(model.get_parameter(name).detach(), "1:4").bfloat16())
 
 
+@pytest.mark.parametrize(("model", "labels"), [("classifier", True), ("encoder", False)])
+def test_pairs_of_texts_and_bad_rows(
+    model: str,
+    labels: bool,
+    here: Path,
+    tmp_path: Path,
+    solved: dict[str, Moments],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [f"some {what},is that {what},{kind}" for what, kind in (("iron", "metal"), ("an apple", "fruit"))]
+    data = tmp_path / "pairs.csv"
+    data.write_text("\n".join(["one,two,label", *rows, ",is that gold,metal"]))
+    given = [here / model, "--data", data, "--text-column", "one", "--text-column", "two", "-o", tmp_path / "out"]
+    fails(capsys, "prune", *given, parts=["record 3 has no one", "--on-bad-row skip leaves such rows out"])
+    _, told, err = call_json(capsys, "prune", *given, "--on-bad-row", "skip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(here / model)
+    pairs = [tokenizer(*row.split(",")[:2])["input_ids"] for row in rows]
+    facts = told["calibration"]
+    assert (facts["labels"], facts["texts"], facts["tokens"]) == (labels, 2, sum(map(len, pairs)))
+    assert "1 of 3 rows skipped, the first as" in err
+    assert {int(moments.passes) for moments in solved.values()} == {2}
+
+
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "no data": (["classifier", "--samples", "3"], ["--samples is about the texts of --data; give --data too"]),
     "no folder": (["texts.csv", "--data", "texts.csv"], ["is no model folder, which --data needs"]),
@@ -136,6 +159,22 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "columns of plain texts": (
         ["encoder", "--data", "texts.txt", "--text-column", "text"],
         ["--text-column text: a .txt file has no columns; leave it out"],
+    ),
+    "pairs for a language model": (
+        ["language", "--data", "texts.csv", "--text-column", "text", "--text-column", "label"],
+        ["--text-column is given 2 times; a language model takes one text, so put both into one column"],
+    ),
+    "three texts": (
+        ["classifier", "--data", "texts.csv", *(["--text-column", "text"] * 3)],
+        ["--text-column is given 3 times; give one, or two for pairs"],
+    ),
+    "another kind of file": (
+        ["encoder", "--data", "notes.pdf"],
+        ["notes.pdf ends in .pdf, which is not known; give a .csv, .tsv, .jsonl or .txt file"],
+    ),
+    "no such file": (
+        ["encoder", "--data", "none.txt"],
+        ["none.txt: no such file; give a .csv, .tsv, .jsonl or .txt file"],
     ),
     "no texts": (["encoder", "--data", "empty.txt"], ["empty.txt has no texts"]),
     "too long": (["encoder", "--data", "texts.csv", "--max-length", "65"], ["--max-length 65", "give at most 64"]),
@@ -153,6 +192,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     write(here / "wood.csv", [("some iron", "wood")])
     (here / "empty.txt").write_text("\n")
+    (here / "notes.pdf").write_text("iron")
     for name in ("odd", "bare"):
         (here / name).mkdir(exist_ok=True)
         config = (here / "encoder" / "config.json").read_text().replace('"BertModel"', '"SomethingElse"')

@@ -24,7 +24,7 @@ from .console import note
 from .errors import InputError, blaming
 from .options import Rules
 from .progress import WeightProgress
-from .texts import Columns, read_file
+from .texts import FILE_KINDS, Columns, Row, check_kind, check_texts, read_file
 
 _TEXTS, _PIECES = 128, 64
 _LENGTH, _PIECE_LENGTH = 128, 256
@@ -47,8 +47,9 @@ class Settings:
     pattern: Pattern | str
     select: Rules | None
     data: Path
-    text_column: str | None
+    text_columns: tuple[str, ...] | None
     label_column: str | None
+    on_bad_row: str
     samples: int | None
     max_length: int | None
     seed: int
@@ -133,52 +134,50 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
         raise InputError(f"--max-length {length} is more than {settings.path} takes; give at most {limit:.0f}")
     source = random.Random(settings.seed)
     if kind == "language model":
-        pieces, whole = _pieces(_texts(settings), tokenizer, length)
+        pieces, whole = _pieces([row[0] for row in _rows(settings, kind)[0]], tokenizer, length)
         chosen = source.sample(pieces, min(settings.samples or _PIECES, len(pieces)))
         batches = [{"input_ids": torch.tensor([piece]), "labels": torch.tensor([piece])} for piece in chosen]
         return batches, f"{len(chosen)} of {len(pieces)} pieces of {whole} tokens"
-    labels: Sequence[int | None]
-    if kind == "classifier" and settings.data.suffix.lower() != ".txt":
-        hint = (
-            "; name others with --text-column and --label-column; a .txt file, one text a line, serves without labels"
-        )
-        columns = Columns((settings.text_column or "text",), settings.label_column or "label", hint)
-        rows = read_file(settings.data, columns)
-        texts = [row[0] for row in rows]
-        labels = _labels([row[-1] for row in rows], model.config)
-    else:
-        texts = _texts(settings)
-        labels = [None] * len(texts)
-    chosen_texts = source.sample(range(len(texts)), min(settings.samples or _TEXTS, len(texts)))
+    rows, labelled = _rows(settings, kind)
+    labels = _labels([row[-1] for row in rows], model.config) if labelled else ()
+    chosen_rows = source.sample(range(len(rows)), min(settings.samples or _TEXTS, len(rows)))
     batches = []
-    for i in chosen_texts:
-        batch = dict(tokenizer(texts[i], truncation=True, max_length=length, return_tensors="pt"))
-        label = labels[i]
-        batches.append(batch if label is None else {**batch, "labels": torch.tensor([label])})
-    return batches, f"{len(batches)} of {len(texts)} texts"
+    for i in chosen_rows:
+        batch = dict(tokenizer(*rows[i][:-1], truncation=True, max_length=length, return_tensors="pt"))
+        batches.append({**batch, "labels": torch.tensor([labels[i]])} if labelled else batch)
+    return batches, f"{len(batches)} of {len(rows)} texts"
 
 
-def _texts(settings: Settings) -> list[str]:
-    """Return the texts alone, without labels."""
-    if settings.label_column is not None:
+def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], bool]:
+    """Return the texts, and whether they have labels: those of a classifier in a table do."""
+    plain = check_kind(settings.data, kinds=(*FILE_KINDS, ".txt")) == ".txt"
+    labelled = kind == "classifier" and not plain
+    if settings.label_column is not None and not labelled:
         raise InputError(
             f"--label-column {settings.label_column}: labels are read from a table, for a classifier; leave it out"
         )
-    if settings.data.suffix.lower() != ".txt":
-        texts = [
-            row[0]
-            for row in read_file(
-                settings.data, Columns((), settings.text_column or "text", "; name another with --text-column")
-            )
-        ]
-    elif settings.text_column is not None:
-        raise InputError(f"--text-column {settings.text_column}: a .txt file has no columns; leave it out")
-    else:
+    if plain:
+        if settings.text_columns is not None:
+            raise InputError(f"--text-column {settings.text_columns[0]}: a .txt file has no columns; leave it out")
         with blaming(f"--data {settings.data}", OSError, UnicodeDecodeError, remedy="; a file in UTF-8 is needed"):
-            texts = [line for line in settings.data.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not texts:
-        raise InputError(f"--data {settings.data} has no texts; give some hundred")
-    return texts
+            lines = settings.data.read_text(encoding="utf-8-sig").splitlines()
+        rows: list[Row] = [(line, "") for line in lines if line.strip()]
+        if not rows:
+            raise InputError(f"--data {settings.data} has no texts; give some hundred")
+        return rows, False
+    columns = settings.text_columns or ("text",)
+    check_texts(columns)
+    if kind == "language model" and len(columns) > 1:
+        raise InputError(
+            f"--text-column is given {len(columns)} times; a language model takes one text, so put both into one column"
+        )
+    hint = "; name another with --text-column"
+    if labelled:
+        hint = "; name others with --text-column and --label-column; a .txt file (a text a line) serves without labels"
+    label = (settings.label_column or "label") if labelled else None
+    bad = settings.on_bad_row
+    say = lambda text: note(f"note    --data: {text}")  # noqa: E731
+    return read_file(settings.data, Columns(columns, label, hint, bad), tell=say), labelled
 
 
 def _pieces(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:

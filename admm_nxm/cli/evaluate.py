@@ -50,13 +50,14 @@ def evaluate(
         of_an_argument,
     )
     from .testing import accuracy_of, told
-    from .texts import Columns, count_labels, read_file
+    from .texts import Columns, check_texts, count_labels, read_file
     from .training import LENGTH, on_one_device
 
     if not model.is_dir():
         raise InputError(f"{model}: no such folder; give one that `admm-nxm train` or save_pretrained has written")
     trained = _settings_of(model)
     texts = tuple(text_column or trained.get("text_columns", ("text",)))
+    check_texts(texts)
     columns = Columns(
         texts,
         label_column or trained.get("label_column", "label"),

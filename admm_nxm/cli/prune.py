@@ -11,7 +11,20 @@ from ..sparsity import SparsityReport
 from .commands import as_dict, as_text
 from .console import Result, note
 from .errors import InputError
-from .options import Json, Output, Overwrite, PatternText, PerWeight, Select, Source, a_count, a_seed, rules_of
+from .options import (
+    Json,
+    Output,
+    Overwrite,
+    PatternText,
+    PerWeight,
+    Select,
+    Source,
+    TextColumns,
+    a_count,
+    a_seed,
+    one_of,
+    rules_of,
+)
 
 _BASELINE = (
     "The smallest weights were set to zero, and nothing made up for them: expect to lose accuracy. With --data the "
@@ -28,11 +41,15 @@ def prune(
         Path | None,
         typer.Option(metavar="FILE", help="Texts to calibrate on: .csv, .tsv, .jsonl, or .txt (plain), in UTF-8."),
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of the text.  [default: text]")
-    ] = None,
+    text_column: TextColumns = None,
     label_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column of the label, for a classifier.  [default: label]")
+    ] = None,
+    on_bad_row: Annotated[
+        str | None,
+        typer.Option(
+            parser=one_of("error", "skip"), metavar="error|skip", help="What to do with bad rows.  [default: error]"
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -64,8 +81,12 @@ def prune(
     if data is None:
         from ..io.prune import prune_files
 
-        options = {"text-column": text_column, "label-column": label_column, "samples": samples}
-        options |= {"max-length": max_length, "seed": seed, "device": device}
+        options: dict[str, object] = {
+            "text-column": text_column,
+            "label-column": label_column,
+            "on-bad-row": on_bad_row,
+        }
+        options |= {"samples": samples, "max-length": max_length, "seed": seed, "device": device}
         given = [f"--{name}" for name, value in options.items() if value is not None]
         if given:
             raise InputError(f"{given[0]} is about the texts of --data; give --data too, or leave {given[0]} out")
@@ -80,8 +101,9 @@ def prune(
             parsed or "2:4",
             rules,
             data,
-            text_column,
+            None if text_column is None else tuple(text_column),
             label_column,
+            on_bad_row or "error",
             samples,
             max_length,
             seed or 0,

@@ -16,7 +16,7 @@ from typing import Any
 from .errors import InputError, blaming
 
 Row = tuple[str, ...]
-"""One text, or two, and the label."""
+"""One text, or two, and the label; it is empty where none is read."""
 
 FILE_KINDS = (".csv", ".tsv", ".jsonl")
 TEST_SHARE = 0.25
@@ -28,13 +28,30 @@ class Columns:
     """Name the columns of a table, and say what to do with rows that lack something."""
 
     texts: tuple[str, ...] = ("text",)
-    label: str = "label"
+    label: str | None = "label"
+    """None where there is none to read."""
     hint: str = ""
     on_bad_row: str | None = None
     """None where there is no such option."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.texts, self.label)))
+        return iter(dict.fromkeys((*self.texts, *(() if self.label is None else (self.label,)))))
+
+
+def check_texts(columns: Sequence[str]) -> None:
+    """Refuse more than a pair of texts."""
+    if not 1 <= len(columns) <= 2:
+        raise InputError(f"--text-column is given {len(columns)} times; give one, or two for pairs")
+
+
+def check_kind(path: Path, option: str = "--data", kinds: Sequence[str] = FILE_KINDS) -> str:
+    """Return the ending of a file, in small letters; refuse a file that is not there or ends otherwise."""
+    known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    if not path.is_file():
+        raise InputError(f"{option} {path}: no such file; give a {known} file")
+    if (kind := path.suffix.lower()) not in kinds:
+        raise InputError(f"{option} {path} ends in {path.suffix or 'nothing'}, which is not known; give a {known} file")
+    return kind
 
 
 def read_file(
@@ -44,22 +61,17 @@ def read_file(
     *,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Read labelled texts: a .csv or .tsv file with a header, or a .jsonl file with one object a line, in UTF-8.
+    """Read texts and their labels: a .csv or .tsv file with a header, or a .jsonl file with one object a line; UTF-8.
 
     ``tell`` gets what is to be said of the file, such as the number of bad rows where they are skipped.
     """
     name, columns = f"{option} {path}", columns or Columns()
-    kinds = ", ".join(FILE_KINDS[:-1]) + f" or {FILE_KINDS[-1]}"
-    if not path.is_file():
-        raise InputError(f"{name}: no such file; give a {kinds} file")
-    kind = path.suffix.lower()
-    if kind not in FILE_KINDS:
-        raise InputError(f"{name} ends in {path.suffix or 'nothing'}, which is not known; give a {kinds} file")
-    remedy = f"; a {kinds} file in UTF-8 is needed"
+    kind = check_kind(path, option)
+    remedy = f"; a {kind} file in UTF-8 is needed"
     with blaming(name, OSError, UnicodeDecodeError, remedy=remedy), path.open(encoding="utf-8-sig", newline="") as file:
         lines = list(file)
     if not any(line.strip() for line in lines):
-        raise InputError(f"{name} is empty; give a file with texts and labels")
+        raise InputError(f"{name} is empty; give a file with {' and '.join(columns)} in each row")
     records = _json_records(lines, name) if kind == ".jsonl" else _table_records(lines, name, kind, columns, tell)
     rows: list[Row] = []
     bad: list[InputError] = []
@@ -78,7 +90,8 @@ def read_file(
     if bad:
         tell(f"{len(bad)} of {len(bad) + len(rows)} rows skipped, the first as: {bad[0]}")
     if not rows:
-        raise InputError(f"{name} has no usable row{f': {bad[0]}' if bad else ' below its header'}")
+        what = f": {bad[0]}" if bad else f" below its header; add rows with {' and '.join(columns)}"
+        raise InputError(f"{name} has no usable row{what}")
     return rows
 
 
@@ -129,7 +142,7 @@ def _table_records(
 
 
 def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
-    """Take a record's texts and its label; a record may be an error, which is raised."""
+    """Take a record's texts and its label, empty without one; a record may be an error, which is raised."""
     if isinstance(record, InputError):
         raise record
     columns = columns or Columns()
@@ -144,7 +157,8 @@ def row_of(record: Any, where: str, columns: Columns | None = None) -> Row:
         if isinstance(found[column], (dict, list)):
             kind = "a list" if isinstance(found[column], list) else "an object"
             raise InputError(f"{where} has {kind} as {column}; a text or a number is needed")
-    return (*(str(found[column]) for column in columns.texts), _label(found[columns.label]))
+    label = "" if columns.label is None else _label(found[columns.label])
+    return (*(str(found[column]) for column in columns.texts), label)
 
 
 def _label(value: Any) -> str:

@@ -39,7 +39,7 @@ from .progress import StepProgress
 from .runs import DenseTrainer, Run, SparseTrainer
 from .saving import Trained, check_space, save
 from .testing import accuracy_of, told
-from .texts import Columns, Row, count_labels, held_out, label_names, read_file, split
+from .texts import Columns, Row, check_texts, count_labels, held_out, label_names, read_file, split
 
 LENGTH = 128
 """Tokens of a text that a model sees by default."""
@@ -97,8 +97,7 @@ def train(settings: Settings) -> Result:
     import matplotlib as _  # noqa: F401 - the pictures come last, and would be missed then
 
     started = time.perf_counter()
-    if not 1 <= len(settings.text_columns) <= 2:
-        raise InputError(f"--text-column is given {len(settings.text_columns)} times; give one, or two for pairs")
+    check_texts(settings.text_columns)
     device = find_device(settings.device)
     with ExitStack() as stack:
         read = [place for place in (settings.data, settings.eval_data, settings.model) if place is not None]
