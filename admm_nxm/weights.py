@@ -302,10 +302,9 @@ def windows_of(needs: Sequence[int], memory: float, brief: Sequence[tuple[str, i
 
     >>> windows_of([3, 3, 3, 9, 1], memory=6)
     [0, 0, 1, 2, 3]
-    >>> windows_of([1, 1, 1, 1], memory=6, brief=[("a", 2), ("a", 2), ("b", 2), ("b", 2)])
-    [0, 0, 1, 1]
-    >>> windows_of([0, 0, 0, 0], memory=4, brief=[("a", 2), ("a", 2), ("b", 2), ("b", 2)])
-    [0, 0, 0, 0]
+    >>> brief = [("a", 2), ("a", 2), ("b", 2), ("b", 2)]
+    >>> windows_of([1, 1, 1, 1], 6, brief), windows_of([0, 0, 0, 0], 4, brief)
+    ([0, 0, 1, 1], [0, 0, 0, 0])
     """
     windows: list[int] = []
     current, held, passing = 0, 0, Counter[str]()

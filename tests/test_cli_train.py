@@ -403,7 +403,7 @@ BAD_FILES = {
     "semicolons.csv": ("body;label\na;x\n", ["has no column 'text'; ", "are 'body', 'label'"]),
     "keys.jsonl": ('{"body": "a", "label": 1}\n', ["record 1 has no text (columns: body, label)", "--text-column"]),
     "floats.csv": ("text,label\na,0.5\nb,1.25\n", ["numbers such as 0.5, and regression is not supported"]),
-    "header.csv": ("text,label\n", ["header.csv has no usable row below its header"]),
+    "header.csv": ("text,label\n", ["no usable row below its header; add rows with text and label"]),
     "spaces.jsonl": (" \n\n", ["spaces.jsonl is empty"]),
     "blank.csv": ("text,label\napple,x\n  ,y\n", ["line 3: record 2 has no text", "--on-bad-row skip"]),
     "unnamed.tsv": ("text\tlabel\napple\t\n", ["line 2: record 1 has no label"]),
@@ -417,7 +417,7 @@ BAD_FILES = {
     "quotes.csv": ('text,label\nfine,x\n"a"b,x\n', ["quotes.csv, line 3: ", "quotation marks"]),
     "open.csv": ('text,label\n"a,x\nb,y\n', ["open.csv, line 2: ", "quotation marks"]),
     "twice.csv": ("text,text,label\na,b,x\n", ["has the column 'text' twice"]),
-    "empty.csv": ("", ["empty.csv is empty; give a file with texts and labels"]),
+    "empty.csv": ("", ["empty.csv is empty; give a file with text and label in each row"]),
     "one.csv": ("text,label\na,x\nb,x\n", ["2 texts with the labels ['x']; at least 2 different"]),
     "single.csv": (
         "text,label\napple,x\npear,x\ntin,y\ntin,y\n",
