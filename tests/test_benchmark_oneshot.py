@@ -114,7 +114,7 @@ def test_an_encoder_is_pruned_and_probed(tmp_path: Path, monkeypatch: pytest.Mon
     task = subject.task(0)
     pruners.prune_with(pruners.SparseGPT(), task, PATTERN, pruners.Clock())
     assert all(torch.equal(module.weight, project(module.weight, PATTERN)) for module in task.weights.values())
-    statistics = pruners.whole_passes(task, outputs=True)  # the loss is that of the probe
+    statistics = pruners.whole_passes(task, inputs=True, outputs=True)  # the loss is that of the probe
     assert all(int(seen.tokens) > 8 for seen in statistics.moments.values())
     subject.restore()
     assert subject.score() == before

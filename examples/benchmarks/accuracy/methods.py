@@ -312,6 +312,7 @@ def magnitude(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tenso
 
 def by_sparsegpt(weight: Tensor, pattern: Pattern, moments: Moments) -> tuple[Tensor, Tensor]:
     """Apply SparseGPT's update."""
+    assert moments.inputs is not None, "statistics gather A unless told not to"
     pruned, mask = sparsegpt(weight, moments.inputs, pattern)
     return pruned, mask
 

@@ -208,7 +208,8 @@ def layers_alone(spec: Spec, cache: Path, device: str) -> Iterator[tuple[Spec, d
     loss, score = dev_loss(run)
     for name, module in run.modules.items():
         weight, moments = weight_of(module).detach(), statistics.moments[name]
-        assert moments.outputs is not None, "statistics gather G unless told not to"
+        assert moments.inputs is not None, "statistics gather A unless told not to"
+        assert moments.outputs is not None, "and G"
         original = weight.clone()
         weight.copy_(solve(weight, pattern, moments.inputs, moments.outputs).weight)
         error = model_error(original, weight, moments.inputs, moments.outputs)

@@ -155,13 +155,13 @@ def prune_with(method: Method, task: Task, pattern: Pattern, clock: Clock) -> No
     inputs: dict[str, Tensor] = {}
     if method.outputs:
         with clock.on("passes"):
-            statistics = whole_passes(task, outputs=True)
+            statistics = whole_passes(task, inputs=not method.sequential, outputs=True)
         gradients = {name: m.outputs for name, m in statistics.moments.items() if m.outputs is not None}
-        inputs = {} if method.sequential else {name: m.inputs for name, m in statistics.moments.items()}
+        inputs = inputs_of(statistics)
         del statistics
     elif method.inputs and not method.sequential:
         with clock.on("passes"):
-            inputs = {name: m.inputs for name, m in whole_passes(task, outputs=False).moments.items()}
+            inputs = inputs_of(whole_passes(task, inputs=True, outputs=False))
     calls: list[Call] = []
     if method.inputs and method.sequential:
         with clock.on("passes"):
@@ -171,7 +171,7 @@ def prune_with(method: Method, task: Task, pattern: Pattern, clock: Clock) -> No
             with clock.on("passes"):
                 statistics = Statistics(task.of_block(number), outputs=False)
                 run_block(block, calls, task, statistics)
-            inputs = {name: m.inputs for name, m in statistics.moments.items()}
+            inputs = inputs_of(statistics)
         with clock.on("solves"), torch.no_grad():
             for name, module in task.of_block(number).items():
                 a = inputs.pop(name) if method.inputs else torch.empty(0)
@@ -181,9 +181,14 @@ def prune_with(method: Method, task: Task, pattern: Pattern, clock: Clock) -> No
                 calls = run_block(block, calls, task)
 
 
-def whole_passes(task: Task, *, outputs: bool) -> Statistics:
-    """Gather A of all weights in passes through the dense model, and with ``outputs`` also G."""
-    statistics = Statistics(task.weights, outputs=outputs)
+def inputs_of(statistics: Statistics) -> dict[str, Tensor]:
+    """Return A of each weight, as far as it was gathered."""
+    return {name: moments.inputs for name, moments in statistics.moments.items() if moments.inputs is not None}
+
+
+def whole_passes(task: Task, *, inputs: bool, outputs: bool) -> Statistics:
+    """Gather A of all weights, or G, or both, in passes through the dense model."""
+    statistics = Statistics(task.weights, inputs=inputs, outputs=outputs)
     statistics.attach()
     # Gradients of weights are not wanted, but those at the outputs are, which start here.
     handle = task.blocks[0].register_forward_pre_hook(_ask_for_gradient)
