@@ -193,11 +193,10 @@ class Statistics:
             if name not in self.modules:
                 raise ValueError(f"statistics of {name!r}: there is no such weight here, only {sorted(self.modules)}")
             d_in, d_out = _sizes(self.modules[name][0])
-            expected: dict[str, tuple[int, ...]] = {"tokens": (), "passes": (), "dropped": ()}
-            if self.inputs:
-                expected["inputs"] = (d_in, d_in)
+            expected: dict[str, tuple[int, ...]] = {"inputs": (d_in, d_in)} if self.inputs else {}
             if self.outputs:
                 expected["outputs"] = (d_out, d_out)
+            expected |= {"tokens": (), "passes": (), "dropped": ()}
             found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
             if found != expected:
                 raise ValueError(f"statistics of {name!r} have the shapes {found}; this model needs {expected}")

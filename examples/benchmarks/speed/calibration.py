@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "seconds": {variant.name: _spread(timings.spread(variant.name)) for variant in variants},
         "layers": len(layers),
         "bytes": {
-            "statistics": sum(bytes_needed(module) for module in layers.values()),
+            "statistics": sum(sum(bytes_needed(module)) for module in layers.values()),
             "weights": sum(p.nbytes for p in model.parameters()),
             "kept for the backward pass": kept,
         },
