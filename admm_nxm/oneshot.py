@@ -68,8 +68,9 @@ def prune(
             With ``sequential`` these are A of one block and G of a whole window. More come in several windows of
             weights, and each takes a pass over the batches; with ``sequential`` over the model as pruned so far, for G
             as well.
-        sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs two
-            more passes in all, as finished blocks are not computed again where the model allows that.
+        sequential: whether A of each block is that of the model whose earlier blocks are pruned already. It costs
+            about two more passes in all, as finished blocks are not computed again where the model allows that, and
+            one for weights before or behind the blocks.
         progress: called with the number of weights that are done, of all of them, and what is going on. True shows a
             bar of tqdm.
 
@@ -176,24 +177,29 @@ def _calibrate(
     for window in range(windows):
         weights = [weight for weight in job.weights if weight.window == window]
         text, count = f"window {window + 1} of {windows}", len(batches)
+        groups = [("", weights)]
+        if blocks is not None:
+            groups = [(block, list(group)) for block, group in groupby(weights, blocks.block_of)]
+        at_once = blocks is None or (loss is not None and len(groups) == 1)  # then one pass gives A and G
         moments: dict[str, Moments] = {}
         tokens = Tokens()
-        if loss is not None or blocks is None:
-            show = job.passing(text, count)
-            moments = gather(model, weights, batches, loss, tokens, show, inputs=blocks is None)
+        if loss is not None or at_once:
+            moments = gather(model, weights, batches, loss, tokens, job.passing(text, count), inputs=at_once)
             _check_usable(weights, moments)
-        if blocks is None:
-            job.solve(weights, moments, text)
-            continue
-        for block, members in groupby(weights, blocks.block_of):
-            group = list(members)
-            show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
-            inputs = blocks.gather(block, group, batches, tokens, show)
-            _check_usable(group, inputs)
-            for name, seen in inputs.items():
-                moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
+        for block, group in groups:
+            if blocks is not None and not at_once:
+                show = job.passing(f"{text}, {block.rstrip('.') or 'the rest'}", count)
+                _add_inputs(moments, group, blocks.gather(block, group, batches, tokens, show))
             job.solve(group, {weight.name: moments.pop(weight.name) for weight in group}, text)
-            job.write()
+            if blocks is not None:
+                job.write()
+
+
+def _add_inputs(moments: dict[str, Moments], weights: Sequence[Weight], inputs: Mapping[str, Moments]) -> None:
+    """Add A to what was gathered of some weights. The caller keeps none of it, so that it goes with the solve."""
+    _check_usable(weights, inputs)
+    for name, seen in inputs.items():
+        moments[name] = replace(seen, outputs=moments[name].outputs) if name in moments else seen
 
 
 def _check_usable(weights: Sequence[Weight], moments: Mapping[str, Moments]) -> None:

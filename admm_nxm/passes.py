@@ -200,7 +200,7 @@ class Blocks:
     def __init__(self, model: nn.Module, first: Any) -> None:
         self.model = model
         module = unwrap_model(model)
-        modules = {f"{clean_name(name)}.": found for name, found in module.named_modules()}
+        modules = {f"{clean_name(name)}.": found for name, found in module.named_modules(remove_duplicate=False)}
         self._blocks = {name: modules[name] for name in _outermost(block_prefixes(module))}
         self._outputs: dict[str, list[Any]] = {}  # the last finished block of a list -> what it returns for each batch
         self._chained = self._try_out(_moved(first, model))
@@ -219,7 +219,7 @@ class Blocks:
     ) -> dict[str, Moments]:
         """Return name -> A of weights of one block; what stands before it in the model is finished.
 
-        A weight that modules of later blocks share has A of all of them, with those blocks as they are.
+        A weight that other modules share has A of all of them, with what is not finished as it is.
 
         Args:
             block: its name.
@@ -230,8 +230,7 @@ class Blocks:
         """
         statistics = Statistics({weight.name: weight.modules for weight in weights}, outputs=False, max_tokens=_ALL)
         chained = self._chained and block != ""
-        modules = {module for weight in weights for module in weight.modules}
-        end = [name for name, found in self._blocks.items() if not modules.isdisjoint(found.modules())][-1:]
+        end = self._last_with(weights)
         if not chained:
             self._outputs.clear()  # a weight in no block may stand before all of them
         last = self._last_before(block) if chained else []
@@ -244,8 +243,8 @@ class Blocks:
                         self._replace(stack, name, outputs[number])
                     for name, outputs in fresh.items():
                         _hook(stack, self._blocks[name], partial(_keep, outputs))
-                    if chained:
-                        _hook(stack, self._blocks[end[0]], _stop)
+                    if chained and end is not None:
+                        _hook(stack, end, _stop)
                     batch = _moved(batch, self.model)
                     statistics.counting = tokens.that_count(number, batch)
                     self._pass(batch)
@@ -255,6 +254,13 @@ class Blocks:
         self._outputs = {name: fresh.get(name) or self._outputs[name] for name in last}
         statistics.reduce()
         return statistics.moments
+
+    def _last_with(self, weights: Sequence[Weight]) -> nn.Module | None:
+        """Return the last block with a module of these weights; None if one stands in no block."""
+        modules = {module for weight in weights for module in weight.modules}
+        found = [block for block in self._blocks.values() if not modules.isdisjoint(block.modules())]
+        within = {module for block in found for module in block.modules()}
+        return found[-1] if modules <= within else None
 
     def _last_before(self, block: str) -> list[str]:
         """Return the last block of each list among those that stand before a block in the model."""
@@ -277,7 +283,8 @@ class Blocks:
             pass
 
     def _try_out(self, batch: Any) -> bool:
-        """Return whether each block is called once, and gets the same inputs where the finished ones are left out."""
+        """Return whether each block is called once, in the order of the model, and gets the same inputs where the
+        finished ones are left out."""
         inputs: list[tuple[str, Any]] = []
         outputs: dict[str, Any] = {}
 
@@ -292,10 +299,7 @@ class Blocks:
                 stack.callback(block.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
                 _hook(stack, block, partial(note_output, name))
             self._pass(batch)
-        called = [name for name, _ in inputs]
-        kinds = {_list_of(name) for name in called}
-        once = all(_of(kind, called) == _of(kind, self._blocks) for kind in kinds) and len(called) == len(self._blocks)
-        if not once or not all(map(_is_plain, outputs.values())):
+        if [name for name, _ in inputs] != list(self._blocks) or not all(map(_is_plain, outputs.values())):
             return False
         return all(self._gets(name, given, batch, outputs) for name, given in inputs)
 
@@ -326,11 +330,6 @@ def _outermost(prefixes: Iterable[str]) -> list[str]:
 
 def _list_of(block: str) -> str:
     return block[:-1].rpartition(".")[0]
-
-
-def _of(kind: str, blocks: Iterable[str]) -> list[str]:
-    """Return the blocks of one list."""
-    return [name for name in blocks if _list_of(name) == kind]
 
 
 @contextmanager

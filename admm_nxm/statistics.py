@@ -72,7 +72,7 @@ class Statistics:
 
     Args:
         modules: the modules of each weight, by its name; several that share the weight count as one.
-        inputs: whether A is gathered. Without it no input of a module is kept for the backward pass.
+        inputs: whether A is gathered. Without it nothing more is kept for the backward pass.
         outputs: whether G is gathered. Without it A is formed in the forward pass, with or without gradients, and every
             token counts, or those that ``counting`` names.
         max_tokens: of how many tokens of one pass through one module the products are formed; of more, so many are

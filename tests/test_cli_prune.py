@@ -122,6 +122,21 @@ def test_the_solve_is_that_of_the_function(here: Path, tmp_path: Path, capsys: p
     assert not torch.equal(found, project(model.get_parameter(name).detach(), "1:4").bfloat16())
 
 
+def test_labels_that_are_no_classes_are_not_read(
+    here: Path, tmp_path: Path, solved: dict[str, Moments], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.BertConfig.from_pretrained(here / "encoder", num_labels=1)
+    for model in (tmp_path / "scores",):
+        transformers.BertForSequenceClassification(config).save_pretrained(model)
+        transformers.AutoTokenizer.from_pretrained(here / "encoder").save_pretrained(model)
+    write(tmp_path / "pairs.csv", [("some iron", "0.5"), ("some gold", "1.5")])
+    options = ["--data", tmp_path / "pairs.csv", "-o", tmp_path / "out"]
+    _, told, err = call_json(capsys, "prune", tmp_path / "scores", *options)
+    assert "labels are not read, as the model does not give one of several" in err
+    assert (told["calibration"]["labels"], told["calibration"]["texts"]) == (False, 2)
+    assert {moments.outputs for moments in solved.values()} == {None}
+
+
 @pytest.mark.parametrize(("model", "labels"), [("classifier", True), ("encoder", False)])
 def test_pairs_of_texts_and_bad_rows(
     model: str,
@@ -162,7 +177,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "pairs for a language model": (
         ["language", "--data", "texts.csv", "--text-column", "text", "--text-column", "label"],
-        ["--text-column is given 2 times; a language model takes one text, so put both into one column"],
+        ["--text-column is given 2 times; a language model takes one text, so put all into one column"],
+    ),
+    "bad rows of plain texts": (
+        ["encoder", "--data", "texts.txt", "--on-bad-row", "skip"],
+        ["--on-bad-row skip: no row of a .txt file is bad; leave it out"],
     ),
     "three texts": (
         ["classifier", "--data", "texts.csv", *(["--text-column", "text"] * 3)],

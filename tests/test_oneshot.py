@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from admm_nxm import keep_mask, project, prune, solve
 from admm_nxm.passes import Blocks
 from admm_nxm.solver import Solved, model_error
 from admm_nxm.solving import solutions
-from admm_nxm.statistics import Moments
+from admm_nxm.statistics import Moments, Statistics
 from admm_nxm.weights import Weight
 
 from .cores import BYTES_A_WEIGHT, WEIGHTS, is_feasible
@@ -169,13 +170,41 @@ def test_windows_change_no_bit(loss: Any) -> None:
         (3 * BYTES_A_WEIGHT, 1),
     ],
 )
-def test_block_by_block_a_window_holds_g_of_all_its_weights_and_a_of_one_block(memory: int, windows: int) -> None:
+def test_block_by_block_a_window_holds_g_of_all_its_weights_and_a_of_one_block(
+    memory: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
-    net = make_net()
-    prune(net, "2:4", batches(2), loss=loss_of, statistics_memory=memory, progress=lambda *now: told.append(now[2]))
+    live = bytes_of_statistics(monkeypatch)
+    prune(
+        make_net(), "2:4", batches(2), loss=loss_of, statistics_memory=memory, progress=lambda *now: told.append(now[2])
+    )
     assert {text.partition(",")[0].partition(":")[0] for text in told} == {
         f"window {number + 1} of {windows}" for number in range(windows)
     }
+    assert 0 < max(live) <= memory
+
+
+@pytest.mark.parametrize("memory", [BYTES_A_WEIGHT, 4 * (8 * 8 + 16 * 16)])
+def test_block_by_block_a_alone_is_held_of_one_block(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = bytes_of_statistics(monkeypatch)
+    prune(make_net(), "2:4", batches(2), statistics_memory=memory)
+    assert max(live) == memory
+
+
+def bytes_of_statistics(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list of the bytes of all statistics that are held, with an entry for each that is made."""
+    held: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    totals: list[int] = []
+    make = Statistics._new_moments
+
+    def spy(self: Statistics, *args: Any) -> Moments:
+        made = make(self, *args)
+        held.update(t for t in made.tensors.values() if t.ndim == 2)
+        totals.append(sum(t.nbytes for t in held))
+        return made
+
+    monkeypatch.setattr(Statistics, "_new_moments", spy)
+    return totals
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -265,6 +294,56 @@ def test_finished_blocks_are_left_out_only_where_that_changes_nothing(
     for name in moments:
         assert same_bits(moments[name].inputs, its[name].inputs)
     assert passes < whole_passes or shape
+
+
+class Shared(nn.Module):
+    """Blocks in two lists that stand the other way round than they run, one block in two places, or a weight that also
+    stands before or behind all blocks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.early = nn.Linear(8, 16, bias=False)
+        self.second = nn.ModuleList(Block(8) for _ in range(2)) if kind == "order" else nn.ModuleList()
+        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.late = nn.Linear(8, 16, bias=False)
+        if kind == "one block":
+            self.blocks[1] = self.blocks[0]
+        elif kind != "order":
+            self.get_submodule(kind).weight = self.blocks[0].up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.early(x))[..., :8]
+        for block in (*self.blocks, *self.second):
+            x = block(x)
+        return self.late(x)
+
+
+@pytest.mark.parametrize("memory", [None, BYTES_A_WEIGHT])
+@pytest.mark.parametrize("loss", [None, loss_of], ids=["A", "A and G"])
+@pytest.mark.parametrize("kind", ["order", "one block", "early", "late"])
+def test_each_module_of_a_weight_counts_wherever_it_stands(
+    kind: str, loss: Any, memory: int | None, gathered: dict[str, Moments]
+) -> None:
+    model = Shared(kind)
+    rules = {r"(blocks|second)\..*(up|down)\.weight": "2:4"}
+    report = prune(model, "2:4", batches(2), loss=loss, select=rules, statistics_memory=memory)
+    assert len(list(report)) == len(gathered) == {"order": 8, "one block": 2}.get(kind, 4)
+    tied = {"early": ["early.weight"], "late": ["blocks.0.up.weight"], "one block": list(gathered)}.get(kind, [])
+    assert {name: int(seen.passes) for name, seen in gathered.items()} == {
+        name: 4 if name in tied else 2 for name in gathered
+    }
+
+
+def test_a_window_of_one_block_takes_one_pass_and_the_tokens_of_the_loss(gathered: dict[str, Moments]) -> None:
+    """The block runs twice, and the loss depends on half of its tokens."""
+    model = Chain(twice=True)
+    model.blocks = model.blocks[:1]
+    calls: list[int] = []
+    model.early.register_forward_hook(lambda *_: calls.append(1))
+    prune(model, "2:4", batches(2), loss=lambda model, x: model(x)[:2].square().sum())
+    assert {int(seen.tokens) for seen in gathered.values()} == {2 * 2 * 2}
+    assert len(calls) == 2 + 1  # each batch, and the trial whether blocks can be left out
 
 
 # ---------------------------------------------------------------- what is left alone

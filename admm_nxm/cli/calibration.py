@@ -49,7 +49,7 @@ class Settings:
     data: Path
     text_columns: tuple[str, ...] | None
     label_column: str | None
-    on_bad_row: str
+    on_bad_row: str | None
     samples: int | None
     max_length: int | None
     seed: int
@@ -138,8 +138,8 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
         chosen = source.sample(pieces, min(settings.samples or _PIECES, len(pieces)))
         batches = [{"input_ids": torch.tensor([piece]), "labels": torch.tensor([piece])} for piece in chosen]
         return batches, f"{len(chosen)} of {len(pieces)} pieces of {whole} tokens"
-    rows, labelled = _rows(settings, kind)
-    labels = _labels([row[-1] for row in rows], model.config) if labelled else ()
+    rows, labelled = _rows(settings, kind, labelled=kind == "classifier" and _has_classes(model.config))
+    labels = class_numbers([row[-1] for row in rows], model.config) if labelled else ()
     chosen_rows = source.sample(range(len(rows)), min(settings.samples or _TEXTS, len(rows)))
     batches = []
     for i in chosen_rows:
@@ -148,17 +148,24 @@ def _batches(settings: Settings, kind: Kind, model: Any, tokenizer: Any) -> tupl
     return batches, f"{len(batches)} of {len(rows)} texts"
 
 
-def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], bool]:
-    """Return the texts, and whether they have labels: those of a classifier in a table do."""
+def _rows(settings: Settings, kind: Kind, *, labelled: bool = False) -> tuple[list[Row], bool]:
+    """Return the texts, and whether they have labels, which are read from tables where they are wanted."""
     plain = check_kind(settings.data, kinds=(*FILE_KINDS, ".txt")) == ".txt"
-    labelled = kind == "classifier" and not plain
+    labelled = labelled and not plain
     if settings.label_column is not None and not labelled:
         raise InputError(
-            f"--label-column {settings.label_column}: labels are read from a table, for a classifier; leave it out"
+            f"--label-column {settings.label_column}: labels are read from a table, for a classifier that gives one of "
+            "several; leave it out"
         )
+
+    def say(text: str) -> None:
+        note(f"note    --data: {text}")
+
     if plain:
         if settings.text_columns is not None:
             raise InputError(f"--text-column {settings.text_columns[0]}: a .txt file has no columns; leave it out")
+        if settings.on_bad_row is not None:
+            raise InputError(f"--on-bad-row {settings.on_bad_row}: no row of a .txt file is bad; leave it out")
         with blaming(f"--data {settings.data}", OSError, UnicodeDecodeError, remedy="; a file in UTF-8 is needed"):
             lines = settings.data.read_text(encoding="utf-8-sig").splitlines()
         rows: list[Row] = [(line, "") for line in lines if line.strip()]
@@ -166,18 +173,19 @@ def _rows(settings: Settings, kind: Kind) -> tuple[list[Row], bool]:
             raise InputError(f"--data {settings.data} has no texts; give some hundred")
         return rows, False
     columns = settings.text_columns or ("text",)
-    check_texts(columns)
     if kind == "language model" and len(columns) > 1:
         raise InputError(
-            f"--text-column is given {len(columns)} times; a language model takes one text, so put both into one column"
+            f"--text-column is given {len(columns)} times; a language model takes one text, so put all into one column"
         )
+    check_texts(columns)
     hint = "; name another with --text-column"
     if labelled:
-        hint = "; name others with --text-column and --label-column; a .txt file (a text a line) serves without labels"
+        hint = "; name others with --text-column and --label-column"
+        hint += "; a .txt file (a text a line) serves without labels" if len(columns) == 1 else ""
+    elif kind == "classifier":
+        say("labels are not read, as the model does not give one of several")
     label = (settings.label_column or "label") if labelled else None
-    bad = settings.on_bad_row
-    say = lambda text: note(f"note    --data: {text}")  # noqa: E731
-    return read_file(settings.data, Columns(columns, label, hint, bad), tell=say), labelled
+    return read_file(settings.data, Columns(columns, label, hint, settings.on_bad_row or "error"), tell=say), labelled
 
 
 def _pieces(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
@@ -188,10 +196,6 @@ def _pieces(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[lis
     return [encoded[start : start + length] for start in range(0, len(encoded) - length + 1, length)], length
 
 
-def _labels(names: Sequence[str], config: Any) -> Sequence[int]:
-    """Return the classes of the labels, by name or by number."""
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        raise InputError(
-            "the model gives no single label of several, so its labels are not read; give a .txt file, one text a line"
-        )
-    return class_numbers(names, config)
+def _has_classes(config: Any) -> bool:
+    """Say whether a classifier gives one label of several."""
+    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")

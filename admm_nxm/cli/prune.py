@@ -103,7 +103,7 @@ def prune(
             data,
             None if text_column is None else tuple(text_column),
             label_column,
-            on_bad_row or "error",
+            on_bad_row,
             samples,
             max_length,
             seed or 0,

@@ -119,8 +119,8 @@ def operations() -> str:
         count, weights = weights_of(shape)
         sizes = [weight.param.shape for weight in weights]
         windows = windows_of(weights)
-        # Forward 2 and backward 2 a parameter: no gradient of a weight is formed.
-        passes = 4.0 * count * TOKENS * windows
+        # Forward 2 and backward 2 a parameter: no gradient of a weight is formed. A takes two forward passes in all.
+        passes = 4.0 * count * TOKENS * (windows + 1)
         moments = sum(2.0 * (m * m + n * n) for m, n in sizes) * TOKENS
         solves = sum((4.0 * ROUNDS + 2.0 * ITERATIONS) * m * n * (m + n) for m, n in sizes)
         eigen = sum(10.0 * (m**3 + n**3) for m, n in sizes)
