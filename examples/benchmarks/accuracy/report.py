@@ -94,7 +94,7 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
         "SparseGPT's update there. `admm` is the default of this package."
     )
-    lines = [f"{trained} {units}", methods]
+    lines = [f"{trained} {units}", methods, *_how_far(usual, tuned)]
     for which, words in ((usual, f"At usual learning rates (mean over {rates})"), (tuned, "With tuned learning rates")):
         for pattern in plan.patterns:
             lines += _cost(which, words, pattern)
@@ -114,6 +114,16 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def _how_far(usual: Table, tuned: Table) -> list[str]:
+    """Say how much of the study there is, as long as it is not the whole."""
+    said = []
+    for which, words in ((usual, "at usual learning rates"), (tuned, "with tuned ones")):
+        found = which.mean("admm", "2:4")
+        seeds, wanted = 0 if found is None else found.n, len(which.plan.seeds)
+        said += [f"{seeds} of {wanted} seeds {words}"] if seeds < wanted else []
+    return [f"**The study is under way: so far {', '.join(said)}. These are leads, and no results.**"] if said else []
+
+
 def _cost(which: Table, words: str, pattern: str) -> list[str]:
     dense, ours = which.mean("dense", pattern), which.mean("admm", pattern)
     loss, rival = which.difference("admm", "dense", pattern), which.difference("asp", "dense", pattern)
@@ -130,11 +140,14 @@ def _cost(which: Table, words: str, pattern: str) -> list[str]:
 
 
 def means(which: Table) -> str:
-    """Write the means over tasks and the differences of ``admm`` to each method."""
-    patterns = list(which.plan.patterns)
+    """Write the means over tasks and the differences of ``admm`` to each method, as far as anything was run."""
+    plan = which.plan
+    patterns = [p for p in plan.patterns if any(which.of(m, p) for m in plan.methods if m != "dense")]
     header = ["method", *(cell for pattern in patterns for cell in (pattern, "`admm` minus it", "Holm"))]
     rows = []
-    for method in which.plan.methods:
+    for method in plan.methods:
+        if not any(which.of(method, pattern) for pattern in patterns):
+            continue
         row = [f"`{method}`"]
         for pattern in patterns:
             found = which.family(pattern).get(method)
@@ -174,13 +187,18 @@ def overview(usual: Table, tuned: Table) -> str:
     """Write what the repository's README shows: one small table and a sentence for each target."""
     plan = usual.plan
     patterns = [pattern for pattern in plan.patterns if pattern in PATTERNS]
-    header = ["method", *(f"{which.name}, {pattern}" for which in (usual, tuned) for pattern in patterns)]
+    columns = [(which, p) for which in (usual, tuned) if any(which.scores.values()) for p in patterns]
+    header = ["method", *(f"{which.name}, {pattern}" for which, pattern in columns)]
     rows = [
-        [f"`{method}`", *(score(which.mean(method, pattern)) for which in (usual, tuned) for pattern in patterns)]
+        [f"`{method}`", *(score(which.mean(method, pattern)) for which, pattern in columns)]
         for method in plan.methods
         if method in METHODS
     ]
-    sentences = [f"- {verdict.target}: **{verdict.status}** ({verdict.detail})." for verdict in verdicts(usual, tuned)]
+    judged = verdicts(usual, tuned)
+    sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in judged if v.status != "not measured"]
+    left = [verdict.target for verdict in judged if verdict.status == "not measured"]
+    sentences += [f"- {line}" for line in _how_far(usual, tuned)]
+    sentences += [f"- **Not measured yet**, for want of runs: {'; '.join(left)}."] if left else []
     caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
@@ -306,7 +324,9 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     if any(usual.scores.values()) or any(tuned.scores.values()):
         parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
         for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
-            parts += [f"### {title}", CAPTION, means(which), "Each task:", by_task(which)]
+            found_any = any(which.scores.values())
+            text = [CAPTION, means(which), "Each task:", by_task(which)] if found_any else [f"{NOT_RUN.capitalize()}."]
+            parts += [f"### {title}", *text]
     if found := explored(plan, lines):
         words = "points gained over that row, mean over tasks and seeds, in brackets each seed"
         caption = f"In the rows other than `{setting_text(plans.BASE)}`: {words}."

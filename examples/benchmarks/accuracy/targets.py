@@ -100,13 +100,14 @@ def _above_all(table: Table) -> Verdict:
             found = family.get(rival)
             if found is None or found.estimate.n < 2:
                 statuses.append("not measured")
-                details.append(f"{pattern} `{rival}` not measured")
             elif found.p is None or found.p >= SIGNIFICANT:
                 statuses.append("not resolved")
                 details.append(f"{pattern} `{rival}` {found.estimate.mean:+.2f}")
             else:
                 statuses.append("passed" if found.estimate.mean > 0 else "failed")
                 details += [f"{pattern} `{rival}` {found.estimate.mean:+.2f}"] if found.estimate.mean < 0 else []
+    missing = statuses.count("not measured")
+    details += [f"{missing} not measured"] if missing else []
     return Verdict(
         f"{table.name}: `admm` above every other method in the mean, at 2:4 and at 1:4",
         all_of(statuses),
@@ -121,7 +122,9 @@ def _no_task_behind(table: Table) -> Verdict:
         for task in table.plan.tasks
     }
     statuses = {name: judge(each, -0.5) for name, each in found.items()}
-    details = [f"{name} {difference(found[name])}" for name, status in statuses.items() if status != "passed"]
+    measured = {name: status for name, status in statuses.items() if status != "not measured"}
+    details = [f"{name} {difference(found[name])}" for name, status in measured.items() if status != "passed"]
+    details += [f"{len(statuses) - len(measured)} not measured"] if len(measured) < len(statuses) else []
     return Verdict(
         f"{table.name}: no task more than 0.5 behind `asp`, at 2:4 and at 1:4",
         all_of(statuses.values()),
