@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from llmcompressor import oneshot as compress  # type: ignore[import-not-found,unused-ignore]
 from llmcompressor.modifiers.pruning import (  # type: ignore[import-not-found,unused-ignore]
     SparseGPTModifier,
     WandaPruningModifier,
 )
+from torch.utils.data import DataLoader
 
 from oneshot import RESULTS, Spec, key_of, line_of, read_lines
 from subjects import smollm2
@@ -43,6 +43,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = smollm2(options.cache, "cpu")
+    config = options.cache / "smollm2"  # it looks for a folder with a config.json
+    subject.model.config.save_pretrained(config)
+    subject.model.config._name_or_path = str(config)
     done = {key_of(line) for line in read_lines(options.results)}
     for seed in options.seeds:
         for method, modifier in MODIFIERS.items():
@@ -51,15 +54,15 @@ def main() -> None:
                 continue
             subject.restore()
             rows = subject.corpus.calibration(seed, subject.sizes["sequences"])
-            marks = [[1] * len(row) for row in rows]
+            tokens = torch.tensor(rows)
+            batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
             cpu, wall = time.process_time(), time.perf_counter()
             compress(
                 model=subject.model,
-                dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": marks}),
+                processor=subject,  # one is asked for, and not used: these are tokens already
+                dataset=DataLoader(batches),
                 recipe=modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
                 num_calibration_samples=len(rows),
-                max_seq_length=len(rows[0]),
-                shuffle_calibration_samples=False,
             )
             seconds, wall = time.process_time() - cpu, time.perf_counter() - wall
             figures = {"scores": subject.score(), "seconds": {"in all": seconds}, "wall": wall, "grown": None}
