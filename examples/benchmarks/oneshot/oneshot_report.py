@@ -71,8 +71,8 @@ RECOVERY: dict[str, Check] = {
     "seconds": AMOUNT,
     **SOURCE,
 }
-THEIRS = {"sparsegpt": "llmcompressor-sparsegpt", "wanda": "llmcompressor-wanda"}
-"""Our method -> llm-compressor's own, on the same sequences."""
+THEIRS = {f"{name}{passes}": f"llmcompressor-{name}" for name in ("sparsegpt", "wanda") for passes in ("-float32", "")}
+"""Ours, with passes in float32 as theirs or in bfloat16 as in the study -> llm-compressor's, on the same texts."""
 DOMAIN = "articles"
 """Whose perplexity is judged."""
 RIVAL = "sparsegpt"
@@ -313,7 +313,8 @@ def checked_against(study: Study) -> str:
             rows.append([f"`{ours}`, seed {seed}", plain(mine[seed]), plain(other[seed]), f"{apart:+.1f} %"])
     if not rows:
         return "Not run: our SparseGPT and Wanda were not compared with llm-compressor's own."
-    return table(["perplexity on articles, 2:4", "ours", "llm-compressor's", "ours over theirs"], rows)
+    told = "llm-compressor passes the texts in float32; `-float32` does so too, and the study in bfloat16."
+    return f"{told}\n\n{table(['perplexity on articles, 2:4', 'ours', 'llm-compressor', 'ours over theirs'], rows)}"
 
 
 def recovery(lines: Sequence[Line]) -> str:
