@@ -56,6 +56,10 @@ class Cloud:
     series: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
 
 
+class Curves(Cloud):
+    """The same with each series as a line."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """One file, known by the digest of its data without drawing.
@@ -99,6 +103,15 @@ def _draw_cloud(axes: Axes, panel: Cloud) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
+def _draw_curves(axes: Axes, panel: Curves) -> None:
+    for (name, points), colour in zip(panel.series, PALETTE * len(panel.series), strict=False):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=colour, label=name, linewidth=1.2, marker="o", markersize=3)
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.legend(frameon=False, fontsize=7)
+
+
 def draw(picture: Picture, columns: int = 2) -> bytes:
     """Draw a picture.
 
@@ -130,6 +143,8 @@ def draw(picture: Picture, columns: int = 2) -> bytes:
             axes.set_axisbelow(True)
             if isinstance(panel, Bars):
                 _draw_bars(axes, panel)
+            elif isinstance(panel, Curves):
+                _draw_curves(axes, panel)
             else:
                 _draw_cloud(axes, panel)
         buffer = io.BytesIO()

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
 try:
     from layout import NOT_RUN, difference, plain, table
     from oneshot import KEY, PATTERNS, RESULTS, SEEDS, Line, key_of, plan
-    from plots import Cloud, Picture, draw
+    from plots import Cloud, Curves, Picture, draw
     from pruners import METHODS
     from records import (
         AMOUNT,
@@ -321,13 +321,31 @@ def recovery(lines: Sequence[Line]) -> str:
     """Write perplexity against steps of fine-tuning."""
     if not lines:
         return "Not run."
+    told = "`admm` is `ADMMNxM`'s own run from the dense model; the other starts are pruned, and keep their mask."
     steps = sorted({int(step) for line in lines for step in line["perplexity"]})
     rows = []
     for start in dict.fromkeys(line["start"] for line in lines):
         mine = [line["perplexity"] for line in lines if line["start"] == start]
         cells = [_mean({n: p[str(s)] for n, p in enumerate(mine) if str(s) in p}, geometric=True) for s in steps]
         rows.append([f"`{start}`", *cells])
-    return table(["start", *(f"step {step}" for step in steps)], rows)
+    return f"{told}\n\n{table(['start', *(f'step {step}' for step in steps)], rows)}"
+
+
+def recovery_picture(lines: Sequence[Line]) -> list[Picture]:
+    """Return the plot of perplexity against steps, the geometric mean over seeds."""
+    series = []
+    for start in dict.fromkeys(line["start"] for line in lines):
+        logs: dict[int, list[float]] = defaultdict(list)
+        for line in lines:
+            if line["start"] == start:
+                for step, value in line["perplexity"].items():
+                    logs[int(step)].append(math.log(value))
+        series.append((start, tuple((step, math.exp(statistics.fmean(logs[step]))) for step in sorted(logs))))
+    if not series:
+        return []
+    title = "SmolLM2-135M, 2:4, held-out articles"
+    panel = Curves(title, "optimizer steps", "perplexity", tuple(series))
+    return [Picture("recovery.svg", "Fine-tuning afterwards", (panel,))]
 
 
 def missing(study: Study) -> str:
@@ -383,7 +401,7 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
     """
     study = Study(read(results, RUN, KEY))
     tuned = read(results.parent / "recovery", RECOVERY, ("start", "seed", "steps"))
-    drawn = pictures(study)
+    drawn, curves = pictures(study), recovery_picture(tuned)
     judged = [[v.target, v.status, v.detail] for v in verdicts(study)]
     folder = Path(os.path.relpath(results.resolve(), output.resolve().parent)).as_posix()
     how = (
@@ -418,12 +436,13 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
         checked_against(study),
         "## Fine-tuning afterwards",
         recovery(tuned),
+        *(f"![{picture.title}]({folder}/{picture.name})" for picture in curves),
         "## What was not run",
         missing(study),
         "## Where the figures come from",
         provenance([*study.lines, *tuned]) if study.lines else "No run was made yet.",
     ]
-    return {output: "\n\n".join(parts) + "\n"}, {picture: results / picture.name for picture in drawn}
+    return {output: "\n\n".join(parts) + "\n"}, {picture: results / picture.name for picture in [*drawn, *curves]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
