@@ -325,8 +325,8 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
         parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
         for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
             found_any = any(which.scores.values())
-            text = [CAPTION, means(which), "Each task:", by_task(which)] if found_any else [f"{NOT_RUN.capitalize()}."]
-            parts += [f"### {title}", *text]
+            shown = [CAPTION, means(which), "Each task:", by_task(which)] if found_any else [f"{NOT_RUN.capitalize()}."]
+            parts += [f"### {title}", *shown]
     if found := explored(plan, lines):
         words = "points gained over that row, mean over tasks and seeds, in brackets each seed"
         caption = f"In the rows other than `{setting_text(plans.BASE)}`: {words}."

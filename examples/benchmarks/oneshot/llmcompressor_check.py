@@ -50,17 +50,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = smollm2(options.cache, "cpu")
-    config = options.cache / "smollm2"  # it looks for a folder with a config.json
-    subject.model.config.save_pretrained(config)
-    subject.model.config._name_or_path = str(config)
+    folder = options.cache / "smollm2"  # it looks for a config.json
+    model: Any = subject.model
+    model.config.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
     done = {key_of(line) for line in read_lines(options.results)}
 
     def theirs(modifier: Any, seed: int) -> None:
         rows = torch.tensor(subject.corpus.calibration(seed, subject.sizes["sequences"]))
+        batches: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
         compress(
-            model=subject.model,
+            model=model,
             processor=subject,  # one is asked for, and not used: these are tokens already
-            dataset=DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]),
+            dataset=DataLoader(batches),
             recipe=modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]),
             num_calibration_samples=len(rows),
         )
