@@ -126,9 +126,8 @@ def test_labels_that_are_no_classes_are_not_read(
     here: Path, tmp_path: Path, solved: dict[str, Moments], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = transformers.BertConfig.from_pretrained(here / "encoder", num_labels=1)
-    for model in (tmp_path / "scores",):
-        transformers.BertForSequenceClassification(config).save_pretrained(model)
-        transformers.AutoTokenizer.from_pretrained(here / "encoder").save_pretrained(model)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "scores")
+    transformers.AutoTokenizer.from_pretrained(here / "encoder").save_pretrained(tmp_path / "scores")
     write(tmp_path / "pairs.csv", [("some iron", "0.5"), ("some gold", "1.5")])
     options = ["--data", tmp_path / "pairs.csv", "-o", tmp_path / "out"]
     _, told, err = call_json(capsys, "prune", tmp_path / "scores", *options)

@@ -322,27 +322,32 @@ def recovery(lines: Sequence[Line]) -> str:
     if not lines:
         return "Not run."
     told = "`admm` is `ADMMNxM`'s own run from the dense model; the other starts are pruned, and keep their mask."
-    steps = sorted({int(step) for line in lines for step in line["perplexity"]})
-    rows = []
-    for start in dict.fromkeys(line["start"] for line in lines):
-        mine = [line["perplexity"] for line in lines if line["start"] == start]
-        cells = [_mean({n: p[str(s)] for n, p in enumerate(mine) if str(s) in p}, geometric=True) for s in steps]
-        rows.append([f"`{start}`", *cells])
+    found = by_start(lines)
+    steps = sorted({step for measured in found.values() for step in measured})
+    rows = [
+        [f"`{start}`", *(_mean(measured.get(step, {}), geometric=True) for step in steps)]
+        for start, measured in found.items()
+    ]
     return f"{told}\n\n{table(['start', *(f'step {step}' for step in steps)], rows)}"
+
+
+def by_start(lines: Sequence[Line]) -> dict[str, dict[int, dict[Any, float]]]:
+    """Return start -> step -> run -> perplexity."""
+    found: dict[str, dict[int, dict[Any, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        for step, value in line["perplexity"].items():
+            found[line["start"]][int(step)][line["seed"], line["steps"]] = value
+    return found
 
 
 def recovery_picture(lines: Sequence[Line]) -> list[Picture]:
     """Return the plot of perplexity against steps, the geometric mean over seeds."""
-    series = []
-    for start in dict.fromkeys(line["start"] for line in lines):
-        logs: dict[int, list[float]] = defaultdict(list)
-        for line in lines:
-            if line["start"] == start:
-                for step, value in line["perplexity"].items():
-                    logs[int(step)].append(math.log(value))
-        series.append((start, tuple((step, math.exp(statistics.fmean(logs[step]))) for step in sorted(logs))))
-    if not series:
+    if not lines:
         return []
+    series = [
+        (start, tuple((step, statistics.geometric_mean(measured[step].values())) for step in sorted(measured)))
+        for start, measured in by_start(lines).items()
+    ]
     title = "SmolLM2-135M, 2:4, held-out articles"
     panel = Curves(title, "optimizer steps", "perplexity", tuple(series))
     return [Picture("recovery.svg", "Fine-tuning afterwards", (panel,))]
