@@ -343,6 +343,8 @@ def test_the_page(results: Path) -> None:
     assert re.search(r"model error \| rise of dev loss \| -1\.00, -1\.00", page)
     assert re.search(r"model error times loss at zero \| rise of dev loss \| 1\.00, 1\.00", page)
     assert row(page, "`asp`, nothing tuned")[-1] == "18 of 18 runs"
+    assert "No final run" not in page
+    assert row(log, "`dense`")[1] == row(log, "`dense`")[3] == "76.0 ± 0.2 (5)"
     assert "`asp`, 2:4 | lr 0.00015 | 90.0 (6) | chosen" in log
     assert [picture.name for picture in pictures] == ["accuracy-cpu.svg", "layers-cpu.svg"]
 
@@ -373,6 +375,8 @@ def test_the_larger_study_leads(results: Path) -> None:
     dump(results / "full.jsonl", lines)
     pages, _, shown = report.build(results, results.parent / "results.md")
     page = next(iter(pages.values()))
+    untouched = ", ".join(f"`{method}`" for method in full.methods if method not in ("dense", "asp", "admm"))
+    assert f"No final run, nothing tuned: {untouched}." in page
     assert page.index(full.model) < page.index(PLAN.model)
     assert full.model in shown
     assert PLAN.model not in shown

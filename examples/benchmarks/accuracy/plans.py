@@ -146,7 +146,6 @@ PLANS: dict[str, Plan] = {
             "layers": 2,
             "steps": 200,
             "tasks": ("supersense", "entailment", "polarity"),
-            "explore_steps": (),
         }
     ),
     "smoke": Plan(

@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,10 @@ def overview(usual: Table, tuned: Table) -> str:
     ]
     judged = verdicts(usual, tuned)
     sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in judged if v.status != "not measured"]
-    left = [verdict.target for verdict in judged if verdict.status == "not measured"]
+    left = [verdict for verdict in judged if verdict.status == "not measured"]
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
-    sentences += [f"- **Not measured yet**, for want of runs: {'; '.join(left)}."] if left else []
+    where = f"{len(left)} of {len(judged)} targets, [listed with the results](docs/results.md#targets)"
+    sentences += [f"- **Not measured yet**, for want of runs: {where}."] if left else []
     caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
@@ -293,11 +295,13 @@ def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
 
 
 def missing(plan: Plan, lines: Sequence[Line]) -> str:
-    """Say how many of the final runs that the protocol declares the raw files lack."""
+    """Say which of the final runs that the protocol declares the raw files lack: how many where a method was begun."""
     done, tuning, rows = {records.key_of(line) for line in lines}, plans.Tuning(plan, lines), []
+    sentences = []
     for which in ("nothing tuned", "tuned"):
+        untouched = []
         for method in plan.methods:
-            cells = dict.fromkeys(("dense", *plan.patterns), "")
+            cells, wanted_of_all, left_of_all = dict.fromkeys(("dense", *plan.patterns), ""), 0, 0
             for pattern in (None,) if method == "dense" else tuple(plan.patterns):
                 seeds = plan.seeds if pattern is None else plan.patterns[pattern][0]
                 tuned = tuning.choose(method, pattern)
@@ -309,11 +313,16 @@ def missing(plan: Plan, lines: Sequence[Line]) -> str:
                     (task, plan.model, pattern, method, seed, lr, plan.steps, "final", setting) not in done
                     for lr, setting, task, seed in wanted
                 )
+                wanted_of_all, left_of_all = wanted_of_all + len(wanted), left_of_all + left
                 share = f"{left} of {len(wanted)} runs" if left else ""
                 cells[pattern or "dense"] = share if chosen else "not tuned"
-            if any(cells.values()):
+            if left_of_all == wanted_of_all:
+                untouched.append(f"`{method}`")
+            elif any(cells.values()):
                 rows.append([f"`{method}`, {which}", *cells.values()])
-    return table(["missing", "dense", *plan.patterns], rows) if rows else "Everything that was declared was run."
+        sentences += [f"No final run, {which}: {', '.join(untouched)}."] if untouched else []
+    parts = [table(["missing", "dense", *plan.patterns], rows)] if rows else []
+    return "\n\n".join([*parts, *sentences]) or "Everything that was declared was run."
 
 
 def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, str]) -> tuple[list[str], list[Picture]]:
@@ -335,7 +344,8 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     if clouds:
         parts += ["### Does the model error predict the loss?", text]
         parts += [f"![{picture.title}]({links[picture.name]})" for picture in clouds]
-    parts += ["### What was not run", missing(plan, lines)]
+    if any(usual.scores.values()) or any(tuned.scores.values()):
+        parts += ["### What was not run", missing(plan, lines)]
     return parts, [*pictures, *clouds]
 
 
@@ -354,12 +364,28 @@ def log(lines: Sequence[Line]) -> str:
             ["versions", _counted(setting_text(line["versions"]) for line in mine)],
             ["learning rates", ", ".join(f"{lr:g}" for lr in plans.Tuning(plan, lines).lrs)],
         ]
-        parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _tuning(plan, lines)]
+        parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _each_rate(plan, lines)]
+        parts += [_tuning(plan, lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def _counted(values: Iterable[str]) -> str:
     return "; ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
+
+
+def _each_rate(plan: Plan, lines: Sequence[Line]) -> str:
+    """Write test accuracies with nothing tuned, one usual learning rate at a time."""
+    rates = [tables.usual(replace(plan, usual_lrs=(lr,)), lines) for lr in plan.usual_lrs]
+    pruning = [method for method in plan.methods if method != "dense"]
+    patterns = [p for p in plan.patterns if any(which.of(m, p) for which in rates for m in pruning)]
+    columns = [(lr, which, p) for p in patterns for lr, which in zip(plan.usual_lrs, rates, strict=True)]
+    rows = [
+        [f"`{method}`", *(score(which.mean(method, pattern)) for _, which, pattern in columns)]
+        for method in plan.methods
+        if any(which.of(method, pattern) for _, which, pattern in columns)
+    ]
+    header = ["test, nothing tuned", *(f"{pattern}, lr {lr:g}" for lr, _, pattern in columns)]
+    return table(header, rows) if rows else "No final run was made."
 
 
 def _tuning(plan: Plan, lines: Sequence[Line]) -> str:

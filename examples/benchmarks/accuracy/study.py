@@ -1,7 +1,7 @@
 """Run the accuracy study: many runs, resumable, one JSON line each.
 
     python examples/benchmarks/accuracy/prepare.py
-    python examples/benchmarks/accuracy/study.py --plan full --stage explore layers final --workers 2
+    python examples/benchmarks/accuracy/study.py --plan full --workers 2
     python examples/benchmarks/accuracy/report.py
 
 A run that is in the results already is not done again; to redo it, delete its line. Each worker has one thread unless
