@@ -257,8 +257,8 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 def plot_model_error(errors: Mapping[str, float], *, title: str | None = None) -> Figure:
     """Draw the model error of each weight over the blocks: a line for each kind of weight.
 
-    It shows which weights the pattern costs most. Weights of one kind that a block has several times (experts) are
-    averaged; what stands outside of the blocks has a flat line.
+    Each error is a share of the weight's own loss at zero, so a large one need not cost the model much. Weights of one
+    kind that a block has several times (experts) are averaged; what stands outside of the blocks has a flat line.
 
     Args:
         errors: name -> model error, such as ``optimizer.figures().model_errors``.

@@ -122,7 +122,7 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
         found = which.mean("admm", "2:4")
         seeds, wanted = 0 if found is None else found.n, len(which.plan.seeds)
         said += [f"{seeds} of {wanted} seeds {words}"] if seeds < wanted else []
-    return [f"**The study is under way: so far {', '.join(said)}. These are leads, and no results.**"] if said else []
+    return [f"**The study is under way: so far {', '.join(said)}. Figures and verdicts may change.**"] if said else []
 
 
 def _cost(which: Table, words: str, pattern: str) -> list[str]:
