@@ -460,6 +460,21 @@ def test_the_schedule_ends_and_has_every_run_once_in_the_declared_order() -> Non
     assert {line["setting"]["teacher_lr"] for line in final if line["method"] == "admm+kd"} == {5e-5, 1.5e-4, 4.5e-4}
 
 
+def test_three_seeds_come_in_both_tables_before_the_other_seeds_of_either() -> None:
+    both = ("asp", "admm")
+    few = {**SMALL.__dict__, "methods": both, "first": both, "patterns": {"2:4": ((0, 1, 2, 3, 4), "2:4")}}
+    lines = simulate(plans.Plan(**{**few, "seeds": (0, 1, 2, 3, 4)}), best_at(4.5e-4))
+    came = list(dict.fromkeys((line["stage"], line["lr"] == 4.5e-4, line["seed"] > 2) for line in lines))
+    assert came == [
+        ("final", False, False),
+        ("tune", True, True),
+        ("tune", False, True),
+        ("final", True, False),
+        ("final", False, True),
+        ("final", True, True),
+    ]
+
+
 def test_seeds_of_a_pattern() -> None:
     specs = [one for group in plans.final(PLAN, []) for one in group]
     assert {one.seed for one in specs if one.pattern == "2:8"} == {0, 1, 2}

@@ -26,6 +26,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 WIDER = 3.0
 """By how much the grid of learning rates grows on a side where a choice lies on its edge."""
 
+FIRST_SEEDS = 3
+"""How many seeds of a method both tables get before the other seeds of either."""
+
 EXPLORED_AT = 0.85
 """``prune_at`` of the runs that explore everything else."""
 
@@ -290,15 +293,16 @@ def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
     for methods, patterns in blocks(plan):
         cells = [(m, p) for m in methods for p in ((None,) if m == "dense" else patterns)]
         plain = [(m, p, choice) for m, p in cells for choice in usual(plan, m)]
-        yield from together(_final_specs(plan, plain))
-        yield from together(tuning.runs(methods))
         chosen = [(m, p, choice) for m, p in cells if (choice := tuning.choose(m, p)) is not None]
-        yield from together(_final_specs(plan, chosen))
+        for seeds in (plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]):
+            yield from together(_final_specs(plan, seeds, plain))
+            yield from together(tuning.runs(methods))
+            yield from together(_final_specs(plan, seeds, chosen))
 
 
-def _final_specs(plan: Plan, cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
+def _final_specs(plan: Plan, seeds: Sequence[int], cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
     """Seed by seed, so that whatever has been run can be compared."""
-    for seed in plan.seeds:
+    for seed in seeds:
         for task in plan.tasks:
             for method, pattern, (lr, setting) in cells:
                 if pattern is None or seed in plan.patterns[pattern][0]:
