@@ -103,7 +103,7 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         family = tuned.family(pattern)
         by_word: dict[str, list[str]] = defaultdict(list)
         for method, found in family.items():
-            if method not in ("dense", "asp") and not method.endswith(plans.DISTILLED):
+            if method not in METHODS and not method.endswith(plans.DISTILLED):
                 by_word[found.word].append(f"`{method}`")
         said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
         parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
@@ -128,13 +128,16 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
 def _cost(which: Table, words: str, pattern: str) -> list[str]:
     dense, ours = which.mean("dense", pattern), which.mean("admm", pattern)
     loss, rival = which.difference("admm", "dense", pattern), which.difference("asp", "dense", pattern)
-    gain = which.family(pattern).get("asp")
-    if dense is None or ours is None or loss is None or rival is None or gain is None:
+    if dense is None or ours is None or loss is None or rival is None:
         return []
-    told = "" if gain.word == "not resolved" else f", {gain.word}"
     against = f"against `dense`, `admm` is at {difference(loss)} and `asp` at {difference(rival)}"
     scores = f"`dense` {plain(dense.mean)}, `admm` {plain(ours.mean)}"
-    return [f"{words}, {pattern}: {scores}; {against}; `admm` minus `asp`: {difference(gain.estimate)}{told}."]
+    gains = [
+        f"`admm` minus `{method}`: {difference(found.estimate)}, {found.word}"
+        for method, found in which.family(pattern).items()
+        if method in METHODS and method != "dense"
+    ]
+    return [f"{words}, {pattern}: {'; '.join([scores, against, *gains])}."]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -191,9 +194,9 @@ def overview(usual: Table, tuned: Table) -> str:
     columns = [(which, p) for which in (usual, tuned) if any(which.scores.values()) for p in patterns]
     header = ["method", *(f"{which.name}, {pattern}" for which, pattern in columns)]
     rows = [
-        [f"`{method}`", *(score(which.mean(method, pattern)) for which, pattern in columns)]
-        for method in plan.methods
-        if method in METHODS
+        [words, *(score(which.mean(method, pattern)) for which, pattern in columns)]
+        for method, words in METHODS.items()
+        if method in plan.methods
     ]
     judged = verdicts(usual, tuned)
     sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in judged if v.status != "not measured"]
@@ -201,7 +204,8 @@ def overview(usual: Table, tuned: Table) -> str:
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
     where = f"{len(left)} of {len(judged)} targets, [listed with the results](docs/results.md#targets)"
     sentences += [f"- **Not measured yet**, for want of runs: {where}."] if left else []
-    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
+    rates = f"nothing tuned: the mean over learning rates {' and '.join(f'{lr:g}' for lr in plan.usual_lrs)}"
+    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks; {rates}."
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
 
