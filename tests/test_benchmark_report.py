@@ -340,6 +340,7 @@ def test_the_page(results: Path) -> None:
     )
     assert row(page, "prune_at 0.6")[1:3] == ["+0.2 (+1.0, -0.5)", layout.NOT_RUN]
     assert row(page, "prune_at 0.85")[1] == "70.0"
+    assert "1600 steps: not run." in page
     assert re.search(r"model error \| rise of dev loss \| -1\.00, -1\.00", page)
     assert re.search(r"model error times loss at zero \| rise of dev loss \| 1\.00, 1\.00", page)
     assert row(page, "`asp`, nothing tuned")[-1] == "18 of 18 runs"
@@ -361,6 +362,15 @@ def test_every_partial_study_makes_a_page(results: Path) -> None:
     assert "No final run was made yet" in next(iter(pages.values()))
     assert pictures == {}
     assert "the study is under way" in shown
+
+
+def test_the_page_says_how_far_the_study_is() -> None:
+    lines = [line for line in complete(GAINS) if line["seed"] not in (3, 4)]
+    assert "3 of 5 seeds at usual learning rates, 3 of 5 seeds with tuned ones" in report._how_far(*tables_of(lines))[0]
+    incomplete = "11 of 12 methods incomplete"  # at 2:8
+    assert f"{incomplete} at usual learning rates, {incomplete} with" in report._how_far(*tables_of(complete(GAINS)))[0]
+    all_of_them = [*complete(GAINS), *(line for m in GAINS if m != "dense" for line in final(m, 70.0, "2:8"))]
+    assert report._how_far(*tables_of(all_of_them)) == []
 
 
 def test_the_larger_study_leads(results: Path) -> None:

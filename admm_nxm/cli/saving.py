@@ -24,7 +24,7 @@ from .errors import InputError, reason_of
 _BESIDE_THE_WEIGHTS = 8 << 20  # bytes: tokenizer, records, pictures
 _PICTURES = {
     "history": "loss and share of zeros over the steps",
-    "model_error": "what pruning cost each weight, by the quadratic model of the loss",
+    "model_error": "model error of each weight: the loss by its quadratic model, as a share of that at zero weights",
     "sparsity": "share of zeros in each weight",
     "weights": "distribution of the pruned weights before and after",
 }

@@ -117,12 +117,18 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
 
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
-    said = []
+    plan, said = usual.plan, []
     for which, words in ((usual, "at usual learning rates"), (tuned, "with tuned ones")):
-        found = which.mean("admm", "2:4")
-        seeds, wanted = 0 if found is None else found.n, len(which.plan.seeds)
-        said += [f"{seeds} of {wanted} seeds {words}"] if seeds < wanted else []
-    return [f"**The study is under way: so far {', '.join(said)}. Figures and verdicts may change.**"] if said else []
+        found = {(m, p): which.mean(m, p) for m in plan.methods for p in plan.patterns}
+        runs = {cell: 0 if mean is None else mean.n for cell, mean in found.items()}
+        methods, patterns = plans.blocks(plan)[0]
+        seeds = min(runs[m, p] for m in methods for p in patterns)
+        lacking = dict.fromkeys(m for (m, p), n in runs.items() if n < len(plan.patterns[p][0]))
+        if seeds < len(plan.seeds):
+            said.append(f"{seeds} of {len(plan.seeds)} seeds {words}")
+        elif lacking:
+            said.append(f"{len(lacking)} of {len(plan.methods)} methods incomplete {words}")
+    return [f"**The study is under way: {', '.join(said)}. Figures and verdicts may change.**"] if said else []
 
 
 def _cost(which: Table, words: str, pattern: str) -> list[str]:
@@ -233,6 +239,8 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
             ]
             rows.append([text, *compared])
         parts.append(f"{steps} steps:\n\n{table(header, rows)}")
+    missing = [steps for steps in (plan.steps, *plan.explore_steps) if steps not in {key[0] for key in cells}]
+    parts += [f"{steps} steps: {NOT_RUN}." for steps in missing] if parts else []
     return "\n\n".join(parts)
 
 
@@ -326,7 +334,7 @@ def missing(plan: Plan, lines: Sequence[Line]) -> str:
                 rows.append([f"`{method}`, {which}", *cells.values()])
         sentences += [f"No final run, {which}: {', '.join(untouched)}."] if untouched else []
     parts = [table(["missing", "dense", *plan.patterns], rows)] if rows else []
-    return "\n\n".join([*parts, *sentences]) or "Everything that was declared was run."
+    return "\n\n".join([*parts, *sentences]) or "Every final run that was declared was made."
 
 
 def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, str]) -> tuple[list[str], list[Picture]]:
@@ -341,16 +349,23 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
             shown = [CAPTION, means(which), "Each task:", by_task(which)] if found_any else [f"{NOT_RUN.capitalize()}."]
             parts += [f"### {title}", *shown]
     if found := explored(plan, lines):
-        words = "points gained over that row, mean over tasks and seeds, in brackets each seed"
-        caption = f"In the rows other than `{setting_text(plans.BASE)}`: {words}."
+        what = f"`admm`, mean over {' and '.join(plan.explore_tasks)} and over seeds {_seeds(plan)}"
+        words = "points gained over that row, in brackets each seed"
+        caption = f"Accuracy on dev of {what}. In the rows other than `{setting_text(plans.BASE)}`: {words}."
         parts += ["### What was explored on dev", caption, found]
     text, clouds = layer_pictures(plan, lines, name)
     if clouds:
-        parts += ["### Does the model error predict the loss?", text]
+        when = "at the step of the solve, and not trained after"
+        caption = f"Each weight was pruned alone, {when}; learning rate {plan.explore_lrs[0]:g}, seeds {_seeds(plan)}."
+        parts += ["### Does the model error predict the loss?", caption, text]
         parts += [f"![{picture.title}]({links[picture.name]})" for picture in clouds]
     if any(usual.scores.values()) or any(tuned.scores.values()):
         parts += ["### What was not run", missing(plan, lines)]
     return parts, [*pictures, *clouds]
+
+
+def _seeds(plan: Plan) -> str:
+    return ", ".join(map(str, plan.tuning_seeds))
 
 
 def log(lines: Sequence[Line]) -> str:
@@ -389,7 +404,7 @@ def _each_rate(plan: Plan, lines: Sequence[Line]) -> str:
         if any(which.of(method, pattern) for _, which, pattern in columns)
     ]
     header = ["test, nothing tuned", *(f"{pattern}, lr {lr:g}" for lr, _, pattern in columns)]
-    return table(header, rows) if rows else "No final run was made."
+    return table(header, rows) if rows else "No method that prunes was run at a usual learning rate."
 
 
 def _tuning(plan: Plan, lines: Sequence[Line]) -> str:
