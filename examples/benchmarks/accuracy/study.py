@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -72,8 +73,16 @@ def read_lines(results: Path) -> list[Mapping[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process when the study has ended, even by a signal that reached the study alone."""
+    parent.join()
+    os._exit(1)
+
+
 def start_worker(threads: int) -> None:
     """Prepare a worker process."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     import torch
     from transformers.utils import logging
 
