@@ -239,8 +239,8 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
             ]
             rows.append([text, *compared])
         parts.append(f"{steps} steps:\n\n{table(header, rows)}")
-    missing = [steps for steps in (plan.steps, *plan.explore_steps) if steps not in {key[0] for key in cells}]
-    parts += [f"{steps} steps: {NOT_RUN}." for steps in missing] if parts else []
+    left = [steps for steps in (plan.steps, *plan.explore_steps) if steps not in {key[0] for key in cells}]
+    parts += [f"{steps} steps: {NOT_RUN}." for steps in left] if parts else []
     return "\n\n".join(parts)
 
 
@@ -342,7 +342,8 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
     pictures = accuracy_picture(usual, tuned, name)
     parts = [f"## {TITLES[name]}: {subject(plan)}"]
-    if any(usual.scores.values()) or any(tuned.scores.values()):
+    begun = any(usual.scores.values()) or any(tuned.scores.values())
+    if begun:
         parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
         for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
             found_any = any(which.scores.values())
@@ -359,7 +360,7 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
         caption = f"Each weight was pruned alone, {when}; learning rate {plan.explore_lrs[0]:g}, seeds {_seeds(plan)}."
         parts += ["### Does the model error predict the loss?", caption, text]
         parts += [f"![{picture.title}]({links[picture.name]})" for picture in clouds]
-    if any(usual.scores.values()) or any(tuned.scores.values()):
+    if begun:
         parts += ["### What was not run", missing(plan, lines)]
     return parts, [*pictures, *clouds]
 
