@@ -528,3 +528,37 @@ def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             os.kill(worker, signal.SIGKILL)
             raise
+
+
+def test_rounded_products_are_those_of_torch_and_leave_other_dtypes_alone(tmp_path: Path) -> None:
+    script = tmp_path / "products.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import torch, bfloat16\n"
+        "from torch.nn.functional import linear\n"
+        "torch.manual_seed(0)\n"
+        "x, w, bias, q, k = (torch.randn(size, dtype=torch.float64) for size in\n"
+        "                    ((4, 6, 40), (10, 40), (10,), (3, 5, 40), (3, 40, 7)))\n"
+        "def products(dtype):\n"
+        "    a, b, c, d, e = (t.to(dtype, copy=True).requires_grad_() for t in (x, w, bias, q, k))\n"
+        "    values = [linear(a, b, c), a @ b.t(), d @ e, torch.addmm(c, a[0], b.t(), beta=0.5, alpha=2.0)]\n"
+        "    sum(value.pow(2).sum() for value in values).backward()\n"
+        "    return [*values, *(t.grad for t in (a, b, c, d, e))]\n"
+        "dtypes = (torch.bfloat16, torch.float32, torch.float64)\n"
+        "before = [products(dtype) for dtype in dtypes]\n"
+        "bfloat16.round_products()\n"
+        "bfloat16.round_products()\n"
+        "calls = []\n"
+        "original = torch.Tensor.float\n"
+        "torch.Tensor.float = lambda self: calls.append(self.dtype) or original(self)\n"
+        "after = [products(dtype) for dtype in dtypes]\n"
+        "assert set(calls) == {torch.bfloat16}, set(calls)\n"
+        "for dtype, old, new in zip(dtypes, before, after):\n"
+        "    for one, other in zip(old, new, strict=True):\n"
+        "        assert one.dtype == other.dtype == dtype\n"
+        "        rtol = 2**-7 if dtype == torch.bfloat16 else 0.0\n"
+        "        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * one.abs().max().item())\n",
+        encoding="utf-8",
+    )
+    ended = subprocess.run([sys.executable, "-W", "error", str(script)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

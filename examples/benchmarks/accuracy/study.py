@@ -27,6 +27,7 @@ from typing import Any
 import plans
 import records
 import training
+from bfloat16 import round_products, slow_products
 from tasks import TaskError, default_cache, load_task, model_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,7 +57,8 @@ def device_name(device: str) -> str:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
-    return f"cpu, {names[0] if names else 'unknown'}"
+    rounded = ", products of bfloat16 by way of float32" if slow_products() else ""
+    return f"cpu, {names[0] if names else 'unknown'}{rounded}"
 
 
 def installed(package: str) -> bool:
@@ -87,6 +89,8 @@ def start_worker(threads: int) -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
+    if slow_products():
+        round_products()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
