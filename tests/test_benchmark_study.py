@@ -171,6 +171,16 @@ def test_sr_ste_shows_the_projection_and_may_bring_a_weight_back(tmp_path: Path)
     assert any(((first[name] == 0) & (last[name] != 0)).any() for name in first)
 
 
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_the_first_run_of_a_process_is_like_the_later_ones(method: str, tmp_path: Path) -> None:
+    methods.package_defaults.cache_clear()
+    one = spec(method, None if method == "dense" else "2:4")
+    (first, figures), (second, figures_again) = run(one, tmp_path), run(one, tmp_path)
+    assert {**figures, "seconds": 0} == {**figures_again, "seconds": 0}
+    for before, after in zip(first, second, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_late_methods_share_the_step_and_the_batches_and_differ_in_the_weights(tmp_path: Path) -> None:
     found = {method: run(spec(method, "1:4"), tmp_path) for method in methods.LATE}
     (window,) = methods.windows(Pattern(1, 4), {}, STEPS)
