@@ -108,7 +108,6 @@ def test_c06_trainer_resumes_bit_for_bit(build: Build, tmp_path: Path) -> None:
 @every_form
 def test_c06_accelerate_save_state_and_load_state_are_exact(build: Build, tmp_path: Path, stop: int) -> None:
     def prepared() -> tuple[Any, nn.Module, ADMMNxM, Any]:
-        accelerate.state.AcceleratorState._reset_state(True)
         net = make_net()
         optimizer = build(net)
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -143,7 +142,6 @@ def test_c06_accelerate_save_state_and_load_state_are_exact(build: Build, tmp_pa
 @pytest.mark.parametrize("stop", [8, CALIBRATION])
 @every_form
 def test_c02_state_survives_the_round_trip_of_prepare_in_mid_run(build: Build, stop: int) -> None:
-    accelerate.state.AcceleratorState._reset_state(True)
     net, plain_net = make_net(), make_net()
     optimizer, plain = build(net), build(plain_net)
     train(net, optimizer, stop)
@@ -155,7 +153,6 @@ def test_c02_state_survives_the_round_trip_of_prepare_in_mid_run(build: Build, s
 
 
 def test_c02_what_accelerate_has_wrapped_is_refused() -> None:
-    accelerate.state.AcceleratorState._reset_state(True)
     net = make_net()
     prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(net.parameters()))
     with pytest.raises(TypeError, match=r"wrap the plain optimizer in ADMMNxM first, then pass that to Accelerator"):
