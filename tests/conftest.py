@@ -27,7 +27,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_accelerator_of_an_earlier_test() -> None:
-    """Accelerate holds its device, its processes and its gradient accumulation once for the whole Python process."""
+    """Forget what Accelerate holds once for the whole Python process: device, processes, gradient accumulation."""
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(True)
         state.GradientState._reset_state()

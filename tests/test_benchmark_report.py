@@ -346,7 +346,7 @@ def test_the_page(results: Path) -> None:
     assert row(page, "`asp`, nothing tuned")[-1] == "18 of 18 runs"
     assert "No final run" not in page
     assert row(log, "`dense`")[1] == row(log, "`dense`")[3] == "76.0 ± 0.2 (5)"
-    assert "`asp`, 2:4 | lr 0.00015 | 90.0 (6) | chosen" in log
+    assert "`asp`, 2:4 | lr 0.00015 | 90.0 | chosen" in log
     assert [picture.name for picture in pictures] == ["accuracy-cpu.svg", "layers-cpu.svg"]
 
 

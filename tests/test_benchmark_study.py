@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import itertools
@@ -25,7 +26,7 @@ from torch import nn
 from admm_nxm import ADMMNxM, Pattern, keep_mask
 from admm_nxm.solver import model_error
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmarks" / "accuracy"
 
@@ -544,31 +545,60 @@ def test_rounded_products_are_those_of_torch_and_leave_other_dtypes_alone(tmp_pa
     script = tmp_path / "products.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import torch, bfloat16\n"
-        "from torch.nn.functional import linear\n"
+        "import torch, warnings, bfloat16\n"
         "torch.manual_seed(0)\n"
         "x, w, bias, q, k = (torch.randn(size, dtype=torch.float64) for size in\n"
-        "                    ((4, 6, 40), (10, 40), (10,), (3, 5, 40), (3, 40, 7)))\n"
-        "def products(dtype):\n"
-        "    a, b, c, d, e = (t.to(dtype, copy=True).requires_grad_() for t in (x, w, bias, q, k))\n"
-        "    values = [linear(a, b, c), a @ b.t(), d @ e, torch.addmm(c, a[0], b.t(), beta=0.5, alpha=2.0)]\n"
-        "    sum(value.pow(2).sum() for value in values).backward()\n"
-        "    return [*values, *(t.grad for t in (a, b, c, d, e))]\n"
-        "dtypes = (torch.bfloat16, torch.float32, torch.float64)\n"
-        "before = [products(dtype) for dtype in dtypes]\n"
-        "bfloat16.round_products()\n"
-        "bfloat16.round_products()\n"
+        "                    ((6, 40), (40, 10), (10,), (3, 5, 40), (3, 40, 7)))\n"
+        "products = {'mm': lambda x, w, c, q, k: x @ w, 'bmm': lambda x, w, c, q, k: q @ k,\n"
+        "            'addmm': lambda x, w, c, q, k: torch.addmm(c, x, w, beta=0.5, alpha=2.0)}\n"
         "calls = []\n"
         "original = torch.Tensor.float\n"
         "torch.Tensor.float = lambda self: calls.append(self.dtype) or original(self)\n"
-        "after = [products(dtype) for dtype in dtypes]\n"
-        "assert set(calls) == {torch.bfloat16}, set(calls)\n"
-        "for dtype, old, new in zip(dtypes, before, after):\n"
+        "def results(name, dtype):\n"
+        "    calls.clear()\n"
+        "    given = [t.to(dtype, copy=True).requires_grad_() for t in (x, w, bias, q, k)]\n"
+        "    value = products[name](*given)\n"
+        "    through = len(calls)\n"
+        "    value.pow(2).sum().backward()\n"
+        "    return [value, *(t.grad for t in given if t.grad is not None)], through\n"
+        "cases = [(name, dtype) for name in products for dtype in (torch.bfloat16, torch.float32, torch.float64)]\n"
+        "before = [results(*case) for case in cases]\n"
+        "with warnings.catch_warnings():\n"
+        "    warnings.simplefilter('error')\n"
+        "    bfloat16.round_products()\n"
+        "    bfloat16.round_products()\n"
+        "for (name, dtype), (old, without) in zip(cases, before):\n"
+        "    new, through = results(name, dtype)\n"
+        "    expected = {'mm': 2, 'bmm': 2, 'addmm': 3}[name] if dtype == torch.bfloat16 else 0\n"
+        "    assert (without, through) == (0, expected), (name, dtype, through)\n"
         "    for one, other in zip(old, new, strict=True):\n"
         "        assert one.dtype == other.dtype == dtype\n"
-        "        rtol = 2**-7 if dtype == torch.bfloat16 else 0.0\n"
+        "        rtol = 2 * torch.finfo(dtype).eps\n"
         "        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * one.abs().max().item())\n",
         encoding="utf-8",
     )
-    ended = subprocess.run([sys.executable, "-W", "error", str(script)], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_products_are_rounded_and_the_lines_say_so_where_torch_is_slow(
+    slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, told = [], []
+    monkeypatch.setattr(study, "slow_products", lambda: slow)
+    monkeypatch.setattr(study, "round_products", lambda: called.append(True))
+    for name in ("set_verbosity_error", "disable_progress_bar"):
+        monkeypatch.setattr(transformers.utils.logging, name, lambda: None)
+    study.start_worker(torch.get_num_threads())
+    assert bool(called) == slow
+
+    class Executor:
+        def submit(self, work: Any, specs: Any, name: str, options: Any, provenance: tuple[Any, ...]) -> Any:
+            told.append(provenance[0])
+            raise InterruptedError
+
+    options = argparse.Namespace(device="cpu", results=tmp_path, workers=1)
+    with pytest.raises(InterruptedError):
+        study.run_stage("smoke", "final", options, Executor())
+    assert told == [study.device_name("cpu") + ", products of bfloat16 by way of float32" * slow]

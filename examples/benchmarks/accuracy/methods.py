@@ -236,7 +236,8 @@ class Window(NamedTuple):
 @functools.cache
 def package_defaults(steps: int) -> tuple[int, int]:
     """Return ``prune_at`` and ``calibration_steps`` that ADMMNxM takes for a run of so many steps."""
-    net = nn.utils.skip_init(nn.Linear, 4, 4)  # no random number is drawn: a run's seed is set by now
+    # No random number is drawn: the seed of a run is set by now.
+    net: nn.Module = nn.utils.skip_init(nn.Linear, 4, 4)  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # short runs are warned of where they are trained
         optimizer = ADMMNxM(

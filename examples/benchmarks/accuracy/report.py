@@ -415,14 +415,16 @@ def _tuning(plan: Plan, lines: Sequence[Line]) -> str:
             setting = json.dumps(line["setting"])
             grids[line["method"], line["pattern"]][line["lr"], setting].append(line["dev"])
     rows, tuning = [], plans.Tuning(plan, lines)
+    wanted = len(plan.tasks) * len(plan.tuning_seeds)
     for (method, pattern), grid in sorted(grids.items(), key=str):
         choice = tuning.choose(method, pattern)
         for (lr, setting), devs in sorted(grid.items()):
             chosen = choice is not None and choice == (lr, json.loads(setting))
             text = setting_text({"lr": lr, **json.loads(setting)})
-            mean = f"{plain(statistics.fmean(devs))} ({len(devs)})"
+            # Means over different tasks cannot be compared.
+            mean = plain(statistics.fmean(devs)) if len(devs) == wanted else f"{len(devs)} of {wanted} runs"
             rows.append([f"`{method}`, {pattern or 'dense'}", text, mean, "chosen" if chosen else ""])
-    header = ["method", "setting", "dev, mean over tasks and seeds (runs)", ""]
+    header = ["method", "setting", "dev, mean over tasks and seeds", ""]
     return table(header, rows) if rows else "Nothing was tuned."
 
 

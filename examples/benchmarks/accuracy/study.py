@@ -57,8 +57,7 @@ def device_name(device: str) -> str:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []
-    rounded = ", products of bfloat16 by way of float32" if slow_products() else ""
-    return f"cpu, {names[0] if names else 'unknown'}{rounded}"
+    return f"cpu, {names[0] if names else 'unknown'}"
 
 
 def installed(package: str) -> bool:
@@ -151,7 +150,8 @@ def run_stage(name: str, stage: str, options: argparse.Namespace, executor: Proc
     """Run what a stage lacks, telling how far it is."""
     plan = plans.PLANS[name]
     packages = {name: version(name) for name in ("torch", "transformers", "torchao", "admm-nxm") if installed(name)}
-    provenance = (device_name(options.device), commit_of(ROOT), packages)
+    rounded = ", products of bfloat16 by way of float32" if options.device == "cpu" and slow_products() else ""
+    provenance = (device_name(options.device) + rounded, commit_of(ROOT), packages)
     began, done = time.monotonic(), 0
     running: dict[Future[list[str]], list[plans.Spec]] = {}
     while True:

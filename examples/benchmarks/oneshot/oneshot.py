@@ -27,7 +27,6 @@ from pruners import METHODS, Clock, prune_with
 from subjects import SUBJECTS, Subject
 
 sys.path += [str(Path(__file__).resolve().parents[1] / sibling) for sibling in ("accuracy", "solver")]
-from bfloat16 import round_products, slow_products
 from speed import peak_of
 from study import append, commit_of, device_name, installed
 from tasks import TaskError, default_cache
@@ -152,8 +151,6 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what is left to run, and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if slow_products():
-        round_products()
     if options.list:
         done = {key_of(line) for line in read_lines(options.results)}
         print("\n".join(str(spec) for spec in plan() if key_of(asdict(spec)) not in done))

@@ -25,7 +25,6 @@ from pruners import METHODS, Clock, prune_with
 from subjects import LanguageModel, smollm2
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
-from bfloat16 import round_products, slow_products
 from study import append
 from tasks import TaskError, default_cache
 
@@ -118,8 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if slow_products():
-        round_products()
     try:
         run(smollm2(options.cache, options.device), options)
     except TaskError as error:
