@@ -221,6 +221,10 @@ class Tuning:
         below = (float(f"{low / WIDER:.3g}"),) if low in edges else ()
         return (*below, *self.plan.lrs, *((float(f"{high * WIDER:.3g}"),) if high in edges else ()))
 
+    def mean_of(self, method: str, pattern: str | None, lr: float, setting: str) -> float | None:
+        """Return the mean over the tasks' dev parts and the tuning seeds; None while a run of it is missing."""
+        return self._means.get((method, pattern), {}).get((lr, setting))
+
     def best_setting(self, method: str, pattern: str | None) -> str | None:
         """Return the setting that is best at the middle learning rate; None while it is not known."""
         if len(settings_of(method)) == 1:

@@ -421,9 +421,10 @@ def _tuning(plan: Plan, lines: Sequence[Line]) -> str:
         for (lr, setting), devs in sorted(grid.items()):
             chosen = choice is not None and choice == (lr, json.loads(setting))
             text = setting_text({"lr": lr, **json.loads(setting)})
-            # Means over different tasks cannot be compared.
-            mean = plain(statistics.fmean(devs)) if len(devs) == wanted else f"{len(devs)} of {wanted} runs"
-            rows.append([f"`{method}`, {pattern or 'dense'}", text, mean, "chosen" if chosen else ""])
+            # Means over different tasks cannot be compared, so there is none before all are there.
+            mean = tuning.mean_of(method, pattern, lr, setting)
+            told = f"{len(devs)} of {wanted} runs" if mean is None else plain(mean)
+            rows.append([f"`{method}`, {pattern or 'dense'}", text, told, "chosen" if chosen else ""])
     header = ["method", "setting", "dev, mean over tasks and seeds", ""]
     return table(header, rows) if rows else "Nothing was tuned."
 
