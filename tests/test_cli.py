@@ -509,7 +509,9 @@ def test_a_terminal_that_is_gone(monkeypatch, tmp_path):
         def write(self, text):
             raise OSError(errno.EIO, "Input/output error")
 
+    # Both, as where a terminal goes: else the descriptor of what captures stdout would be replaced.
     monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stdout", Gone())
     assert main(["verify", str(tmp_path / "absent")]) == 2
 
 
