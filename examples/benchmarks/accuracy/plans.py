@@ -168,9 +168,9 @@ PLANS: dict[str, Plan] = {
 
 
 def together(specs: Iterable[Spec]) -> list[list[Spec]]:
-    """Group runs that begin alike, in the order in which the first of each comes."""
+    """Group runs that begin alike, each run once, in the order in which the first of each comes."""
     groups: dict[tuple[Any, ...], list[Spec]] = defaultdict(list)
-    for spec in specs:
+    for spec in dict.fromkeys(specs):
         groups[spec.trunk].append(spec)
     return list(groups.values())
 
@@ -287,8 +287,10 @@ def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return (methods, patterns) in the order of their runs."""
     early = tuple(pattern for pattern in plan.patterns if pattern == plan.patterns[pattern][1])
     late = tuple(pattern for pattern in plan.patterns if pattern not in early)
-    rest = [method for method in plan.methods if method not in plan.first]
-    return [(plan.first, early), *(((method,), early) for method in rest), *([(plan.methods, late)] if late else [])]
+    distilled = tuple(method for method in plan.methods if method.endswith(DISTILLED))
+    rest = [(method,) for method in plan.methods if method not in (*plan.first, *distilled)]
+    now = [methods for methods in (plan.first, distilled, *rest) if methods]
+    return [*((methods, early) for methods in now), *([(plan.methods, late)] if late else [])]
 
 
 def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
@@ -299,16 +301,16 @@ def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
         plain = [(m, p, choice) for m, p in cells for choice in usual(plan, m)]
         chosen = [(m, p, choice) for m, p in cells if (choice := tuning.choose(m, p)) is not None]
         for seeds in (plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]):
-            yield from together(_final_specs(plan, seeds, plain))
+            # One call, so that both tables share the first part of their runs. Nothing is chosen before the tuning.
+            yield from together([*_final_specs(plan, seeds, chosen), *_final_specs(plan, seeds, plain)])
             yield from together(tuning.runs(methods))
-            yield from together(_final_specs(plan, seeds, chosen))
 
 
 def _final_specs(plan: Plan, seeds: Sequence[int], cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
-    """Seed by seed, so that whatever has been run can be compared."""
+    """Seed by seed, so that whatever has been run can be compared; runs of one task apart, for they share a teacher."""
     for seed in seeds:
-        for task in plan.tasks:
-            for method, pattern, (lr, setting) in cells:
+        for method, pattern, (lr, setting) in cells:
+            for task in plan.tasks:
                 if pattern is None or seed in plan.patterns[pattern][0]:
                     yield Spec(task, plan.layers, pattern, method, seed, lr, plan.steps, json.dumps(setting), "final")
 
