@@ -458,10 +458,14 @@ def test_a_choice_on_an_edge_widens_the_grid_of_every_method_once(best: float, r
     assert chosen == {*SMALL.usual_lrs, min(rates, key=lambda lr: abs(torch.tensor(lr / best).log()))}
 
 
-def test_the_schedule_ends_and_has_every_run_once_in_the_declared_order() -> None:
-    lines = simulate(SMALL, best_at(4.5e-4))
-    keys = [records.key_of(line) for line in lines]
+@pytest.mark.parametrize("best", [1.5e-4, 4.5e-4])  # a rate of both tables, a rate of one
+def test_the_schedule_ends_and_has_every_run_once(best: float) -> None:
+    keys = [records.key_of(line) for line in simulate(SMALL, best_at(best))]
     assert len(set(keys)) == len(keys)
+
+
+def test_the_schedule_has_the_declared_order() -> None:
+    lines = simulate(SMALL, best_at(4.5e-4))
     final = [line for line in lines if line["stage"] == "final"]
     assert {line["seed"] for line in final}.isdisjoint(SMALL.tuning_seeds)
     first = [(line["method"], line["pattern"]) for line in final]

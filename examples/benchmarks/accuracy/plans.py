@@ -84,7 +84,7 @@ class Plan:
         layers: encoder layers of the model.
         tasks: the tasks.
         patterns: pattern -> (its seeds, the pattern whose choice it takes).
-        methods: the methods in the order of their runs; those of ``first`` come before all others.
+        methods: the methods. Those of ``first`` are run first, then those with distillation, then the rest in order.
         first: the methods that are run first.
         lrs: the grid of learning rates, rising.
         usual_lrs: those of the table in which nothing is tuned.
@@ -307,7 +307,7 @@ def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
 
 
 def _final_specs(plan: Plan, seeds: Sequence[int], cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
-    """Seed by seed, so that whatever has been run can be compared; runs of one task apart, for they share a teacher."""
+    """Seed by seed, to be compared when stopped; tasks innermost, as two workers should not train the same teacher."""
     for seed in seeds:
         for method, pattern, (lr, setting) in cells:
             for task in plan.tasks:
