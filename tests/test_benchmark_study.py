@@ -469,7 +469,7 @@ def test_the_schedule_has_the_declared_order() -> None:
     final = [line for line in lines if line["stage"] == "final"]
     assert {line["seed"] for line in final}.isdisjoint(SMALL.tuning_seeds)
     first = [(line["method"], line["pattern"]) for line in final]
-    early = {(m, p) for m in SMALL.first for p in ((None,) if m == "dense" else ("2:4", "1:4"))}
+    early = {(m, p) for m in SMALL.rounds[0] for p in ((None,) if m == "dense" else ("2:4", "1:4"))}
     assert set(first[: len(early) * 3 * 2]) == early  # three learning rates, two seeds
     order = list(dict.fromkeys(method for method, pattern in first if pattern == "1:4"))
     distilled = ["asp+kd", "admm+kd"]
@@ -482,7 +482,7 @@ def test_the_schedule_has_the_declared_order() -> None:
 
 def test_three_seeds_come_in_both_tables_before_the_other_seeds_of_either() -> None:
     both = ("asp", "admm")
-    few = {**SMALL.__dict__, "methods": both, "first": both, "patterns": {"2:4": ((0, 1, 2, 3, 4), "2:4")}}
+    few = {**SMALL.__dict__, "rounds": (both,), "patterns": {"2:4": ((0, 1, 2, 3, 4), "2:4")}}
     lines = simulate(plans.Plan(**{**few, "seeds": (0, 1, 2, 3, 4)}), best_at(4.5e-4))
     came = list(dict.fromkeys((line["stage"], line["lr"] == 4.5e-4, line["seed"] > 2) for line in lines))
     assert came == [

@@ -84,8 +84,7 @@ class Plan:
         layers: encoder layers of the model.
         tasks: the tasks.
         patterns: pattern -> (its seeds, the pattern whose choice it takes).
-        methods: the methods. Those of ``first`` are run first, then those with distillation, then the rest in order.
-        first: the methods that are run first.
+        rounds: the methods in the order of their runs, those together that are run together.
         lrs: the grid of learning rates, rising.
         usual_lrs: those of the table in which nothing is tuned.
         middle: the learning rate at which a method's own settings are tried.
@@ -100,8 +99,7 @@ class Plan:
     layers: int
     tasks: tuple[str, ...]
     patterns: Mapping[str, tuple[tuple[int, ...], str]]
-    methods: tuple[str, ...]
-    first: tuple[str, ...]
+    rounds: tuple[tuple[str, ...], ...]
     lrs: tuple[float, ...]
     usual_lrs: tuple[float, ...]
     middle: float
@@ -117,6 +115,11 @@ class Plan:
         """The model in words."""
         return f"MiniLM-L6, first {self.layers} layers"
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods of all rounds."""
+        return tuple(method for methods in self.rounds for method in methods)
+
     def mine(self, line: Line) -> bool:
         """Say whether a line of raw results belongs to this study."""
         return bool(line["model"] == self.model and line["steps"] == self.steps and line["task"] in self.tasks)
@@ -127,11 +130,11 @@ _FULL = Plan(
     layers=6,
     tasks=("supersense", "entailment", "polarity", "tweets", "topics"),
     patterns={"2:4": (_SEEDS, "2:4"), "1:4": (_SEEDS, "1:4"), "2:8": (_SEEDS[:3], "1:4")},
-    methods=(
-        *("dense", "asp", "asp-late", "sparsegpt-late", "admm"),
-        *("gradual", "sr-ste", "pat", "admm-paper", "admm-inputs", "asp+kd", "admm+kd"),
+    rounds=(
+        ("dense", "asp", "asp-late", "sparsegpt-late", "admm"),
+        ("asp+kd", "admm+kd"),
+        *(("gradual",), ("sr-ste",), ("pat",), ("admm-paper",), ("admm-inputs",)),
     ),
-    first=("dense", "asp", "asp-late", "sparsegpt-late", "admm"),
     lrs=(5e-5, 1.5e-4, 4.5e-4, 1.35e-3),
     usual_lrs=(5e-5, 1.5e-4),
     middle=4.5e-4,
@@ -155,8 +158,7 @@ PLANS: dict[str, Plan] = {
         layers=1,
         tasks=("polarity",),
         patterns={"2:4": ((0,), "2:4")},
-        methods=("asp", "admm"),
-        first=("asp", "admm"),
+        rounds=(("asp", "admm"),),
         lrs=(3e-4,),
         usual_lrs=(3e-4,),
         middle=3e-4,
@@ -287,10 +289,7 @@ def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return (methods, patterns) in the order of their runs."""
     early = tuple(pattern for pattern in plan.patterns if pattern == plan.patterns[pattern][1])
     late = tuple(pattern for pattern in plan.patterns if pattern not in early)
-    distilled = tuple(method for method in plan.methods if method.endswith(DISTILLED))
-    rest = [(method,) for method in plan.methods if method not in (*plan.first, *distilled)]
-    now = [methods for methods in (plan.first, distilled, *rest) if methods]
-    return [*((methods, early) for methods in now), *([(plan.methods, late)] if late else [])]
+    return [*((methods, early) for methods in plan.rounds), *([(plan.methods, late)] if late else [])]
 
 
 def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
@@ -307,7 +306,7 @@ def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
 
 
 def _final_specs(plan: Plan, seeds: Sequence[int], cells: Sequence[tuple[str, str | None, Choice]]) -> Iterator[Spec]:
-    """Seed by seed, to be compared when stopped; tasks innermost, as two workers should not train the same teacher."""
+    """Seed by seed, so that whatever has been run can be compared; tasks innermost, for they share no teacher."""
     for seed in seeds:
         for method, pattern, (lr, setting) in cells:
             for task in plan.tasks:
