@@ -117,18 +117,22 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
 
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
-    plan, said = usual.plan, []
-    for which, words in ((usual, "at usual learning rates"), (tuned, "with tuned ones")):
-        found = {(m, p): which.mean(m, p) for m in plan.methods for p in plan.patterns}
-        runs = {cell: 0 if mean is None else mean.n for cell, mean in found.items()}
-        methods, patterns = plans.blocks(plan)[0]
-        seeds = min(runs[m, p] for m in methods for p in patterns)
-        lacking = dict.fromkeys(m for (m, p), n in runs.items() if n < len(plan.patterns[p][0]))
-        if seeds < len(plan.seeds):
-            said.append(f"{seeds} of {len(plan.seeds)} seeds {words}")
-        elif lacking:
-            said.append(f"{len(lacking)} of {len(plan.methods)} methods incomplete {words}")
-    return [f"**The study is under way: {', '.join(said)}. Figures and verdicts may change.**"] if said else []
+    plan = usual.plan
+    methods, patterns = plans.blocks(plan)[0]
+    runs = [
+        {(m, p): 0 if (mean := which.mean(m, p)) is None else mean.n for m in plan.methods for p in plan.patterns}
+        for which in (usual, tuned)
+    ]
+    whole = {cell for cell in runs[0] if all(table[cell] >= len(plan.patterns[cell[1]][0]) for table in runs)}
+    if len(whole) == len(runs[0]):
+        return []
+    seeds = [min(table[m, p] for m in methods for p in patterns) for table in runs]
+    known = f"{seeds[0]} of {len(plan.seeds)} seeds at usual learning rates, {seeds[1]} with tuned ones"
+    if min(seeds) == len(plan.seeds):
+        names = [f"`{m}`" for m in plan.methods if all((m, p) in whole for p in patterns)]
+        of = "all methods" if len(names) == len(plan.methods) else ", ".join(names)
+        known = f"all runs at {' and '.join(patterns)} are there for {of}; the rest of the plan is not complete"
+    return [f"**The study is under way: {known}. Figures and verdicts may change.**"]
 
 
 def _cost(which: Table, words: str, pattern: str) -> list[str]:
