@@ -295,27 +295,32 @@ def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
 def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
     """Yield tuning and final runs, those that begin alike together, the most useful first; some come a second time."""
     tuning = Tuning(plan, lines)
-    first, *others = blocks(plan)
-    few, more = plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]
-    yield from _block(tuning, first, few, more)
-    # A target compares what is tuned with every method; no target needs the other runs of these.
+    seeds = plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]
+    (methods, early), *others = blocks(plan)
+    yield from _runs(tuning, methods, early, seeds)
+    # The targets that wait for the other methods compare tuned runs, and can be judged with the first seeds.
     for methods in plan.rounds[1:]:
-        yield from _block(tuning, (methods, first[1]), few, plain=False)
-    for block in others:
-        yield from _block(tuning, block, few, more)
+        yield from _runs(tuning, methods, early, seeds[:1], untuned=False)
+    for methods, patterns in others:
+        yield from _runs(tuning, methods, patterns, seeds)
 
 
-def _block(
-    tuning: Tuning, block: tuple[tuple[str, ...], tuple[str, ...]], *parts: Sequence[int], plain: bool = True
+def _runs(
+    tuning: Tuning,
+    methods: Sequence[str],
+    patterns: Sequence[str],
+    parts: Iterable[Sequence[int]],
+    untuned: bool = True,
 ) -> Iterator[list[Spec]]:
-    """Yield the runs of methods at patterns, seeds in parts, in both tables or in the tuned one alone."""
-    plan, (methods, patterns) = tuning.plan, block
+    """Yield tuning and final runs, part by part of the seeds; without ``untuned`` those of the tuned table alone."""
+    plan = tuning.plan
     cells = [(m, p) for m in methods for p in ((None,) if m == "dense" else patterns)]
-    usually = [(m, p, choice) for m, p in cells for choice in usual(plan, m)] if plain else []
+    plain = [(m, p, choice) for m, p in cells for choice in usual(plan, m)] if untuned else []
     chosen = [(m, p, choice) for m, p in cells if (choice := tuning.choose(m, p)) is not None]
     for seeds in parts:
-        # One call, so that both tables share the first part of their runs. Nothing is chosen before the tuning.
-        yield from together([*_final_specs(plan, seeds, chosen), *_final_specs(plan, seeds, usually)])
+        # One call, so that tables asked for together share the first part of their runs. Nothing is chosen before the
+        # tuning.
+        yield from together([*_final_specs(plan, seeds, chosen), *_final_specs(plan, seeds, plain)])
         yield from together(tuning.runs(methods))
 
 

@@ -118,20 +118,27 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
     plan = usual.plan
-    methods, patterns = plans.blocks(plan)[0]
-    runs = [
-        {(m, p): 0 if (mean := which.mean(m, p)) is None else mean.n for m in plan.methods for p in plan.patterns}
-        for which in (usual, tuned)
-    ]
-    whole = {cell for cell in runs[0] if all(table[cell] >= len(plan.patterns[cell[1]][0]) for table in runs)}
-    if len(whole) == len(runs[0]):
+    first, patterns = plans.blocks(plan)[0]
+
+    def seeds(which: Table, method: str, pattern: str) -> int:
+        return 0 if (found := which.mean(method, pattern)) is None else found.n
+
+    def whole(method: str, patterns: Iterable[str]) -> bool:
+        return all(seeds(which, method, p) >= len(plan.patterns[p][0]) for which in (usual, tuned) for p in patterns)
+
+    if all(whole(method, plan.patterns) for method in plan.methods):
         return []
-    seeds = [min(table[m, p] for m in methods for p in patterns) for table in runs]
-    known = f"{seeds[0]} of {len(plan.seeds)} seeds at usual learning rates, {seeds[1]} with tuned ones"
-    if min(seeds) == len(plan.seeds):
-        names = [f"`{m}`" for m in plan.methods if all((m, p) in whole for p in patterns)]
-        of = "all methods" if len(names) == len(plan.methods) else ", ".join(names)
-        known = f"all runs at {' and '.join(patterns)} are there for {of}; the rest of the plan is not complete"
+    done = [method for method in plan.methods if whole(method, patterns)]
+    others = [method for method in plan.methods if method not in done]
+    if set(first) <= set(done):
+        at = " and ".join(patterns)
+        known = f"{', '.join(f'`{method}`' for method in done)} have all runs at {at}"
+        begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others)
+        known += f"; of the {len(others)} other methods, {begun} have two tuned seeds or more" if others else ""
+    else:
+        least = [min(seeds(which, method, p) for method in first for p in patterns) for which in (usual, tuned)]
+        known = f"the first {len(first)} methods have {least[0]} of {len(plan.seeds)} seeds at usual learning rates"
+        known += f" and {least[1]} with tuned ones"
     return [f"**The study is under way: {known}. Figures and verdicts may change.**"]
 
 
@@ -165,8 +172,9 @@ def means(which: Table) -> str:
         row = [f"`{method}`"]
         for pattern in patterns:
             found = which.family(pattern).get(method)
+            mean = which.mean(method, pattern)
             row += [
-                score(which.mean(method, pattern)),
+                "not all tasks yet" if mean is None and which.of(method, pattern) else score(mean),
                 "" if found is None else difference(found.estimate),
                 "" if found is None or found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
             ]
