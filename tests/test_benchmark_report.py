@@ -376,7 +376,7 @@ def test_the_page_says_how_far_the_study_is() -> None:
     assert few.format(3, 5) in said(seeds=(3, 4), rates=(5e-5,))
     assert "`admm`, `asp+kd`, `admm+kd`, `gradual`, `sr-ste`" in said()
     assert "have all runs at 2:4 and 1:4. Figures" in said()
-    for rate, seeds, begun in ((5e-5, range(5), 2), (1.5e-4, (2, 3, 4), 2), (1.5e-4, (1, 2, 3, 4), 0)):
+    for rate, seeds, begun in ((5e-5, range(5), 2), (1.5e-4, (2, 3, 4), 2), (1.5e-4, (1, 2, 3, 4), "none")):
         late = said(seeds=seeds, rates=(rate,), methods=("pat", "gradual"))
         assert f"; of the 2 other methods, {begun} have two tuned seeds or more." in late
         assert "`sr-ste`" in late
