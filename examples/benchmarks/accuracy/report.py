@@ -133,8 +133,8 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
     if set(first) <= set(done):
         at = " and ".join(patterns)
         known = f"{', '.join(f'`{method}`' for method in done)} have all runs at {at}"
-        begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others)
-        known += f"; of the {len(others)} other methods, {begun or 'none'} have two tuned seeds or more" if others else ""
+        begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others) or "none"
+        known += f"; of the {len(others)} other methods, {begun} have two tuned seeds or more" if others else ""
     else:
         least = [min(seeds(which, method, p) for method in first for p in patterns) for which in (usual, tuned)]
         known = f"the first {len(first)} methods have {least[0]} of {len(plan.seeds)} seeds at usual learning rates"
