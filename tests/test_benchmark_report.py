@@ -378,12 +378,20 @@ def test_the_page_says_how_far_the_study_is() -> None:
     assert "have all runs at 2:4 and 1:4. Figures" in said()
     for rate, seeds, begun in ((5e-5, range(5), 2), (1.5e-4, (2, 3, 4), 2), (1.5e-4, (1, 2, 3, 4), "none")):
         late = said(seeds=seeds, rates=(rate,), methods=("pat", "gradual"))
-        assert f"; of the 2 other methods, {begun} have two tuned seeds or more." in late
+        assert f"; of the 2 other methods, {begun} have two tuned seeds or more at each of these patterns." in late
         assert "`sr-ste`" in late
         assert "`pat`" not in late
         assert "`gradual`" not in late
     all_of_them = [*complete(GAINS), *(line for m in GAINS if m != "dense" for line in final(m, 70.0, "2:8"))]
     assert report._how_far(*tables_of(all_of_them)) == []
+
+
+def test_a_method_that_has_begun_is_not_called_not_run() -> None:
+    lines = [x for x in complete(GAINS) if x["method"] != "asp-late" or x["stage"] == "tune" or x["task"] != "polarity"]
+    usual, tuned = tables_of(lines)
+    first = report.METHODS["asp-late"]
+    assert row(report.overview(usual, tuned), first)[1:] == ["not all tasks yet"] * 4
+    assert row(report.means(tuned), "`asp-late`")[1] == "not all tasks yet"
 
 
 def test_the_larger_study_leads(results: Path) -> None:

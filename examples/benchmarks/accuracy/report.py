@@ -123,8 +123,8 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
     def seeds(which: Table, method: str, pattern: str) -> int:
         return 0 if (found := which.mean(method, pattern)) is None else found.n
 
-    def whole(method: str, patterns: Iterable[str]) -> bool:
-        return all(seeds(which, method, p) >= len(plan.patterns[p][0]) for which in (usual, tuned) for p in patterns)
+    def whole(method: str, over: Iterable[str]) -> bool:
+        return all(seeds(which, method, p) >= len(plan.patterns[p][0]) for which in (usual, tuned) for p in over)
 
     if all(whole(method, plan.patterns) for method in plan.methods):
         return []
@@ -134,7 +134,10 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
         at = " and ".join(patterns)
         known = f"{', '.join(f'`{method}`' for method in done)} have all runs at {at}"
         begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others) or "none"
-        known += f"; of the {len(others)} other methods, {begun} have two tuned seeds or more" if others else ""
+        if others:
+            known += (
+                f"; of the {len(others)} other methods, {begun} have two tuned seeds or more at each of these patterns"
+            )
     else:
         least = [min(seeds(which, method, p) for method in first for p in patterns) for which in (usual, tuned)]
         known = f"the first {len(first)} methods have {least[0]} of {len(plan.seeds)} seeds at usual learning rates"
@@ -160,6 +163,12 @@ def _cost(which: Table, words: str, pattern: str) -> list[str]:
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
+def _mean(which: Table, method: str, pattern: str) -> str:
+    """Write the mean over tasks; a method whose runs have begun is not one that was not run."""
+    mean = which.mean(method, pattern)
+    return "not all tasks yet" if mean is None and which.of(method, pattern) else score(mean)
+
+
 def means(which: Table) -> str:
     """Write the means over tasks and the differences of ``admm`` to each method, as far as anything was run."""
     plan = which.plan
@@ -172,9 +181,8 @@ def means(which: Table) -> str:
         row = [f"`{method}`"]
         for pattern in patterns:
             found = which.family(pattern).get(method)
-            mean = which.mean(method, pattern)
             row += [
-                "not all tasks yet" if mean is None and which.of(method, pattern) else score(mean),
+                _mean(which, method, pattern),
                 "" if found is None else difference(found.estimate),
                 "" if found is None or found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
             ]
@@ -212,7 +220,7 @@ def overview(usual: Table, tuned: Table) -> str:
     columns = [(which, p) for which in (usual, tuned) if any(which.scores.values()) for p in patterns]
     header = ["method", *(f"{which.name}, {pattern}" for which, pattern in columns)]
     rows = [
-        [words, *(score(which.mean(method, pattern)) for which, pattern in columns)]
+        [words, *(_mean(which, method, pattern) for which, pattern in columns)]
         for method, words in METHODS.items()
         if method in plan.methods
     ]
