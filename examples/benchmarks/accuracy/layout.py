@@ -38,10 +38,24 @@ def difference(estimate: Estimate | None, digits: int = 1) -> str:
     return f"{signed(estimate.mean, digits)} [{signed(low, digits)}, {signed(high, digits)}]"
 
 
+def with_seeds(estimate: Estimate | None) -> str:
+    """Write a difference with its interval and the number of seeds, such as ``+0.4 [-0.1, +0.9], 5 seeds``."""
+    count = "" if estimate is None or estimate.interval is None else f", {estimate.n} seeds"
+    return f"{difference(estimate)}{count}"
+
+
+def number(value: float) -> str:
+    """Write a setting, a small one by its power of ten, such as ``0.85`` or ``1.5e-4``."""
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def setting_text(setting: Mapping[str, Any]) -> str:
-    """Write hyperparameters, such as ``lr 5e-05, rho 0.01``."""
+    """Write hyperparameters, such as ``lr 5e-5, rho 0.01``."""
     return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items()
+        f"{name} {number(value)}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items()
     )
 
 

@@ -33,6 +33,11 @@ EXPLORED_AT = 0.85
 """``prune_at`` of the runs that explore everything else."""
 
 
+def model_name(layers: int) -> str:
+    """Return the model as the raw lines name it."""
+    return f"MiniLM-L6, first {layers} layers"
+
+
 @dataclass(frozen=True)
 class Spec:
     """Everything that decides a run's outcome.
@@ -58,11 +63,6 @@ class Spec:
     steps: int
     setting: str = "{}"
     stage: str = "final"
-
-    @property
-    def model(self) -> str:
-        """The model in words."""
-        return f"MiniLM-L6, first {self.layers} layers"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Plan:
         steps: length of a run.
         explore_tasks: tasks of the runs that explore.
         explore_lrs: learning rates of the runs that explore.
-        explore_steps: other lengths at which ``prune_at`` is explored.
+        explore_steps: other lengths at which AT_EACH_LENGTH is explored.
     """
 
     layers: int
@@ -112,8 +112,8 @@ class Plan:
 
     @property
     def model(self) -> str:
-        """The model in words."""
-        return f"MiniLM-L6, first {self.layers} layers"
+        """The model as the raw lines name it."""
+        return model_name(self.layers)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -152,6 +152,7 @@ PLANS: dict[str, Plan] = {
             "layers": 2,
             "steps": 200,
             "tasks": ("supersense", "entailment", "polarity"),
+            "explore_steps": (100, 400, 1600),
         }
     ),
     "smoke": Plan(
@@ -241,6 +242,18 @@ class Tuning:
             return None
         return max(((lr, setting) for lr in lrs), key=means.__getitem__)
 
+    def _settled(self, method: str, pattern: str | None) -> tuple[float, str] | None:
+        """Return the best of the grid; while a widened one has gaps, the best of the plan's, if it is on no edge."""
+        best, early = self._best(method, pattern, self.lrs), self._best(method, pattern, self.plan.lrs)
+        edges = self.plan.lrs[0], self.plan.lrs[-1]
+        return best if best is not None or early is None or early[0] in edges else early
+
+    @property
+    def gaps(self) -> list[str]:
+        """The methods that have every learning rate of the plan, and lack runs at one that was added."""
+        cells = [(m, p) for m, p in self.cells if self._best(m, p, self.plan.lrs) and not self._best(m, p, self.lrs)]
+        return list(dict.fromkeys(method for method, _ in cells))
+
     def choose(self, method: str, pattern: str | None) -> Choice | None:
         """Return the learning rate and the setting with the best mean over the tasks' dev parts and the tuning seeds.
 
@@ -252,7 +265,7 @@ class Tuning:
             None while a run is missing that the choice needs.
         """
         source = None if pattern is None else self.plan.patterns[pattern][1]
-        best = self._best(method.removesuffix(DISTILLED), source, self.lrs)
+        best = self._settled(method.removesuffix(DISTILLED), source)
         if best is None:
             return None
         lr, setting = best[0], json.loads(best[1])
@@ -347,11 +360,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "by way of": ({**BASE, "by_way_of": "2:4"},),
 }
 
+AT_EACH_LENGTH = ("prune_at", "calibration", "damping")
+"""The variants that are explored at other lengths of a run too."""
+
 
 def explore(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: ARG001 - nothing is chosen here
     """Yield the runs that explore, on dev: ``prune_at`` first, then the rest, then other lengths."""
     at = [("prune_at",), tuple(name for name in VARIANTS if name != "prune_at")]
-    for steps, names in [*((plan.steps, names) for names in at), *((n, at[0]) for n in plan.explore_steps)]:
+    for steps, names in [*((plan.steps, names) for names in at), *((n, AT_EACH_LENGTH) for n in plan.explore_steps)]:
         for seed in plan.tuning_seeds:
             for lr in plan.explore_lrs:
                 for task in plan.explore_tasks:

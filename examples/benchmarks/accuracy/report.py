@@ -26,7 +26,7 @@ try:
     import plans
     import records
     import tables
-    from layout import NOT_RUN, difference, plain, score, setting_text, signed, table
+    from layout import NOT_RUN, difference, number, plain, score, setting_text, signed, table, with_seeds
     from plans import PLANS, Line, Plan
     from plots import Bars, Cloud, Picture, Row, draw
     from tables import Table
@@ -43,7 +43,7 @@ WRITTEN = (
 PROTOCOL = "`examples/benchmarks/accuracy/README.md`"
 CAPTION = (
     "Test accuracy ± standard deviation (seeds), mean over tasks; `admm` minus the method with its 95 % interval; its "
-    "p-value, corrected by Holm for all methods at the pattern."
+    "p-value, corrected by Holm for all methods of the study, whether they were run yet or not."
 )
 PATTERNS = ("2:4", "1:4")
 METHODS = {
@@ -68,7 +68,8 @@ NO_RESULT = (
 
 def subject(plan: Plan) -> str:
     """Say what a study trains."""
-    return f"{plan.model}; {len(plan.tasks)} tasks ({', '.join(plan.tasks)}); {plan.steps} steps of 16"
+    tasks = f"{len(plan.tasks)} tasks ({', '.join(plan.tasks)})"
+    return f"MiniLM-L6 with {plan.layers} of its 6 layers; {tasks}; {plan.steps} steps of 16"
 
 
 # The first lines -----------------------------------------------------------------------------------------------------
@@ -83,42 +84,83 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         tuned: the tuned table.
 
     Returns:
-        A list in Markdown.
+        Lists and a table in Markdown.
     """
-    rates = " and ".join(f"{lr:g}" for lr in plan.usual_lrs)
     trained = f"All methods train the same model on the same texts: {subject(plan)}."
-    units = (
-        "Figures are percent of test texts answered right; differences are in points with 95 % intervals over seeds."
-    )
     methods = (
         "`dense` prunes nothing. `asp` is the usual way: the largest weights of each group are kept, once, before "
         "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
         "SparseGPT's update there. `admm` is the default of this package."
     )
-    lines = [f"{trained} {units}", methods, *_how_far(usual, tuned)]
-    for which, words in ((usual, f"At usual learning rates (mean over {rates})"), (tuned, "With tuned learning rates")):
-        for pattern in plan.patterns:
-            lines += _cost(which, words, pattern)
-    for pattern in plan.patterns:
-        family = tuned.family(pattern)
-        by_word: dict[str, list[str]] = defaultdict(list)
-        for method, found in family.items():
-            if method not in METHODS and not method.endswith(plans.DISTILLED):
-                by_word[found.word].append(f"`{method}`")
-        said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
-        parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
-        lines += [f"Tuned, {pattern}: `admm` is {'; '.join(parts)}."] if parts else []
-    kd = [(p, d) for p in plan.patterns if (d := tuned.difference("admm+kd", "admm", p)) is not None]
-    lines += (
-        [f"Distillation adds {', '.join(f'{difference(d)} at {p}' for p, d in kd)} to `admm`, tuned."] if kd else []
+    named = (
+        f"Nothing tuned: the mean over the learning rates {rates(plan)}. Tuned: the rate that was best on dev texts."
     )
-    return "\n".join(f"- {line}" for line in lines)
+    units = (
+        "Figures are percent of test texts answered right; differences are in points. Their 95 % intervals are over "
+        "the seeds of training; the test texts are the same for every seed."
+    )
+    first = [trained, methods, named, units, *_how_far(usual, tuned)]
+    measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
+    then = [said for which, pattern in measured if (said := _compared(which, pattern))]
+    then += _without_one_task(measured)
+    kd = [(p, d) for p in plan.patterns if (d := tuned.difference("admm+kd", "admm", p)) is not None]
+    if kd:
+        gains = "; ".join(f"{p} {with_seeds(d)}" for p, d in kd)
+        then.append(f"With distillation, tuned, `admm+kd` minus `admm`: {gains}.")
+    lists = ["\n".join(f"- {line}" for line in lines) for lines in (first, then)]
+    return "\n\n".join(part for part in (lists[0], _costs(measured), lists[1]) if part)
+
+
+def rates(plan: Plan) -> str:
+    """Write the learning rates of the table in which nothing is tuned."""
+    return " and ".join(map(number, plan.usual_lrs))
+
+
+def _costs(measured: Sequence[tuple[Table, str]]) -> str:
+    """Write what each method of METHODS loses against ``dense``."""
+    found = {m: [which.difference(m, "dense", pattern) for which, pattern in measured] for m in METHODS if m != "dense"}
+    rows = [
+        [words, *("" if d is None else difference(d) for d in found[method])]
+        for method, words in METHODS.items()
+        if any(found.get(method, ()))
+    ]
+    names = [f"{which.name}, {pattern}" for which, pattern in measured]
+    accuracies = [score(which.mean("dense", pattern)) for which, pattern in measured]
+    return table(["points minus `dense`", *names], [["`dense`: accuracy", *accuracies], *rows]) if rows else ""
+
+
+def _compared(which: Table, pattern: str) -> str:
+    """Say which methods ``admm`` is better than, without those of another loss."""
+    by_word: dict[str, list[str]] = defaultdict(list)
+    for method, found in which.family(pattern).items():
+        if method != "dense" and not method.endswith(plans.DISTILLED):
+            by_word[found.word].append(f"`{method}` ({signed(found.estimate.mean)})")
+    said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
+    parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
+    return f"{which.name.capitalize()}, {pattern}: `admm` is {'; '.join(parts)}." if parts else ""
+
+
+def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
+    """Say what is left of the gain over ``asp`` without the task that gains most."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for which, pattern in measured:
+        tasks = which.plan.tasks
+        gains = {task: d.mean for task in tasks if (d := which.difference("admm", "asp", pattern, task)) is not None}
+        if len(gains) == len(tasks) > 1:
+            most = max(gains, key=gains.__getitem__)
+            rest = replace(which, plan=replace(which.plan, tasks=tuple(task for task in tasks if task != most)))
+            left = difference(rest.difference("admm", "asp", pattern))
+            said[most].append(f"{which.name}, {pattern} {left}")
+    return [
+        f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}."
+        for task, parts in said.items()
+    ]
 
 
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
     plan = usual.plan
-    first, patterns = plans.blocks(plan)[0]
+    patterns = plans.blocks(plan)[0][1]
 
     def seeds(which: Table, method: str, pattern: str) -> int:
         return 0 if (found := which.mean(method, pattern)) is None else found.n
@@ -128,36 +170,13 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
 
     if all(whole(method, plan.patterns) for method in plan.methods):
         return []
-    done = [method for method in plan.methods if whole(method, patterns)]
-    others = [method for method in plan.methods if method not in done]
-    if set(first) <= set(done):
-        at = " and ".join(patterns)
-        known = f"{', '.join(f'`{method}`' for method in done)} have all runs at {at}"
+    done = [f"`{method}`" for method in plan.methods if whole(method, patterns)]
+    others = [method for method in plan.methods if not whole(method, patterns)]
+    known = f"{', '.join(done) or 'no methods'} have all runs at {' and '.join(patterns)}"
+    if others:
         begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others) or "none"
-        if others:
-            known += (
-                f"; of the {len(others)} other methods, {begun} have two tuned seeds or more at each of these patterns"
-            )
-    else:
-        least = [min(seeds(which, method, p) for method in first for p in patterns) for which in (usual, tuned)]
-        known = f"the first {len(first)} methods have {least[0]} of {len(plan.seeds)} seeds at usual learning rates"
-        known += f" and {least[1]} with tuned ones"
+        known += f"; of the {len(others)} other methods, {begun} have two tuned seeds or more at each of these patterns"
     return [f"**The study is under way: {known}. Figures and verdicts may change.**"]
-
-
-def _cost(which: Table, words: str, pattern: str) -> list[str]:
-    dense, ours = which.mean("dense", pattern), which.mean("admm", pattern)
-    loss, rival = which.difference("admm", "dense", pattern), which.difference("asp", "dense", pattern)
-    if dense is None or ours is None or loss is None or rival is None:
-        return []
-    against = f"against `dense`, `admm` is at {difference(loss)} and `asp` at {difference(rival)}"
-    scores = f"`dense` {plain(dense.mean)}, `admm` {plain(ours.mean)}"
-    gains = [
-        f"`admm` minus `{method}`: {difference(found.estimate)}, {found.word}"
-        for method, found in which.family(pattern).items()
-        if method in METHODS and method != "dense"
-    ]
-    return [f"{words}, {pattern}: {'; '.join([scores, against, *gains])}."]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -169,11 +188,18 @@ def _mean(which: Table, method: str, pattern: str) -> str:
     return "not all tasks yet" if mean is None and which.of(method, pattern) else score(mean)
 
 
+def _choice(which: Table, method: str, pattern: str) -> str:
+    """Write the learning rate and the setting of a method that dev chose."""
+    found = which.choices.get((method, None if method == "dense" else pattern), ())
+    return "; ".join(setting_text({"lr": lr, **{k: v for k, v in s.items() if k != "teacher_lr"}}) for lr, s in found)
+
+
 def means(which: Table) -> str:
     """Write the means over tasks and the differences of ``admm`` to each method, as far as anything was run."""
     plan = which.plan
     patterns = [p for p in plan.patterns if any(which.of(m, p) for m in plan.methods if m != "dense")]
-    header = ["method", *(cell for pattern in patterns for cell in (pattern, "`admm` minus it", "Holm"))]
+    chosen = ("chosen",) if which.name == "tuned" else ()
+    header = ["method", *(cell for pattern in patterns for cell in (pattern, *chosen, "`admm` minus it", "Holm"))]
     rows = []
     for method in plan.methods:
         if not any(which.of(method, pattern) for pattern in patterns):
@@ -183,6 +209,7 @@ def means(which: Table) -> str:
             found = which.family(pattern).get(method)
             row += [
                 _mean(which, method, pattern),
+                *(_choice(which, method, pattern) for _ in chosen),
                 "" if found is None else difference(found.estimate),
                 "" if found is None or found.p is None else "<0.001" if found.p < 0.001 else f"{found.p:.3f}",
             ]
@@ -224,14 +251,10 @@ def overview(usual: Table, tuned: Table) -> str:
         for method, words in METHODS.items()
         if method in plan.methods
     ]
-    judged = verdicts(usual, tuned)
-    sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in judged if v.status != "not measured"]
-    left = [verdict for verdict in judged if verdict.status == "not measured"]
+    sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in verdicts(usual, tuned)]
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
-    where = f"{len(left)} of {len(judged)} targets, [listed with the results](docs/results.md#targets)"
-    sentences += [f"- **Not measured yet**, for want of runs: {where}."] if left else []
-    rates = f"nothing tuned: the mean over learning rates {' and '.join(f'{lr:g}' for lr in plan.usual_lrs)}"
-    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks; {rates}."
+    untuned = f"nothing tuned: the mean over learning rates {rates(plan)}"
+    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks; {untuned}."
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
 
@@ -246,41 +269,48 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
             setting = json.dumps(line["setting"], sort_keys=True)
             cells[line["steps"], setting, line["pattern"], line["lr"]][line["task"], line["seed"]] = line["dev"]
     columns = [(pattern, lr) for pattern in ("1:4", "2:4") for lr in plan.explore_lrs]
-    header = ["setting", *(f"{pattern}, lr {lr:g}" for pattern, lr in columns)]
+    header = ["setting", *(f"{pattern}, lr {number(lr)}" for pattern, lr in columns)]
+    order = [json.dumps(setting, sort_keys=True) for settings in plans.VARIANTS.values() for setting in settings]
+    wanted = len(plan.explore_tasks) * len(plan.tuning_seeds)
     parts = []
     base = json.dumps(plans.BASE, sort_keys=True)
     for steps in sorted({key[0] for key in cells}, key=lambda steps: (steps != plan.steps, steps)):
         rows = []
-        for setting in dict.fromkeys(key[1] for key in cells if key[0] == steps):
-            text = setting_text(json.loads(setting))
+        for setting in sorted({key[1] for key in cells if key[0] == steps}, key=order.index):
+            options = json.loads(setting)
             compared = [
-                _explored_cell(cells[steps, setting, p, lr], None if setting == base else cells[steps, base, p, lr])
+                "does not apply"
+                if options.get("by_way_of") == p
+                else _explored_cell(
+                    cells[steps, setting, p, lr], {} if setting == base else cells[steps, base, p, lr], wanted
+                )
                 for p, lr in columns
             ]
-            rows.append([text, *compared])
+            rows.append([setting_text(options), *compared])
         parts.append(f"{steps} steps:\n\n{table(header, rows)}")
     left = [steps for steps in (plan.steps, *plan.explore_steps) if steps not in {key[0] for key in cells}]
     parts += [f"{steps} steps: {NOT_RUN}." for steps in left] if parts else []
     return "\n\n".join(parts)
 
 
-def _explored_cell(scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float] | None) -> str:
-    if not scores:
-        return NOT_RUN
-    if base is None:
+def _explored_cell(scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float], wanted: int) -> str:
+    """Write a mean, or the mean of its gains over ``base``; means over different runs cannot be compared."""
+    if len(scores) < wanted or 0 < len(base) < wanted:
+        return f"{len(scores)} of {wanted} runs" if scores else NOT_RUN
+    if not base:
         return plain(statistics.fmean(scores.values()))
     gains: dict[int, list[float]] = defaultdict(list)
     for (task, seed), value in scores.items():
-        if (task, seed) in base:
-            gains[seed].append(value - base[task, seed])
+        gains[seed].append(value - base[task, seed])
     each = [signed(statistics.fmean(values)) for _, values in sorted(gains.items())]
     total = [value for values in gains.values() for value in values]
-    return f"{signed(statistics.fmean(total))} ({', '.join(each)})" if total else NOT_RUN
+    return f"{signed(statistics.fmean(total))} ({', '.join(each)})"
 
 
 def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, list[Picture]]:
     """Say and draw whether the model error of a layer predicts what pruning it alone costs."""
     clouds, rows = [], []
+    ranks: dict[tuple[str, str], list[float]] = defaultdict(list)
     groups: dict[tuple[str, str], dict[int, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["stage"] == "layers" and plan.mine(line):
@@ -293,17 +323,24 @@ def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, l
                     for each in seeds.values()
                 ]
                 rows.append([f"{task}, {pattern}", words, cost, ", ".join(plain(r, 2) for r in rank)])
-        for y, cost in (("loss", "rise of dev loss"), ("dev", "loss of dev accuracy (points)")):
+                ranks[words, cost] += rank
+        for x, words, y, cost, sign in (
+            ("model_error", "model error", "dev", "loss of dev accuracy (points)", -1),
+            ("predicted", "model error × loss at zero", "loss", "rise of dev loss", 1),
+        ):
             series = tuple(
-                (f"seed {seed}", tuple((e["predicted"], e[y] * (1 if y == "loss" else -1)) for e in each))
-                for seed, each in sorted(seeds.items())
+                (f"seed {seed}", tuple((e[x], sign * e[y]) for e in each)) for seed, each in sorted(seeds.items())
             )
-            clouds.append(Cloud(f"{task}, {pattern}", "predicted (model error × loss at zero)", cost, series))
+            clouds.append(Cloud(f"{task}, {pattern}", words, cost, series))
     if not clouds:
         return "", []
     header = ["runs", "predictor", "cost of pruning one weight", "Spearman's rank correlation, each seed"]
     picture = Picture(f"layers-{name}.svg", "Each weight pruned alone", tuple(clouds))
-    return table(header, rows), [picture]
+    answer = [
+        "Rank correlation in the groups of runs below; 1 is the same order of the weights, 0 no relation:\n",
+        *(f"- {x} and {y}: {plain(min(r), 2)} to {plain(max(r), 2)}" for (x, y), r in ranks.items()),
+    ]
+    return "\n".join([*answer, "", table(header, rows)]), [picture]
 
 
 # The pages -----------------------------------------------------------------------------------------------------------
@@ -313,7 +350,7 @@ def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
     """Draw the means over tasks of the methods that a practitioner chooses between, for both tables."""
     panels = []
     for pattern in PATTERNS:
-        for which, words in ((usual, "usual learning rates"), (tuned, "tuned learning rates")):
+        for which in (usual, tuned):
             rows = []
             for method, words_of_it in METHODS.items():
                 found = which.mean(method, pattern)
@@ -321,7 +358,7 @@ def accuracy_picture(usual: Table, tuned: Table, name: str) -> list[Picture]:
                     low, high = found.interval or (found.mean, found.mean)
                     rows.append(Row(words_of_it, round(found.mean, 6), round(low, 6), round(high, 6)))
             if len(rows) > 1:  # not dense alone
-                panels.append(Bars(f"{pattern}, {words}", tuple(rows)))
+                panels.append(Bars(f"{pattern}, {which.name}", tuple(rows)))
     title = f"What a pattern costs: test accuracy, mean over {len(usual.plan.tasks)} tasks"
     return [Picture(f"accuracy-{name}.svg", title, tuple(panels))] if panels else []
 
@@ -353,6 +390,12 @@ def missing(plan: Plan, lines: Sequence[Line]) -> str:
             elif any(cells.values()):
                 rows.append([f"`{method}`, {which}", *cells.values()])
         sentences += [f"No final run, {which}: {', '.join(untouched)}."] if untouched else []
+    if tuning.gaps:
+        added = " and ".join(number(lr) for lr in tuning.lrs if lr not in plan.lrs)
+        untried = ", ".join(f"`{method}`" for method in tuning.gaps)
+        sentences.append(
+            f"A choice lay on an edge, so {added} joins the learning rates. Not tried there yet: {untried}."
+        )
     parts = [table(["missing", "dense", *plan.patterns], rows)] if rows else []
     return "\n\n".join([*parts, *sentences]) or "Every final run that was declared was made."
 
@@ -377,7 +420,9 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     text, clouds = layer_pictures(plan, lines, name)
     if clouds:
         when = "at the step of the solve, and not trained after"
-        caption = f"Each weight was pruned alone, {when}; learning rate {plan.explore_lrs[0]:g}, seeds {_seeds(plan)}."
+        caption = (
+            f"Each weight was pruned alone, {when}; learning rate {number(plan.explore_lrs[0])}, seeds {_seeds(plan)}."
+        )
         parts += ["### Does the model error predict the loss?", caption, text]
         parts += [f"![{picture.title}]({links[picture.name]})" for picture in clouds]
     if begun:
@@ -399,10 +444,13 @@ def log(lines: Sequence[Line]) -> str:
         counts = Counter(line["stage"] for line in mine)
         rows = [
             ["runs", ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))],
-            ["hours", plain(sum(line["seconds"] for line in mine if line["stage"] != "layers") / 3600)],
+            [
+                "hours, without the first parts that runs share",
+                plain(sum(line["seconds"] for line in mine if line["stage"] != "layers") / 3600),
+            ],
             *([key, _counted(line[key] for line in mine)] for key in ("device", "commit")),
             ["versions", _counted(setting_text(line["versions"]) for line in mine)],
-            ["learning rates", ", ".join(f"{lr:g}" for lr in plans.Tuning(plan, lines).lrs)],
+            ["learning rates", ", ".join(map(number, plans.Tuning(plan, lines).lrs))],
         ]
         parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _each_rate(plan, lines)]
         parts += [_tuning(plan, lines)]
@@ -424,7 +472,7 @@ def _each_rate(plan: Plan, lines: Sequence[Line]) -> str:
         for method in plan.methods
         if any(which.of(method, pattern) for _, which, pattern in columns)
     ]
-    header = ["test, nothing tuned", *(f"{pattern}, lr {lr:g}" for lr, _, pattern in columns)]
+    header = ["test, nothing tuned", *(f"{pattern}, lr {number(lr)}" for lr, _, pattern in columns)]
     return table(header, rows) if rows else "No method that prunes was run at a usual learning rate."
 
 

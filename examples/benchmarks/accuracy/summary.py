@@ -61,11 +61,12 @@ def estimate(values: Iterable[float]) -> Estimate | None:
     return Estimate(mean, sd, len(listed), (mean - half, mean + half), p)
 
 
-def holm(values: Sequence[float]) -> list[float]:
+def holm(values: Sequence[float], size: int) -> list[float]:
     """Correct the p-values of one family by Holm's step-down method.
 
     Args:
-        values: the p-values.
+        values: the p-values that are known.
+        size: how many tests the family has; one whose p-value is not known yet counts as 1.
 
     Returns:
         The corrected ones, in the same order.
@@ -73,7 +74,7 @@ def holm(values: Sequence[float]) -> list[float]:
     corrected = [0.0] * len(values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        largest = max(largest, min(1.0, (size - rank) * values[index]))
         corrected[index] = largest
     return corrected
 

@@ -69,11 +69,11 @@ class Table:
         return estimate(over_tasks(scores, self.plan.tasks).values())
 
     def family(self, pattern: str) -> dict[str, Compared]:
-        """Return ``admm`` minus each other method, with p-values that are corrected together."""
+        """Return ``admm`` minus each other method, with p-values corrected for all of them, measured or not."""
         others = [method for method in self.plan.methods if method != "admm"]
         found = {method: d for method in others if (d := self.difference("admm", method, pattern)) is not None}
         tested = [method for method, difference in found.items() if difference.p is not None]
-        corrected = dict(zip(tested, holm([found[method].p or 0.0 for method in tested]), strict=True))
+        corrected = dict(zip(tested, holm([found[method].p or 0.0 for method in tested], len(others)), strict=True))
         return {method: Compared(difference, corrected.get(method)) for method, difference in found.items()}
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from layout import difference
+from layout import with_seeds
 from summary import ROUNDING, Estimate
-from tables import SIGNIFICANT, Table
+from tables import Table
 
 Status = Literal["passed", "failed", "not resolved", "not measured"]
 BOTH = ("2:4", "1:4")
+OF_WORD: dict[str, Status] = {"better": "passed", "worse": "failed", "not resolved": "not resolved"}
+"""What may be said of a difference -> what that says of "above"."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +79,33 @@ def verdicts(usual: Table, tuned: Table) -> list[Verdict]:
 
 def _at_least(table: Table, first: str, second: str, pattern: str, limit: float) -> Verdict:
     found = table.difference(first, second, pattern)
-    points = f"at least {limit:g} points over" if limit else "above"
-    return Verdict(f"{table.name}, {pattern}: `{first}` {points} `{second}`", judge(found, limit), difference(found))
+    points = f"at least {limit:g} points above" if limit else "above"
+    return Verdict(f"{table.name}, {pattern}: `{first}` {points} `{second}`", judge(found, limit), with_seeds(found))
 
 
 def _near_dense(table: Table) -> Verdict:
     over_asp, over_dense = (table.difference("admm", other, "2:4") for other in ("asp", "dense"))
     return Verdict(
-        f"{table.name}, 2:4: `admm` at least 1.7 points over `asp`, or at most 0.3 below dense",
+        f"{table.name}, 2:4: `admm` at least 1.7 points above `asp`, or at most 0.3 below `dense`",
         any_of([judge(over_asp, 1.7), judge(over_dense, -0.3)]),
-        f"over `asp` {difference(over_asp)}; over dense {difference(over_dense)}",
+        f"minus `asp` {with_seeds(over_asp)}; minus `dense` {with_seeds(over_dense)}",
     )
 
 
 def _above_all(table: Table) -> Verdict:
     rivals = [m for m in table.plan.methods if m not in ("dense", "admm") and not m.endswith("+kd")]
     statuses: list[Status] = []
-    details = []
+    details: list[str] = []
     for pattern in BOTH:
         family = table.family(pattern) if pattern in table.plan.patterns else {}
         for rival in rivals:
             found = family.get(rival)
             if found is None or found.estimate.n < 2:
                 statuses.append("not measured")
-            elif found.p is None or found.p >= SIGNIFICANT:
-                statuses.append("not resolved")
-                details.append(f"{pattern} `{rival}` {found.estimate.mean:+.2f}")
-            else:
-                statuses.append("passed" if found.estimate.mean > 0 else "failed")
-                details += [f"{pattern} `{rival}` {found.estimate.mean:+.2f}"] if found.estimate.mean < 0 else []
+                continue
+            statuses.append(OF_WORD[found.word])
+            if found.word != "better":
+                details.append(f"{pattern} `{rival}` {with_seeds(found.estimate)}, {found.word}")
     missing = statuses.count("not measured")
     details += [f"{missing} not measured"] if missing else []
     return Verdict(
@@ -123,7 +123,7 @@ def _no_task_behind(table: Table) -> Verdict:
     }
     statuses = {name: judge(each, -0.5) for name, each in found.items()}
     measured = {name: status for name, status in statuses.items() if status != "not measured"}
-    details = [f"{name} {difference(found[name])}" for name, status in measured.items() if status != "passed"]
+    details = [f"{name} {with_seeds(found[name])}" for name, status in measured.items() if status != "passed"]
     details += [f"{len(statuses) - len(measured)} not measured"] if len(measured) < len(statuses) else []
     return Verdict(
         f"{table.name}: no task more than 0.5 behind `asp`, at 2:4 and at 1:4",

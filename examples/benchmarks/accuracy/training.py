@@ -22,7 +22,7 @@ from admm_nxm.statistics import Statistics
 from batches import Encoded
 from methods import METHODS, Dense, Job, Method, dense_steps, weight_of, windows
 from network import Classifier, accuracy, logits_of
-from plans import DISTILLED, Spec
+from plans import DISTILLED, Spec, model_name
 from tasks import load_task, model_folder
 
 HEAD_LR = 1e-3
@@ -271,4 +271,4 @@ def line_of(spec: Spec, measured: dict[str, Any], device: str, commit: str, vers
     given = asdict(spec)
     fields = {key: given[key] for key in ("task", "pattern", "method", "seed", "lr", "steps", "stage")}
     provenance = {"device": device, "commit": commit, "versions": versions}
-    return {**fields, "model": spec.model, "setting": spec.options, **measured, **provenance}
+    return {**fields, "model": model_name(spec.layers), "setting": spec.options, **measured, **provenance}
