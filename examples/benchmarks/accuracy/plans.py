@@ -152,7 +152,7 @@ PLANS: dict[str, Plan] = {
             "layers": 2,
             "steps": 200,
             "tasks": ("supersense", "entailment", "polarity"),
-            "explore_steps": (100, 400, 1600),
+            "explore_steps": (400, 100, 1600),  # the length of the full plan first
         }
     ),
     "smoke": Plan(
