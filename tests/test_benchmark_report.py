@@ -409,7 +409,8 @@ def test_means_over_different_exploring_runs_are_not_compared() -> None:
     assert row(report.explored(PLAN, base + other), "prune_at 0.6")[1] == "2 of 4 runs"
     assert row(report.explored(PLAN, base[:3] + other), "prune_at 0.85")[1] == "3 of 4 runs"
     whole = [*other, *(explore_line(task, 101, 70.5, {"prune_at": 0.6}) for task in PLAN.explore_tasks)]
-    assert row(report.explored(PLAN, base[:3] + whole), "prune_at 0.6")[1] == "4 of 4 runs"
+    assert row(report.explored(PLAN, base[:3] + whole), "prune_at 0.6")[1] == "base: 3 of 4 runs"
+    assert row(report.explored(PLAN, whole), "prune_at 0.6")[1] == "base: 0 of 4 runs"
     assert row(report.explored(PLAN, base + whole), "prune_at 0.6")[1] == "+0.8 (+1.0, +0.5)"
 
 
@@ -424,6 +425,14 @@ def test_a_grid_that_widens_late_leaves_the_other_choices_as_they_are() -> None:
     said = report.missing(PLAN, lines)
     assert "so 1.67e-5 joins the learning rates. Not tried there yet: `dense`, `asp`" in said
     assert "`pat`" in said.split("Not tried")[1]
+    where = {"pattern": "2:4", "lr": 1.67e-5, "stage": "tune"}
+    lines += [run_line("pat", task, seed, 95.0, **where) for task in PLAN.tasks for seed in PLAN.tuning_seeds]
+    assert plans.Tuning(PLAN, lines).choose("pat", "2:4") == (1.67e-5, {"healing": 0.75})
+    lines += tuning("sr-ste", "1:4", PLAN.lrs[-1])  # later lines stand for earlier ones
+    twice = plans.Tuning(PLAN, lines)
+    assert twice.lrs == (1.67e-5, *PLAN.lrs, 4.05e-3)
+    assert twice.choose("pat", "2:4") == (1.67e-5, {"healing": 0.75})
+    assert twice.choose("sr-ste", "1:4") is None
 
 
 def test_a_method_that_has_begun_is_not_called_not_run() -> None:

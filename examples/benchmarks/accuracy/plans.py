@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
@@ -93,7 +93,7 @@ class Plan:
         steps: length of a run.
         explore_tasks: tasks of the runs that explore.
         explore_lrs: learning rates of the runs that explore.
-        explore_steps: other lengths at which AT_EACH_LENGTH is explored.
+        explore_steps: another length of a run -> the keys of VARIANTS that are explored there too.
     """
 
     layers: int
@@ -108,7 +108,7 @@ class Plan:
     steps: int
     explore_tasks: tuple[str, ...] = ()
     explore_lrs: tuple[float, ...] = (3e-4, 9e-4)
-    explore_steps: tuple[int, ...] = ()
+    explore_steps: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -142,7 +142,6 @@ _FULL = Plan(
     tuning_seeds=(100, 101),
     steps=400,
     explore_tasks=("supersense", "entailment"),
-    explore_steps=(100, 1600),
 )
 PLANS: dict[str, Plan] = {
     "full": _FULL,
@@ -152,7 +151,11 @@ PLANS: dict[str, Plan] = {
             "layers": 2,
             "steps": 200,
             "tasks": ("supersense", "entailment", "polarity"),
-            "explore_steps": (400, 100, 1600),  # the length of the full plan first
+            "explore_steps": {
+                400: ("prune_at", "calibration", "damping"),
+                100: ("prune_at", "calibration", "damping"),
+                1600: ("prune_at",),
+            },
         }
     ),
     "smoke": Plan(
@@ -243,10 +246,14 @@ class Tuning:
         return max(((lr, setting) for lr in lrs), key=means.__getitem__)
 
     def _settled(self, method: str, pattern: str | None) -> tuple[float, str] | None:
-        """Return the best of the grid; while a widened one has gaps, the best of the plan's, if it is on no edge."""
-        best, early = self._best(method, pattern, self.lrs), self._best(method, pattern, self.plan.lrs)
-        edges = self.plan.lrs[0], self.plan.lrs[-1]
-        return best if best is not None or early is None or early[0] in edges else early
+        """Return the best of the rates that have runs; None if one of the plan has none, or one beside the best."""
+        means, setting = self._means.get((method, pattern), {}), self.best_setting(method, pattern)
+        tried = [lr for lr in self.lrs if (lr, setting) in means]
+        if setting is None or not set(self.plan.lrs) <= set(tried):
+            return None
+        best = max(tried, key=lambda lr: means[lr, setting])
+        place = self.lrs.index(best)
+        return (best, setting) if set(self.lrs[max(0, place - 1) : place + 2]) <= set(tried) else None
 
     @property
     def gaps(self) -> list[str]:
@@ -360,14 +367,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "by way of": ({**BASE, "by_way_of": "2:4"},),
 }
 
-AT_EACH_LENGTH = ("prune_at", "calibration", "damping")
-"""The variants that are explored at other lengths of a run too."""
-
 
 def explore(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: ARG001 - nothing is chosen here
     """Yield the runs that explore, on dev: ``prune_at`` first, then the rest, then other lengths."""
     at = [("prune_at",), tuple(name for name in VARIANTS if name != "prune_at")]
-    for steps, names in [*((plan.steps, names) for names in at), *((n, AT_EACH_LENGTH) for n in plan.explore_steps)]:
+    for steps, names in [*((plan.steps, names) for names in at), *plan.explore_steps.items()]:
         for seed in plan.tuning_seeds:
             for lr in plan.explore_lrs:
                 for task in plan.explore_tasks:

@@ -29,7 +29,7 @@ try:
     from layout import NOT_RUN, difference, number, plain, score, setting_text, signed, table, with_seeds
     from plans import PLANS, Line, Plan
     from plots import Bars, Cloud, Picture, Row, draw
-    from tables import Table
+    from tables import SIGNIFICANT, Table
     from targets import verdicts
 except ImportError as error:
     print(f'report: error: cannot import {error.name}; run: pip install -e ".[study]"', file=sys.stderr)
@@ -90,14 +90,16 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
     methods = (
         "`dense` prunes nothing. `asp` is the usual way: the largest weights of each group are kept, once, before "
         "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
-        "SparseGPT's update there. `admm` is the default of this package."
+        f"SparseGPT's update there. `admm` is the default of this package. {PROTOCOL} explains the other methods."
     )
     named = (
         f"Nothing tuned: the mean over the learning rates {rates(plan)}. Tuned: the rate that was best on dev texts."
     )
     units = (
         "Figures are percent of test texts answered right; differences are in points. Their 95 % intervals are over "
-        "the seeds of training; the test texts are the same for every seed."
+        "the seeds of training; the test texts are the same for every seed. Better: the p-value is below "
+        f"{SIGNIFICANT:g} after Holm's correction for all {len(plan.methods) - 1} differences of `admm`, those not "
+        "measured yet among them. With few seeds it can be larger though its own interval is above 0."
     )
     first = [trained, methods, named, units, *_how_far(usual, tuned)]
     measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
@@ -134,7 +136,8 @@ def _compared(which: Table, pattern: str) -> str:
     by_word: dict[str, list[str]] = defaultdict(list)
     for method, found in which.family(pattern).items():
         if method != "dense" and not method.endswith(plans.DISTILLED):
-            by_word[found.word].append(f"`{method}` ({signed(found.estimate.mean)})")
+            few = f", {found.estimate.n} seeds" if found.estimate.n < len(which.plan.patterns[pattern][0]) else ""
+            by_word[found.word].append(f"`{method}` ({signed(found.estimate.mean)}{few})")
     said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
     parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
     return f"{which.name.capitalize()}, {pattern}: `admm` is {'; '.join(parts)}." if parts else ""
@@ -152,7 +155,8 @@ def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
             left = difference(rest.difference("admm", "asp", pattern))
             said[most].append(f"{which.name}, {pattern} {left}")
     return [
-        f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}."
+        f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}. Tuned rates "
+        "are those chosen with all tasks."
         for task, parts in said.items()
     ]
 
@@ -253,8 +257,12 @@ def overview(usual: Table, tuned: Table) -> str:
     ]
     sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in verdicts(usual, tuned)]
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
-    untuned = f"nothing tuned: the mean over learning rates {rates(plan)}"
-    caption = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks; {untuned}."
+    what = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
+    untuned = (
+        f"Nothing tuned: the mean over the learning rates {rates(plan)}; tuned: the rate that was best on dev texts."
+    )
+    words = "`+kd`: with distillation. Not resolved: the seeds are too few, or differ too much, to say."
+    caption = f"{what} {untuned} {words}"
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
 
@@ -276,13 +284,14 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
     base = json.dumps(plans.BASE, sort_keys=True)
     for steps in sorted({key[0] for key in cells}, key=lambda steps: (steps != plan.steps, steps)):
         rows = []
-        for setting in sorted({key[1] for key in cells if key[0] == steps}, key=order.index):
+        known = {key[1] for key in cells if key[0] == steps}
+        for setting in sorted(known, key=lambda s: (order.index(s) if s in order else len(order), s)):
             options = json.loads(setting)
             compared = [
                 "does not apply"
                 if options.get("by_way_of") == p
                 else _explored_cell(
-                    cells[steps, setting, p, lr], {} if setting == base else cells[steps, base, p, lr], wanted
+                    cells[steps, setting, p, lr], None if setting == base else cells[steps, base, p, lr], wanted
                 )
                 for p, lr in columns
             ]
@@ -293,11 +302,16 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
     return "\n\n".join(parts)
 
 
-def _explored_cell(scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float], wanted: int) -> str:
-    """Write a mean, or the mean of its gains over ``base``; means over different runs cannot be compared."""
-    if len(scores) < wanted or 0 < len(base) < wanted:
-        return f"{len(scores)} of {wanted} runs" if scores else NOT_RUN
-    if not base:
+def _explored_cell(
+    scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float] | None, wanted: int
+) -> str:
+    """Write a mean, or the mean of the gains over a base; nothing but a count while runs of either are missing."""
+    if not scores:
+        return NOT_RUN
+    for name, runs in (("", scores), ("base: ", scores if base is None else base)):
+        if len(runs) < wanted:
+            return f"{name}{len(runs)} of {wanted} runs"
+    if base is None:
         return plain(statistics.fmean(scores.values()))
     gains: dict[int, list[float]] = defaultdict(list)
     for (task, seed), value in scores.items():
