@@ -99,7 +99,7 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         "Figures are percent of test texts answered right; differences are in points. Their 95 % intervals are over "
         "the seeds of training; the test texts are the same for every seed. Better: the p-value is below "
         f"{SIGNIFICANT:g} after Holm's correction for all {len(plan.methods) - 1} differences of `admm`, those not "
-        "measured yet among them. With few seeds it can be larger though its own interval is above 0."
+        "measured yet among them. With few seeds it can be larger though the interval is above 0."
     )
     first = [trained, methods, named, units, *_how_far(usual, tuned)]
     measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
