@@ -336,7 +336,7 @@ def test_the_page(results: Path) -> None:
     pages, pictures, _ = report.build(results, results.parent / "results.md")
     page, log = pages.values()
     first = page.split("##")[0]
-    assert 8 <= sum(line.startswith("- ") for line in first.splitlines()) <= 12
+    assert 8 <= sum(line.startswith("- ") for line in first.splitlines()) <= 10
     assert row(first, "`dense`: accuracy")[1:] == ["76.0 ± 0.2 (5)"] * 4
     assert [cell.split()[0] for cell in row(first, report.METHODS["admm"])[1:]] == ["-1.0", "-5.0", "-1.0", "-5.0"]
     assert "Tuned, 1:4: `admm` is better than `asp` (+5.0), `asp-late` (+4.0)" in first

@@ -249,11 +249,11 @@ class Tuning:
         """Return the best of the rates that have runs; None if one of the plan has none, or one beside the best."""
         means, setting = self._means.get((method, pattern), {}), self.best_setting(method, pattern)
         tried = [lr for lr in self.lrs if (lr, setting) in means]
-        if setting is None or not set(self.plan.lrs) <= set(tried):
+        best = self._best(method, pattern, tried) if set(self.plan.lrs) <= set(tried) else None
+        if best is None:
             return None
-        best = max(tried, key=lambda lr: means[lr, setting])
-        place = self.lrs.index(best)
-        return (best, setting) if set(self.lrs[max(0, place - 1) : place + 2]) <= set(tried) else None
+        place = self.lrs.index(best[0])
+        return best if set(self.lrs[max(0, place - 1) : place + 2]) <= set(tried) else None
 
     @property
     def gaps(self) -> list[str]:

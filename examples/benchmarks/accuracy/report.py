@@ -101,7 +101,7 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         f"{SIGNIFICANT:g} after Holm's correction for all {len(plan.methods) - 1} differences of `admm`, those not "
         "measured yet among them. With few seeds it can be larger though the interval is above 0."
     )
-    first = [trained, methods, named, units, *_how_far(usual, tuned)]
+    first = [f"{trained} {named}", methods, units, *_how_far(usual, tuned)]
     measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
     then = [said for which, pattern in measured if (said := _compared(which, pattern))]
     then += _without_one_task(measured)
@@ -154,11 +154,11 @@ def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
             rest = replace(which, plan=replace(which.plan, tasks=tuple(task for task in tasks if task != most)))
             left = difference(rest.difference("admm", "asp", pattern))
             said[most].append(f"{which.name}, {pattern} {left}")
-    return [
-        f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}. Tuned rates "
-        "are those chosen with all tasks."
+    each = [
+        f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}."
         for task, parts in said.items()
     ]
+    return [" ".join([*each, "Tuned rates are those chosen with all tasks."])] if each else []
 
 
 def _how_far(usual: Table, tuned: Table) -> list[str]:
