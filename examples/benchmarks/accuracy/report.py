@@ -92,16 +92,13 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
         "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
         f"SparseGPT's update there. `admm` is the default of this package. {PROTOCOL} explains the other methods."
     )
-    named = (
-        f"Nothing tuned: the mean over the learning rates {rates(plan)}. Tuned: the rate that was best on dev texts."
-    )
     units = (
         "Figures are percent of test texts answered right; differences are in points. Their 95 % intervals are over "
         "the seeds of training; the test texts are the same for every seed. Better: the p-value is below "
         f"{SIGNIFICANT:g} after Holm's correction for all {len(plan.methods) - 1} differences of `admm`, those not "
         "measured yet among them. With few seeds it can be larger though the interval is above 0."
     )
-    first = [f"{trained} {named}", methods, units, *_how_far(usual, tuned)]
+    first = [f"{trained} {tuned_or_not(plan)}", methods, units, *_how_far(usual, tuned)]
     measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
     then = [said for which, pattern in measured if (said := _compared(which, pattern))]
     then += _without_one_task(measured)
@@ -113,9 +110,10 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
     return "\n\n".join(part for part in (lists[0], _costs(measured), lists[1]) if part)
 
 
-def rates(plan: Plan) -> str:
-    """Write the learning rates of the table in which nothing is tuned."""
-    return " and ".join(map(number, plan.usual_lrs))
+def tuned_or_not(plan: Plan) -> str:
+    """Say which learning rates each of the two tables has."""
+    rates = " and ".join(map(number, plan.usual_lrs))
+    return f"Nothing tuned: the mean over the learning rates {rates}. Tuned: the rate that was best on dev texts."
 
 
 def _costs(measured: Sequence[tuple[Table, str]]) -> str:
@@ -258,11 +256,8 @@ def overview(usual: Table, tuned: Table) -> str:
     sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in verdicts(usual, tuned)]
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
     what = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
-    untuned = (
-        f"Nothing tuned: the mean over the learning rates {rates(plan)}; tuned: the rate that was best on dev texts."
-    )
     words = "`+kd`: with distillation. Not resolved: the seeds are too few, or differ too much, to say."
-    caption = f"{what} {untuned} {words}"
+    caption = f"{what} {tuned_or_not(plan)} {words}"
     return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
 
 
