@@ -394,6 +394,14 @@ def test_the_page_says_how_far_the_study_is() -> None:
     assert report._how_far(*tables_of(all_of_them)) == []
 
 
+def test_the_lead_compares_with_no_method_that_has_one_seed() -> None:
+    for seeds, shown in ((range(5), True), ((0, 1), True), ((0,), False)):
+        lines = [x for x in complete(GAINS) if x["method"] != "pat" or x["stage"] == "tune" or x["seed"] in seeds]
+        said = report._compared(tables_of(lines)[1], "1:4")
+        assert said.startswith("Tuned, 1:4: `admm` is better than")
+        assert ("`pat`" in said) is shown
+
+
 def test_the_gain_without_one_task() -> None:
     """The task is the one that gains most, and an average over the others is left."""
     lines = final("asp", 70.0) + final("admm", 71.0)
