@@ -130,10 +130,10 @@ def _costs(measured: Sequence[tuple[Table, str]]) -> str:
 
 
 def _compared(which: Table, pattern: str) -> str:
-    """Say which methods ``admm`` is better than, without those of another loss and those with one seed."""
+    """Say which methods ``admm`` is better than, without those of another loss."""
     by_word: dict[str, list[str]] = defaultdict(list)
     for method, found in which.family(pattern).items():
-        if method != "dense" and not method.endswith(plans.DISTILLED) and found.estimate.n > 1:
+        if method != "dense" and not method.endswith(plans.DISTILLED):
             few = f", {found.estimate.n} seeds" if found.estimate.n < len(which.plan.patterns[pattern][0]) else ""
             by_word[found.word].append(f"`{method}` ({signed(found.estimate.mean)}{few})")
     said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}

@@ -29,7 +29,9 @@ class Compared:
 
     @property
     def word(self) -> str:
-        """What may be said of it."""
+        """What may be said of it; one seed says nothing."""
+        if self.estimate.n < 2:
+            return "not measured"
         if self.p is None or self.p >= SIGNIFICANT:
             return "not resolved"
         return "better" if self.estimate.mean > 0 else "worse"

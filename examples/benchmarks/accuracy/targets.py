@@ -100,7 +100,7 @@ def _above_all(table: Table) -> Verdict:
         family = table.family(pattern) if pattern in table.plan.patterns else {}
         for rival in rivals:
             found = family.get(rival)
-            if found is None or found.estimate.n < 2:
+            if found is None or found.word == "not measured":
                 statuses.append("not measured")
                 continue
             statuses.append(OF_WORD[found.word])
