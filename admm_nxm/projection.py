@@ -90,9 +90,8 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
 
 def zero_outside(t: Tensor, mask: Tensor) -> None:
     """Set to +0.0, in place, what a boolean mask does not keep, be it NaN or infinite."""
-    # On the bits: a product would leave NaN where NaN was, and torch.where is many times slower on a CPU.
-    integer = INTEGER_OF_SIZE[t.element_size()]
-    t.view(integer).bitwise_and_(mask.to(integer).neg_())
+    # A product of the bits as integers: that of floats would leave NaN where NaN was, torch.where is slow on a CPU.
+    t.view(INTEGER_OF_SIZE[t.element_size()]).mul_(mask)
 
 
 def _check(w: Tensor, pattern: Pattern, dim: int) -> int:
