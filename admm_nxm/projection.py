@@ -90,7 +90,7 @@ def project(w: Tensor, pattern: Pattern | str, dim: int = -1) -> Tensor:
 
 def zero_outside(t: Tensor, mask: Tensor) -> None:
     """Set to +0.0, in place, what a boolean mask does not keep, be it NaN or infinite."""
-    # A product of the bits as integers: that of floats would leave NaN where NaN was, torch.where is slow on a CPU.
+    # On the bits as integers: a product of floats would leave NaN where NaN was, and torch.where is slow on a CPU.
     t.view(INTEGER_OF_SIZE[t.element_size()]).mul_(mask)
 
 

@@ -134,11 +134,11 @@ def _sparse(
                 "it has NaN or infinite entries, which cannot be ranked; leave it dense by a select rule, or save a "
                 "sound model"
             )
-        dropped = ~keep_mask(t, weight.pattern, weight.dim)
+        kept = keep_mask(t, weight.pattern, weight.dim)
     except (TypeError, IndexError, ValueError) as error:
         raise ValueError(
             f"{file}: weight {stored.name!r} of shape {stored.shape} cannot be pruned to {weight.pattern}: {error}"
         ) from error
-    # As integers, because not every torch can choose among 8-bit floats; all bits 0 are +0.0 in each of them.
-    sparse = t.view(INTEGER_OF_SIZE[t.element_size()]).masked_fill(dropped, 0)
+    # As integers, because not every torch can multiply 8-bit floats; all bits 0 are +0.0 in each of them.
+    sparse = t.view(INTEGER_OF_SIZE[t.element_size()]) * kept
     return stored.name, bytes_of(sparse)
