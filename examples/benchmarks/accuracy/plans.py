@@ -305,24 +305,28 @@ def usual(plan: Plan, method: str) -> list[Choice]:
     return [(lr, {**setting, "teacher_lr": lr} if method.endswith(DISTILLED) else setting) for lr in plan.usual_lrs]
 
 
-def blocks(plan: Plan) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Return (methods, patterns) in the order of their runs."""
-    early = tuple(pattern for pattern in plan.patterns if pattern == plan.patterns[pattern][1])
-    late = tuple(pattern for pattern in plan.patterns if pattern not in early)
-    return [*((methods, early) for methods in plan.rounds), *([(plan.methods, late)] if late else [])]
+def by_choice(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the patterns with tuning of their own, and those that take the choice of another."""
+    own = tuple(pattern for pattern in plan.patterns if pattern == plan.patterns[pattern][1])
+    return own, tuple(pattern for pattern in plan.patterns if pattern not in own)
 
 
 def final(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:
     """Yield tuning and final runs, those that begin alike together, the most useful first; some come a second time."""
     tuning = Tuning(plan, lines)
-    seeds = plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]
-    (methods, early), *others = blocks(plan)
-    yield from _runs(tuning, methods, early, seeds)
+    first, rest = plan.seeds[:FIRST_SEEDS], plan.seeds[FIRST_SEEDS:]
+    own, others = by_choice(plan)
+    leading, *later = plan.rounds
+    yield from _runs(tuning, leading, own, (first, rest))
     # The targets that wait for the other methods compare tuned runs, and can be judged with the first seeds.
-    for methods in plan.rounds[1:]:
-        yield from _runs(tuning, methods, early, seeds[:1], untuned=False)
-    for methods, patterns in others:
-        yield from _runs(tuning, methods, patterns, seeds)
+    for methods in later:
+        yield from _runs(tuning, methods, own, (first,), untuned=False)
+    for methods in sorted(later, key=lambda methods: methods[0].endswith(DISTILLED)):
+        yield from _runs(tuning, methods, own, (rest,), untuned=False)
+    yield from _runs(tuning, leading, others, (plan.seeds,), untuned=False)
+    for methods in later:
+        yield from _runs(tuning, methods, own, (first, rest))
+    yield from _runs(tuning, plan.methods, others, (plan.seeds,))
 
 
 def _runs(

@@ -162,7 +162,7 @@ def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
     plan = usual.plan
-    patterns = plans.blocks(plan)[0][1]
+    patterns = plans.by_choice(plan)[0]
 
     def seeds(which: Table, method: str, pattern: str) -> int:
         return 0 if (found := which.mean(method, pattern)) is None else found.n
