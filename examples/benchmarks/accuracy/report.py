@@ -162,22 +162,24 @@ def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
 def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
     plan = usual.plan
-    patterns = plans.by_choice(plan)[0]
 
-    def seeds(which: Table, method: str, pattern: str) -> int:
-        return 0 if (found := which.mean(method, pattern)) is None else found.n
+    def whole(method: str, pattern: str, *over: Table) -> bool:
+        """Say whether each of the tables has every seed of the method at the pattern."""
+        means = [which.mean(method, pattern) for which in over]
+        return all(found is not None and found.n >= len(plan.patterns[pattern][0]) for found in means)
 
-    def whole(method: str, over: Iterable[str]) -> bool:
-        return all(seeds(which, method, p) >= len(plan.patterns[p][0]) for which in (usual, tuned) for p in over)
+    def named(methods: list[str]) -> str:
+        return ", ".join(f"`{method}`" for method in methods) or "no methods"
 
-    if all(whole(method, plan.patterns) for method in plan.methods):
+    own, others = plans.by_choice(plan)
+    done = [method for method in plan.methods if all(whole(method, p, usual, tuned) for p in own)]
+    half = [method for method in plan.methods if method not in done and all(whole(method, p, tuned) for p in own)]
+    missing = [p for p in others if not all(whole(method, p, usual, tuned) for method in plan.methods)]
+    if len(done) == len(plan.methods) and not missing:
         return []
-    done = [f"`{method}`" for method in plan.methods if whole(method, patterns)]
-    others = [method for method in plan.methods if not whole(method, patterns)]
-    known = f"{', '.join(done) or 'no methods'} have all runs at {' and '.join(patterns)}"
-    if others:
-        begun = sum(all(seeds(tuned, method, p) > 1 for p in patterns) for method in others) or "none"
-        known += f"; of the {len(others)} other methods, {begun} have two tuned seeds or more at each of these patterns"
+    known = f"{named(done)} have all runs at {' and '.join(own)}"
+    known += f"; {named(half)} have all tuned runs there" if half else ""
+    known += "".join(f"; {pattern} is not complete" for pattern in missing)
     return [f"**The study is under way: {known}. Figures and verdicts may change.**"]
 
 
