@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
@@ -93,7 +93,7 @@ class Plan:
         steps: length of a run.
         explore_tasks: tasks of the runs that explore.
         explore_lrs: learning rates of the runs that explore.
-        explore_steps: another length of a run -> the keys of VARIANTS that are explored there too.
+        explore_steps: other lengths of a run at which AT_OTHER_LENGTHS are explored too.
     """
 
     layers: int
@@ -108,7 +108,7 @@ class Plan:
     steps: int
     explore_tasks: tuple[str, ...] = ()
     explore_lrs: tuple[float, ...] = (3e-4, 9e-4)
-    explore_steps: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    explore_steps: tuple[int, ...] = ()
 
     @property
     def model(self) -> str:
@@ -151,11 +151,7 @@ PLANS: dict[str, Plan] = {
             "layers": 2,
             "steps": 200,
             "tasks": ("supersense", "entailment", "polarity"),
-            "explore_steps": {
-                400: ("prune_at", "calibration", "damping"),
-                100: ("prune_at", "calibration", "damping"),
-                1600: ("prune_at",),
-            },
+            "explore_steps": (400, 100, 1600),
         }
     ),
     "smoke": Plan(
@@ -370,12 +366,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "rewarm": tuple({**BASE, "rewarm": share} for share in (0.3, 0.6)),
     "by way of": ({**BASE, "by_way_of": "2:4"},),
 }
+AT_OTHER_LENGTHS = ("prune_at", "calibration", "damping")
 
 
 def explore(plan: Plan, lines: Sequence[Line]) -> Iterator[list[Spec]]:  # noqa: ARG001 - nothing is chosen here
     """Yield the runs that explore, on dev: ``prune_at`` first, then the rest, then other lengths."""
-    at = [("prune_at",), tuple(name for name in VARIANTS if name != "prune_at")]
-    for steps, names in [*((plan.steps, names) for names in at), *plan.explore_steps.items()]:
+    rest = tuple(name for name in VARIANTS if name != "prune_at")
+    others = [(steps, AT_OTHER_LENGTHS) for steps in plan.explore_steps]
+    for steps, names in [(plan.steps, ("prune_at",)), (plan.steps, rest), *others]:
         for seed in plan.tuning_seeds:
             for lr in plan.explore_lrs:
                 for task in plan.explore_tasks:
