@@ -379,12 +379,16 @@ def test_the_page_says_how_far_the_study_is() -> None:
         lines = [x for x in complete(GAINS) if x["stage"] == "tune" or (x["method"], x["lr"], x["seed"]) not in without]
         return str(report._how_far(*tables_of(lines))[0])
 
-    assert "under way: no methods have all runs at 2:4 and 1:4; 2:8 is not complete. Figures" in said(seeds=(3, 4))
+    assert "under way: no methods have all runs at 2:4 and 1:4; 2:8 is not complete. Figures and" in said(seeds=(3, 4))
     assert "`admm`, `asp+kd`, `admm+kd`, `gradual`, `sr-ste`" in said()
-    assert "have all runs at 2:4 and 1:4; 2:8 is not complete. Figures" in said()
-    for rate, half in ((5e-5, "; `gradual`, `pat` have all tuned runs there"), (1.5e-4, "")):
+    assert "have all runs at 2:4 and 1:4; 2:8 is not complete. All verdicts have their runs" in said()
+    assert "Figures and verdicts may change" in said(seeds=(4,), rates=(5e-5,), methods=("asp",))
+    for rate, half, end in (
+        (5e-5, "; `gradual`, `pat` have all tuned runs there", "All verdicts have their runs"),
+        (1.5e-4, "", "Figures and verdicts may change"),
+    ):
         late = said(seeds=(4,), rates=(rate,), methods=("pat", "gradual"))
-        assert f"have all runs at 2:4 and 1:4{half}; 2:8 is not complete." in late
+        assert f"have all runs at 2:4 and 1:4{half}; 2:8 is not complete. {end}." in late
         whole, _, _ = late.partition(" have all runs")
         assert "`sr-ste`" in whole
         assert "`pat`" not in whole

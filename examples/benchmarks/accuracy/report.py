@@ -180,7 +180,10 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
     known = f"{named(done)} have all runs at {' and '.join(own)}"
     known += f"; {named(half)} have all tuned runs there" if half else ""
     known += "".join(f"; {pattern} is not complete" for pattern in missing)
-    return [f"**The study is under way: {known}. Figures and verdicts may change.**"]
+    # No target needs more: those of the table with nothing tuned compare methods of the first round.
+    judged = set(plan.rounds[0]) <= set(done) and len(done) + len(half) == len(plan.methods)
+    rest = "All verdicts have their runs" if judged else "Figures and verdicts may change"
+    return [f"**The study is under way: {known}. {rest}.**"]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
