@@ -505,8 +505,8 @@ def test_tuned_runs_of_all_methods_come_before_those_with_nothing_tuned_of_later
         *((method, "1:4", 4.5e-4, 3) for method in ("gradual", "admm+kd")),
         ("admm", "2:8", 4.5e-4, 0),
     ]
-    untuned = [pattern for _, pattern, _, _ in later[9:]]
-    assert untuned == sorted(untuned)  # 1:4, then the rest of 2:8
+    patterns_of_the_rest = [pattern for _, pattern, _, _ in later[9:]]
+    assert patterns_of_the_rest == sorted(patterns_of_the_rest)  # 1:4, then the rest of 2:8
     rates = (5e-5, 1.5e-4, 4.5e-4)
     wanted = set(itertools.product(("dense",), (None,), rates, seeds))
     for pattern, (its, _) in patterns.items():

@@ -163,18 +163,18 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
     """Say how much of the study there is, as long as it is not the whole."""
     plan = usual.plan
 
-    def whole(method: str, pattern: str, *over: Table) -> bool:
-        """Say whether each of the tables has every seed of the method at the pattern."""
-        means = [which.mean(method, pattern) for which in over]
-        return all(found is not None and found.n >= len(plan.patterns[pattern][0]) for found in means)
+    def whole(method: str, over: Iterable[str], *tables: Table) -> bool:
+        """Say whether each of the tables has every seed of the method at each of these patterns."""
+        means = [(which.mean(method, pattern), plan.patterns[pattern][0]) for which in tables for pattern in over]
+        return all(found is not None and found.n >= len(seeds) for found, seeds in means)
 
     def named(methods: list[str]) -> str:
         return ", ".join(f"`{method}`" for method in methods) or "no methods"
 
     own, others = plans.by_choice(plan)
-    done = [method for method in plan.methods if all(whole(method, p, usual, tuned) for p in own)]
-    half = [method for method in plan.methods if method not in done and all(whole(method, p, tuned) for p in own)]
-    missing = [p for p in others if not all(whole(method, p, usual, tuned) for method in plan.methods)]
+    done = [method for method in plan.methods if whole(method, own, usual, tuned)]
+    half = [method for method in plan.methods if method not in done and whole(method, own, tuned)]
+    missing = [p for p in others if not all(whole(method, (p,), usual, tuned) for method in plan.methods)]
     if len(done) == len(plan.methods) and not missing:
         return []
     known = f"{named(done)} have all runs at {' and '.join(own)}"
