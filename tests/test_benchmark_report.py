@@ -212,6 +212,7 @@ def test_a_limit_is_judged_by_the_whole_interval(low: float, high: float, status
     assert targets.judge(estimated(low, high), 1.7) == status
     assert targets.judge(None, 1.7) == "not measured"
     assert targets.judge(summary.estimate([9.0]), 1.7) == "not measured"
+    assert targets.judge(summary.estimate([9.0, 9.0]), 1.7) == "not resolved"  # no interval
 
 
 def test_parts_of_a_target() -> None:
@@ -339,20 +340,24 @@ def test_the_page(results: Path) -> None:
     assert 8 <= sum(line.startswith("- ") for line in first.splitlines()) <= 10
     assert row(first, "`dense`: accuracy")[1:] == ["76.0 ± 0.2 (5)"] * 4
     assert [cell.split()[0] for cell in row(first, report.METHODS["admm"])[1:]] == ["-1.0", "-5.0", "-1.0", "-5.0"]
-    assert "Tuned, 1:4: `admm` is better than `asp` (+5.0), `asp-late` (+4.0)" in first
+    assert "**Against `dense`, `admm` costs 1.0 points at 2:4 and 5.0 points at 1:4; `asp`" in first
+    assert "At 1:4 `admm` is better than `asp` (+5.0), `asp-late` (+4.0)" in first
     assert "the task that gains most, `admm` minus `asp`: " in first
     assert "`admm+kd` minus `admm`: 2:4 +0.5 [+0.5, +0.5], 5 seeds" in first
     assert (
         row(page.split("### Nothing tuned")[1].split("###")[0].split("Each task")[0], "`admm`")[1] == "75.0 ± 0.2 (5)"
     )
-    assert row(page, "prune_at 0.6")[1:3] == ["+0.2 (+1.0, -0.5)", layout.NOT_RUN]
-    assert row(page, "prune_at 0.85")[1] == "70.0"
-    assert "1600 steps: not run." in page
+    explored = page.split("200 steps:")[1].split("100 steps:")[0]
+    assert row(explored, "prune_at 0.6")[1:3] == ["+0.2 (+1.0, -0.5)", layout.NOT_RUN]
+    assert row(explored, "prune_at 0.85")[1] == "70.0"
+    assert page.count("| prune_at 0.9 | not run | not run | not run | not run |") == 4
+    assert report.UNLIKE not in page
     assert re.search(r"model error \| rise of dev loss \| -1\.00, -1\.00", page)
-    assert re.search(r"model error times loss at zero \| rise of dev loss \| 1\.00, 1\.00", page)
+    assert re.search(r"cost by the quadratic model \| rise of dev loss \| 1\.00, 1\.00", page)
     assert row(page, "`asp`, nothing tuned")[-1] == "18 of 18 runs"
     assert "No final run" not in page
-    assert row(log, "`dense`")[1] == row(log, "`dense`")[3] == "76.0 ± 0.2 (5)"
+    each_rate = row(log.split("`admm` minus")[0], "`dense`")
+    assert each_rate[1] == each_rate[3] == "76.0 ± 0.2 (5)"
     assert "`asp`, 2:4 | lr 1.5e-4 | 90.0 | chosen" in log
     assert row(page.split("### Tuned")[1].split("Each task")[0], "`gradual`")[2] == "lr 1.5e-4, stop 0.5"
     assert [picture.name for picture in pictures] == ["accuracy-cpu.svg", "layers-cpu.svg"]
@@ -379,20 +384,23 @@ def test_the_page_says_how_far_the_study_is() -> None:
         lines = [x for x in complete(GAINS) if x["stage"] == "tune" or (x["method"], x["lr"], x["seed"]) not in without]
         return str(report._how_far(*tables_of(lines))[0])
 
-    assert "under way: no methods have all runs at 2:4 and 1:4; 2:8 is not complete. Figures and" in said(seeds=(3, 4))
+    none = "at 2:8 no methods have all tuned runs, and nothing else is complete"
+    assert f"was made: no methods have all runs at 2:4 and 1:4; {none}. Figures and" in said(seeds=(3, 4))
     assert "`admm`, `asp+kd`, `admm+kd`, `gradual`, `sr-ste`" in said()
-    assert "have all runs at 2:4 and 1:4; 2:8 is not complete. All verdicts have their runs" in said()
+    assert f"have all runs at 2:4 and 1:4; {none}. No verdict waits for a run" in said()
     assert "Figures and verdicts may change" in said(seeds=(4,), rates=(5e-5,), methods=("asp",))
     for rate, half, end in (
-        (5e-5, "; `gradual`, `pat` have all tuned runs there", "All verdicts have their runs"),
+        (5e-5, "; `gradual`, `pat` have all tuned runs there", "No verdict waits for a run"),
         (1.5e-4, "", "Figures and verdicts may change"),
     ):
         late = said(seeds=(4,), rates=(rate,), methods=("pat", "gradual"))
-        assert f"have all runs at 2:4 and 1:4{half}; 2:8 is not complete. {end}." in late
+        assert f"have all runs at 2:4 and 1:4{half}; {none}. {end}." in late
         whole, _, _ = late.partition(" have all runs")
         assert "`sr-ste`" in whole
         assert "`pat`" not in whole
         assert "`gradual`" not in whole
+    some = [*complete(GAINS), *(line for m in ("asp", "admm") for line in final(m, 70.0, "2:8", lrs=(1.5e-4,)))]
+    assert "at 2:8 `asp`, `admm` have all tuned runs, and" in report._how_far(*tables_of(some))[0]
     all_of_them = [*complete(GAINS), *(line for m in GAINS if m != "dense" for line in final(m, 70.0, "2:8"))]
     assert report._how_far(*tables_of(all_of_them)) == []
 
@@ -400,9 +408,32 @@ def test_the_page_says_how_far_the_study_is() -> None:
 def test_the_lead_compares_with_no_method_that_has_one_seed() -> None:
     for seeds, shown in ((range(5), True), ((0, 1), True), ((0,), False)):
         lines = [x for x in complete(GAINS) if x["method"] != "pat" or x["stage"] == "tune" or x["seed"] in seeds]
-        said = report._compared(tables_of(lines)[1], "1:4")
-        assert said.startswith("Tuned, 1:4: `admm` is better than")
-        assert ("`pat`" in said) is shown
+        said = report._compared(tables_of(lines)[1])
+        assert said.startswith("Tuned, at 2:4 `admm` is better than")
+        assert ("`pat`" in said.split(" At 1:4 ")[1]) is shown
+
+
+def test_the_lead_says_how_many_seeds_there_are_where_they_are_fewer_than_the_plan_has() -> None:
+    """2:8 has three seeds by declaration; the dense model is then that of the same seeds."""
+    lines = complete(GAINS) + final("asp", 70.0, "2:8", seeds=(0, 1, 2)) + final("admm", 70.5, "2:8", seeds=(0, 1, 2))
+    usual, _ = tables_of(lines)
+    assert "At 2:8 `admm` is better than `asp` (+0.5, 3 seeds)." in report._compared(usual)
+    assert [cell[-3:] for cell in row(report._costs([(usual, "2:4"), (usual, "2:8")]), "`dense`: accuracy")[1:]] == [
+        "(5)",
+        "(3)",
+    ]
+    few = complete(GAINS) + final("asp", 70.0, "2:8", seeds=(0, 1), spread=1.0)
+    said = report._compared(tables_of(few + final("admm", 70.9, "2:8", seeds=(0, 1), spread=1.0))[0])
+    assert re.search(r"At 2:8 `admm` is ahead of these, but not resolved: `asp` \(\+\d\.\d \[.*\], 2 seeds\)\.$", said)
+
+
+def test_the_log_counts_pairs_with_different_devices() -> None:
+    lines = final("asp", 70.0) + final("admm", 71.0)
+    lines = [{**x, "device": "other"} if (x["method"], x["seed"]) == ("asp", 1) else x for x in lines]
+    found = row(report.each_task(tables_of(lines)[0]), "`asp`")
+    assert found[-1] == f"{len(PLAN.tasks)} of {len(PLAN.tasks) * len(SEEDS)}"
+    assert all(cell.startswith("+1.0 [") for cell in found[1:-1])
+    assert len(found) == len(PLAN.tasks) + 3  # one column without the task that gains most
 
 
 def test_the_gain_without_one_task() -> None:
@@ -414,15 +445,31 @@ def test_the_gain_without_one_task() -> None:
     assert said.startswith("Without polarity, the task that gains most, `admm` minus `asp`: nothing tuned, 2:4 +1.0 [")
 
 
+def at_200(lines: list[Line]) -> str:
+    return str(report.explored(PLAN, lines).split("100 steps:")[0])
+
+
 def test_means_over_different_exploring_runs_are_not_compared() -> None:
     base = [explore_line(task, seed, 70.0, plans.BASE) for task in PLAN.explore_tasks for seed in (100, 101)]
     other = [explore_line(task, 100, 71.0, {"prune_at": 0.6}) for task in PLAN.explore_tasks]
-    assert row(report.explored(PLAN, base + other), "prune_at 0.6")[1] == "2 of 4 runs"
-    assert row(report.explored(PLAN, base[:3] + other), "prune_at 0.85")[1] == "3 of 4 runs"
+    assert row(at_200(base + other), "prune_at 0.6")[1] == "2 of 4 runs"
+    assert row(at_200(base[:3] + other), "prune_at 0.85")[1] == "3 of 4 runs"
     whole = [*other, *(explore_line(task, 101, 70.5, {"prune_at": 0.6}) for task in PLAN.explore_tasks)]
-    assert row(report.explored(PLAN, base[:3] + whole), "prune_at 0.6")[1] == "base: 3 of 4 runs"
-    assert row(report.explored(PLAN, whole), "prune_at 0.6")[1] == "base: 0 of 4 runs"
-    assert row(report.explored(PLAN, base + whole), "prune_at 0.6")[1] == "+0.8 (+1.0, +0.5)"
+    assert row(at_200(base[:3] + whole), "prune_at 0.6")[1] == "base: 3 of 4 runs"
+    assert row(at_200(whole), "prune_at 0.6")[1] == "base: 0 of 4 runs"
+    assert row(at_200(base + whole), "prune_at 0.6")[1] == "+0.8 (+1.0, +0.5)"
+
+
+@pytest.mark.parametrize("key", ["device", "commit"])
+def test_a_gain_over_runs_of_another_device_or_commit_is_marked(key: str) -> None:
+    base = [explore_line(task, seed, 70.0, plans.BASE) for task in PLAN.explore_tasks for seed in (100, 101)]
+    other = [{**line, "setting": {"prune_at": 0.6}, "dev": 71.0} for line in base]
+    assert report.UNLIKE not in report.explored(PLAN, base + other)
+    found = report.explored(PLAN, [*base, *other[:-1], {**other[-1], key: "another"}])
+    assert row(found.split("100 steps:")[0], "prune_at 0.6")[1] == f"+1.0 (+1.0, +1.0){report.UNLIKE}"
+    assert found.endswith(
+        f"{report.UNLIKE} Some of these runs and those they are compared with differ in device or commit."
+    )
 
 
 def test_a_grid_that_widens_late_leaves_the_other_choices_as_they_are() -> None:
@@ -561,6 +608,7 @@ def test_a_wrong_line_is_named(change: Line, message: str, tmp_path: Path) -> No
     with pytest.raises(records.InputError, match=re.escape(message)) as caught:
         records.read(tmp_path)
     assert str(caught.value).startswith("x.jsonl:2: ")
+    assert str(caught.value).endswith("; delete this line: the study makes its run again")
 
 
 def test_missing_keys_and_repeats_are_named(tmp_path: Path) -> None:

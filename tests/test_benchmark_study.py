@@ -9,6 +9,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -539,6 +540,22 @@ def test_a_finished_run_is_not_pending_and_neither_is_a_running_one(tmp_path: Pa
     after = list(study.pending(SMALL, "final", tmp_path, running))
     assert after == [before[0][1:], *before[2:]]
     assert len(records.read(tmp_path)) == 1
+
+
+def test_a_torn_line_is_named_with_its_remedy_and_the_remedy_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *rest = next(iter(study.pending(SMALL, "final", tmp_path, set())))
+    for spec in (first, *rest[:1]):
+        study.append(tmp_path / "smoke-final.jsonl", line_of(spec, 50.0))
+    whole = (tmp_path / "smoke-final.jsonl").read_bytes()
+    (tmp_path / "smoke-final.jsonl").write_bytes(whole[:-9])
+    monkeypatch.setattr(sys, "argv", ["study.py", "--plan", "smoke", "--list", "--results", str(tmp_path)])
+    assert study.main() == 2
+    assert re.match(r"smoke-final\.jsonl:2: not JSON: .*; delete this line: the study makes", capsys.readouterr().err)
+    (tmp_path / "smoke-final.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
+    assert study.main() == 0
+    assert rest[0] in next(iter(study.pending(SMALL, "final", tmp_path, set())))
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:

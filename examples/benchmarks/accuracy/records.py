@@ -17,6 +17,16 @@ class InputError(Exception):
     """A raw file says something it may not; the message names file and line."""
 
 
+def bad_line(where: str, what: str) -> InputError:
+    """Return the error that names a line and what to do about it.
+
+    Args:
+        where: file and line.
+        what: what is wrong.
+    """
+    return InputError(f"{where}: {what}; delete this line: the study makes its run again")
+
+
 @dataclass(frozen=True)
 class Check:
     """What a value must be: a test of it, and the words for it."""
@@ -110,14 +120,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
         line = _checked(value, where)
         key = (*key_of(line), line.get("weight"))
         if key in seen:
-            raise InputError(f"{where}: the same run as {seen[key]}")
+            raise bad_line(where, f"the same run as {seen[key]}")
         seen[key] = where
         lines.append(line)
     return lines
 
 
-def lines_of(files: Iterable[Path]) -> Iterator[tuple[str, object]]:
-    """Yield where each line stands, and what JSON it is."""
+def lines_of(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each line stands, and the JSON object that it is."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -128,36 +138,37 @@ def lines_of(files: Iterable[Path]) -> Iterator[tuple[str, object]]:
             yield (where := f"{path.name}:{number}"), _parsed(line, where)
 
 
-def _parsed(line: str, where: str) -> object:
+def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        raise bad_line(where, f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise bad_line(where, f"must be a JSON object, not {_shorten(value)}")
+    return value
 
 
-def checked(line: object, where: str, checks: Mapping[str, Check]) -> dict[str, Any]:
+def checked(line: dict[str, Any], where: str, checks: Mapping[str, Check]) -> dict[str, Any]:
     """Return a line that has the keys of ``checks`` and no others, with the values that they allow."""
-    if not isinstance(line, dict):
-        raise InputError(f"{where}: must be a JSON object, not {_shorten(line)}")
     if unknown := sorted(set(line) - set(checks)):
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(checks)}")
+        raise bad_line(where, f"unknown key {unknown[0]!r}, known are {', '.join(checks)}")
     if missing := [key for key in checks if key not in line]:
-        raise InputError(f"{where}: no key {missing[0]!r}")
+        raise bad_line(where, f"no key {missing[0]!r}")
     for key, check in checks.items():
         if not check.holds(line[key]):
-            raise InputError(f"{where}: {key}={_shorten(line[key])} must be {check.wanted}")
+            raise bad_line(where, f"{key}={_shorten(line[key])} must be {check.wanted}")
     return line
 
 
-def _checked(value: object, where: str) -> dict[str, Any]:
-    checks = LAYER if isinstance(value, dict) and value.get("stage") == "layers" else RUN
+def _checked(value: dict[str, Any], where: str) -> dict[str, Any]:
+    checks = LAYER if value.get("stage") == "layers" else RUN
     line = checked(value, where, checks)
     if (line["pattern"] is None) != (line["method"] == "dense"):
-        raise InputError(f"{where}: the pattern is null for dense runs and for no others")
+        raise bad_line(where, "the pattern is null for dense runs and for no others")
     if checks is RUN and (
         (line["test"] is None) != (line["stage"] != "final") or (line["dev"] is None) == (line["test"] is None)
     ):
-        raise InputError(f"{where}: final runs have a score on test alone, all others on dev alone")
+        raise bad_line(where, "final runs have a score on test alone, all others on dev alone")
     return line
 
 

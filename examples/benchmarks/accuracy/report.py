@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import os
 import statistics
@@ -55,6 +56,9 @@ METHODS = {
 }
 """What a practitioner chooses between, on README and in the picture -> its words in the picture."""
 
+UNLIKE = "†"
+"""Stands behind a gain whose runs are not of one device and commit."""
+
 TITLES = {"full": "The study", "cpu": "The quick study", "smoke": "A trial"}
 
 _UNDER_WAY = "- **Accuracy:** the study is under way; no final figure is published yet ([results](docs/results.md))."
@@ -66,10 +70,14 @@ NO_RESULT = (
 )
 
 
-def subject(plan: Plan) -> str:
+def model(plan: Plan) -> str:
     """Say what a study trains."""
-    tasks = f"{len(plan.tasks)} tasks ({', '.join(plan.tasks)})"
-    return f"MiniLM-L6 with {plan.layers} of its 6 layers; {tasks}; {plan.steps} steps of 16"
+    return f"MiniLM-L6, {'all six layers' if plan.layers == 6 else f'the first {plan.layers} of six layers'}"
+
+
+def subject(plan: Plan) -> str:
+    """Say what a study trains, and on what."""
+    return f"{model(plan)}; {len(plan.tasks)} tasks ({', '.join(plan.tasks)}); {plan.steps} steps of 16"
 
 
 # The first lines -----------------------------------------------------------------------------------------------------
@@ -86,21 +94,22 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
     Returns:
         Lists and a table in Markdown.
     """
-    trained = f"All methods train the same model on the same texts: {subject(plan)}."
+    trained = f"All methods train the same model on the same texts: {subject(plan)}. No other model was tried."
     methods = (
-        "`dense` prunes nothing. `asp` is the usual way: the largest weights of each group are kept, once, before "
-        "training. `asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
+        "`dense` prunes nothing. `asp` keeps the largest weights of each group, once, before training. "
+        "`asp-late` does the same near the end of training, where `admm` prunes, and `sparsegpt-late` does "
         f"SparseGPT's update there. `admm` is the default of this package. {PROTOCOL} explains the other methods."
     )
     units = (
-        "Figures are percent of test texts answered right; differences are in points. Their 95 % intervals are over "
-        "the seeds of training; the test texts are the same for every seed. Better: the p-value is below "
-        f"{SIGNIFICANT:g} after Holm's correction for all {len(plan.methods) - 1} differences of `admm`, those not "
-        "measured yet among them. With few seeds it can be larger though the interval is above 0."
+        "Figures are percent of test texts answered right, ± the standard deviation over the seeds of training, in "
+        "brackets how many seeds. Differences are in points, with their 95 % intervals; the test texts are the same "
+        f"for every seed. Better: the p-value is below {SIGNIFICANT:g} after Holm's correction for all "
+        f"{len(plan.methods) - 1} differences of `admm`, those not measured yet among them. With few seeds it can be "
+        "larger though the interval is above 0."
     )
-    first = [f"{trained} {tuned_or_not(plan)}", methods, units, *_how_far(usual, tuned)]
     measured = [(which, p) for which in (usual, tuned) for p in plan.patterns if which.mean("admm", p) is not None]
-    then = [said for which, pattern in measured if (said := _compared(which, pattern))]
+    first = [*_answer(measured), f"{trained} {tuned_or_not(plan)}", methods, units, *_how_far(usual, tuned)]
+    then = [said for which in (usual, tuned) if (said := _compared(which))]
     then += _without_one_task(measured)
     kd = [(p, d) for p in plan.patterns if (d := tuned.difference("admm+kd", "admm", p)) is not None]
     if kd:
@@ -113,7 +122,26 @@ def lead(plan: Plan, usual: Table, tuned: Table) -> str:
 def tuned_or_not(plan: Plan) -> str:
     """Say which learning rates each of the two tables has."""
     rates = " and ".join(map(number, plan.usual_lrs))
-    return f"Nothing tuned: the mean over the learning rates {rates}. Tuned: the rate that was best on dev texts."
+    return (
+        f"Nothing tuned: the mean over the learning rates {rates}. Tuned: for each method and pattern the rate, and "
+        "the method's own setting if it has one, that was best on dev texts. If the rate is one of these two, its runs "
+        "are in both tables."
+    )
+
+
+def _answer(measured: Sequence[tuple[Table, str]]) -> list[str]:
+    """Say what the patterns cost with ``admm`` and with what most people use, where both were run in both tables."""
+    costs: dict[str, dict[str, list[float]]] = {"admm": defaultdict(list), "asp": defaultdict(list)}
+    for (which, pattern), (method, found) in itertools.product(measured, costs.items()):
+        if (cost := which.difference("dense", method, pattern)) is not None:
+            found[pattern].append(cost.mean)
+    patterns = [p for p, each in costs["admm"].items() if len(each) == len(costs["asp"][p]) == 2]
+
+    def span(values: Iterable[float]) -> str:
+        return " to ".join(dict.fromkeys(plain(value) for value in sorted(values)))
+
+    said = [" and ".join(f"{span(found[p])} points at {p}" for p in patterns) for found in costs.values()]
+    return [f"**Against `dense`, `admm` costs {said[0]}; `asp`, the usual way, costs {said[1]}.**"] if patterns else []
 
 
 def _costs(measured: Sequence[tuple[Table, str]]) -> str:
@@ -129,34 +157,50 @@ def _costs(measured: Sequence[tuple[Table, str]]) -> str:
     return table(["points minus `dense`", *names], [["`dense`: accuracy", *accuracies], *rows]) if rows else ""
 
 
-def _compared(which: Table, pattern: str) -> str:
-    """Say which methods ``admm`` is better than, without those of another loss."""
-    by_word: dict[str, list[str]] = defaultdict(list)
-    for method, found in which.family(pattern).items():
-        if method != "dense" and not method.endswith(plans.DISTILLED):
-            few = f", {found.estimate.n} seeds" if found.estimate.n < len(which.plan.patterns[pattern][0]) else ""
-            by_word[found.word].append(f"`{method}` ({signed(found.estimate.mean)}{few})")
-    said = {"better": "better than", "worse": "worse than", "not resolved": "not told apart from"}
-    parts = [f"{said[word]} {', '.join(by_word[word])}" for word in said if by_word[word]]
-    return f"{which.name.capitalize()}, {pattern}: `admm` is {'; '.join(parts)}." if parts else ""
+def _compared(which: Table) -> str:
+    """Say which methods ``admm`` is better than at each pattern, without those of another loss."""
+    parts: list[str] = []
+    for pattern in which.plan.patterns:
+        by_word: dict[str, list[str]] = defaultdict(list)
+        for method, found in which.family(pattern).items():
+            if method == "dense" or method.endswith(plans.DISTILLED) or found.word == "not measured":
+                continue
+            few = f", {found.estimate.n} seeds" if found.estimate.n < len(which.plan.seeds) else ""
+            if found.word == "not resolved":
+                word = f"{'ahead of' if found.estimate.mean > 0 else 'not ahead of'} these, but not resolved:"
+                by_word[word].append(f"`{method}` ({difference(found.estimate)}{few})")
+            else:
+                by_word[f"{found.word} than"].append(f"`{method}` ({signed(found.estimate.mean)}{few})")
+        if by_word:
+            said = "; ".join(f"{word} {', '.join(methods)}" for word, methods in by_word.items())
+            parts.append(f"{'At' if parts else 'at'} {pattern} `admm` is {said}.")
+    return f"{which.name.capitalize()}, {' '.join(parts)}" if parts else ""
 
 
 def _without_one_task(measured: Sequence[tuple[Table, str]]) -> list[str]:
     """Say what is left of the gain over ``asp`` without the task that gains most."""
     said: dict[str, list[str]] = defaultdict(list)
     for which, pattern in measured:
-        tasks = which.plan.tasks
-        gains = {task: d.mean for task in tasks if (d := which.difference("admm", "asp", pattern, task)) is not None}
-        if len(gains) == len(tasks) > 1:
-            most = max(gains, key=gains.__getitem__)
-            rest = replace(which, plan=replace(which.plan, tasks=tuple(task for task in tasks if task != most)))
-            left = difference(rest.difference("admm", "asp", pattern))
+        if (most := _gains_most(which, pattern)) is not None:
+            left = difference(_without(which, most).difference("admm", "asp", pattern))
             said[most].append(f"{which.name}, {pattern} {left}")
     each = [
         f"Without {task}, the task that gains most, `admm` minus `asp`: {'; '.join(parts)}."
         for task, parts in said.items()
     ]
-    return [" ".join([*each, "Tuned rates are those chosen with all tasks."])] if each else []
+    rest = "Tuned rates are those chosen with all tasks. The log has the other methods."
+    return [" ".join([*each, rest])] if each else []
+
+
+def _gains_most(which: Table, pattern: str) -> str | None:
+    """Return the task in which ``admm`` gains most over ``asp``; None unless each of several tasks was run."""
+    tasks = which.plan.tasks
+    gains = {task: d.mean for task in tasks if (d := which.difference("admm", "asp", pattern, task)) is not None}
+    return max(gains, key=gains.__getitem__) if len(gains) == len(tasks) > 1 else None
+
+
+def _without(which: Table, task: str) -> Table:
+    return replace(which, plan=replace(which.plan, tasks=tuple(other for other in which.plan.tasks if other != task)))
 
 
 def _how_far(usual: Table, tuned: Table) -> list[str]:
@@ -179,11 +223,13 @@ def _how_far(usual: Table, tuned: Table) -> list[str]:
         return []
     known = f"{named(done)} have all runs at {' and '.join(own)}"
     known += f"; {named(half)} have all tuned runs there" if half else ""
-    known += "".join(f"; {pattern} is not complete" for pattern in missing)
+    for pattern in missing:
+        there = [method for method in plan.methods if method != "dense" and whole(method, (pattern,), tuned)]
+        known += f"; at {pattern} {named(there)} have all tuned runs, and nothing else is complete"
     # No target needs more: those of the table with nothing tuned compare methods of the first round.
     judged = set(plan.rounds[0]) <= set(done) and len(done) + len(half) == len(plan.methods)
-    rest = "All verdicts have their runs" if judged else "Figures and verdicts may change"
-    return [f"**The study is under way: {known}. {rest}.**"]
+    rest = "No verdict waits for a run" if judged else "Figures and verdicts may change"
+    return [f"**Not every declared run was made: {known}. {rest}.**"]
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -241,6 +287,23 @@ def by_task(which: Table) -> str:
     return "\n\n".join(parts) or f"{NOT_RUN}."
 
 
+def each_task(which: Table) -> str:
+    """Write how far ``admm`` is ahead of each method in each task, and how many pairs had different devices."""
+    parts = []
+    for pattern in which.plan.patterns:
+        most, rows = _gains_most(which, pattern), []
+        rest = [_without(which, most)] if most is not None else []
+        for method in which.plan.methods:
+            if method != "admm" and which.difference("admm", method, pattern) is not None:
+                unlike, pairs = which.unlike("admm", method, pattern)
+                found = [which.difference("admm", method, pattern, task) for task in which.plan.tasks]
+                found += [other.difference("admm", method, pattern) for other in rest]
+                rows.append([f"`{method}`", *map(difference, found), f"{unlike} of {pairs}"])
+        header = [f"{which.name}, {pattern}: `admm` minus", *which.plan.tasks, *(f"all but {most}" for _ in rest)]
+        parts += [table([*header, "different devices"], rows)] if rows else []
+    return "\n\n".join(parts)
+
+
 def targets_table(usual: Table, tuned: Table) -> str:
     """Write the verdicts as a table."""
     rows = [[verdict.target, f"**{verdict.status}**", verdict.detail] for verdict in verdicts(usual, tuned)]
@@ -261,9 +324,13 @@ def overview(usual: Table, tuned: Table) -> str:
     sentences = [f"- {v.target}: **{v.status}** ({v.detail})." for v in verdicts(usual, tuned)]
     sentences += [f"- {line}" for line in _how_far(usual, tuned)]
     what = f"{subject(plan)}. Test accuracy in percent ± standard deviation (seeds), mean over tasks."
-    words = "`+kd`: with distillation. Not resolved: the seeds are too few, or differ too much, to say."
-    caption = f"{what} {tuned_or_not(plan)} {words}"
-    return "\n\n".join((caption, table(header, rows), "\n".join(sentences)))
+    pages = "[Results](docs/results.md) has every method, task and pattern."
+    intro = (
+        "Targets, declared before the first run. Passed: the whole 95 % interval meets the limit. Failed: no part of "
+        "it does. Not resolved: the seeds are too few, or differ too much, to say. "
+        "[What each method does](examples/benchmarks/accuracy/README.md#protocol)."
+    )
+    return "\n\n".join((f"{what} {tuned_or_not(plan)} {pages}", table(header, rows), intro, "\n".join(sentences)))
 
 
 # Exploring -----------------------------------------------------------------------------------------------------------
@@ -271,21 +338,23 @@ def overview(usual: Table, tuned: Table) -> str:
 
 def explored(plan: Plan, lines: Sequence[Line]) -> str:
     """Write what the runs that explore gave, against ``prune_at`` at its usual place."""
-    cells: dict[Any, dict[tuple[str, int], float]] = defaultdict(dict)
+    cells: dict[Any, dict[tuple[str, int], Line]] = defaultdict(dict)
+    rows_of: dict[int, dict[str, None]] = defaultdict(dict)
+    for spec in itertools.chain.from_iterable(plans.explore(plan, lines)):
+        rows_of[spec.steps][json.dumps(spec.options, sort_keys=True)] = None
     for line in lines:
         if line["stage"] == "explore" and line["model"] == plan.model:
             setting = json.dumps(line["setting"], sort_keys=True)
-            cells[line["steps"], setting, line["pattern"], line["lr"]][line["task"], line["seed"]] = line["dev"]
+            rows_of[line["steps"]][setting] = None
+            cells[line["steps"], setting, line["pattern"], line["lr"]][line["task"], line["seed"]] = line
     columns = [(pattern, lr) for pattern in ("1:4", "2:4") for lr in plan.explore_lrs]
     header = ["setting", *(f"{pattern}, lr {number(lr)}" for pattern, lr in columns)]
-    order = [json.dumps(setting, sort_keys=True) for settings in plans.VARIANTS.values() for setting in settings]
     wanted = len(plan.explore_tasks) * len(plan.tuning_seeds)
     parts = []
     base = json.dumps(plans.BASE, sort_keys=True)
-    for steps in sorted({key[0] for key in cells}, key=lambda steps: (steps != plan.steps, steps)):
+    for steps in sorted(rows_of if cells else (), key=lambda steps: (steps != plan.steps, steps)):
         rows = []
-        known = {key[1] for key in cells if key[0] == steps}
-        for setting in sorted(known, key=lambda s: (order.index(s) if s in order else len(order), s)):
+        for setting in rows_of[steps]:
             options = json.loads(setting)
             compared = [
                 "does not apply"
@@ -297,13 +366,13 @@ def explored(plan: Plan, lines: Sequence[Line]) -> str:
             ]
             rows.append([setting_text(options), *compared])
         parts.append(f"{steps} steps:\n\n{table(header, rows)}")
-    left = [steps for steps in (plan.steps, *plan.explore_steps) if steps not in {key[0] for key in cells}]
-    parts += [f"{steps} steps: {NOT_RUN}." for steps in left] if parts else []
+    if any(UNLIKE in part for part in parts):
+        parts.append(f"{UNLIKE} Some of these runs and those they are compared with differ in device or commit.")
     return "\n\n".join(parts)
 
 
 def _explored_cell(
-    scores: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float] | None, wanted: int
+    scores: Mapping[tuple[str, int], Line], base: Mapping[tuple[str, int], Line] | None, wanted: int
 ) -> str:
     """Write a mean, or the mean of the gains over a base; nothing but a count while runs of either are missing."""
     if not scores:
@@ -312,13 +381,16 @@ def _explored_cell(
         if len(runs) < wanted:
             return f"{name}{len(runs)} of {wanted} runs"
     if base is None:
-        return plain(statistics.fmean(scores.values()))
+        return plain(statistics.fmean(line["dev"] for line in scores.values()))
     gains: dict[int, list[float]] = defaultdict(list)
-    for (task, seed), value in scores.items():
-        gains[seed].append(value - base[task, seed])
+    for (task, seed), line in scores.items():
+        gains[seed].append(line["dev"] - base[task, seed]["dev"])
     each = [signed(statistics.fmean(values)) for _, values in sorted(gains.items())]
     total = [value for values in gains.values() for value in values]
-    return f"{signed(statistics.fmean(total))} ({', '.join(each)})"
+    mark = (
+        UNLIKE if any(line[k] != base[pair][k] for pair, line in scores.items() for k in ("device", "commit")) else ""
+    )
+    return f"{signed(statistics.fmean(total))} ({', '.join(each)}){mark}"
 
 
 def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, list[Picture]]:
@@ -330,7 +402,7 @@ def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, l
         if line["stage"] == "layers" and plan.mine(line):
             groups[line["pattern"], line["task"]][line["seed"]].append(line)
     for (pattern, task), seeds in sorted(groups.items()):
-        for x, words in (("model_error", "model error"), ("predicted", "model error times loss at zero")):
+        for x, words in (("model_error", "model error"), ("predicted", "cost by the quadratic model")):
             for y, cost in (("loss", "rise of dev loss"), ("dev", "loss of dev accuracy")):
                 rank = [
                     float(stats.spearmanr([e[x] for e in each], [e[y] * (1 if y == "loss" else -1) for e in each])[0])
@@ -340,7 +412,7 @@ def layer_pictures(plan: Plan, lines: Sequence[Line], name: str) -> tuple[str, l
                 ranks[words, cost] += rank
         for x, words, y, cost, sign in (
             ("model_error", "model error", "dev", "loss of dev accuracy (points)", -1),
-            ("predicted", "model error × loss at zero", "loss", "rise of dev loss", 1),
+            ("predicted", "cost by the quadratic model", "loss", "rise of dev loss", 1),
         ):
             series = tuple(
                 (f"seed {seed}", tuple((e[x], sign * e[y]) for e in each)) for seed, each in sorted(seeds.items())
@@ -418,8 +490,8 @@ def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, st
     """Write the part of docs/results.md that belongs to a plan, and lay out its pictures."""
     usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
     pictures = accuracy_picture(usual, tuned, name)
-    parts = [f"## {TITLES[name]}: {subject(plan)}"]
     begun = any(usual.scores.values()) or any(tuned.scores.values())
+    parts = [f"## {TITLES[name]}: {subject(plan) if begun else model(plan)}"]
     if begun:
         parts += ["### Targets", f"Declared before the first run in {PROTOCOL}.", targets_table(usual, tuned)]
         for title, which in (("Nothing tuned", usual), ("Tuned", tuned)):
@@ -450,7 +522,11 @@ def _seeds(plan: Plan) -> str:
 
 def log(lines: Sequence[Line]) -> str:
     """Write docs/results-log.md: choices, grids and provenance."""
-    parts = ["# Accuracy study: log", WRITTEN, "Choices, tuning grids and provenance of the [results](results.md)."]
+    parts = [
+        "# Accuracy study: log",
+        WRITTEN,
+        "Provenance, differences in each task, tuning grids and choices of the [results](results.md).",
+    ]
     for name, plan in PLANS.items():
         mine = [line for line in lines if line["model"] == plan.model]
         if not mine:
@@ -467,8 +543,9 @@ def log(lines: Sequence[Line]) -> str:
             ["learning rates", ", ".join(map(number, plans.Tuning(plan, lines).lrs))],
         ]
         parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _each_rate(plan, lines)]
+        parts += [each_task(which) for which in (tables.usual(plan, lines), tables.tuned(plan, lines))]
         parts += [_tuning(plan, lines)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _counted(values: Iterable[str]) -> str:

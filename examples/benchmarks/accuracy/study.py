@@ -68,12 +68,6 @@ def installed(package: str) -> bool:
         return False
 
 
-def read_lines(results: Path) -> list[Mapping[str, Any]]:
-    """Read the raw results that are there."""
-    files = sorted(results.glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """End this process when the study has ended, even by a signal that reached the study alone."""
     parent.join()
@@ -96,13 +90,10 @@ def start_worker(threads: int) -> None:
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
     """Add a line to a file, whole, and make sure that it is on disk."""
-    raw = (json.dumps(line) + "\n").encode()
-    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, raw)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with file.open("ab") as handle:  # a line is shorter than the buffer, so it is written at once
+        handle.write((json.dumps(line) + "\n").encode())
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def work(specs: list[plans.Spec], name: str, options: argparse.Namespace, provenance: tuple[Any, ...]) -> list[str]:
@@ -132,7 +123,7 @@ def work(specs: list[plans.Spec], name: str, options: argparse.Namespace, proven
 
 def pending(plan: plans.Plan, stage: str, results: Path, running: set[tuple[Any, ...]]) -> Iterator[list[plans.Spec]]:
     """Yield what neither is done nor runs; tuning makes more as its results come in."""
-    lines = read_lines(results)
+    lines = records.read(results)
     seen = {records.key_of(line) for line in lines} | running
     for specs in plans.STAGES[stage](plan, lines):
         left = [spec for spec in specs if spec_key(spec) not in seen]
@@ -188,7 +179,7 @@ def main() -> int:
         parser.error("--workers and --threads must be at least 1")
     try:
         return run(options)
-    except TaskError as error:
+    except (TaskError, records.InputError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -46,16 +46,26 @@ class Table:
         plan: the study.
         choices: (method, pattern) -> the learning rates and settings that its scores are the mean of.
         scores: (method, pattern) -> the scores; ``dense`` has the pattern None.
+        devices: (method, pattern) -> (task, seed) -> what each of the scores' runs was made on.
     """
 
     name: str
     plan: Plan
     choices: Mapping[tuple[str, str | None], Sequence[Choice]]
     scores: Mapping[tuple[str, str | None], Scores]
+    devices: Mapping[tuple[str, str | None], Mapping[tuple[str, int], Sequence[str]]]
 
     def of(self, method: str, pattern: str) -> Scores:
-        """Return the scores of a method; those of ``dense`` stand beside every pattern."""
-        return self.scores.get((method, None if method == "dense" else pattern), {})
+        """Return the scores of a method; those of ``dense`` stand beside every pattern, with the seeds of it."""
+        found = self.scores.get((method, None if method == "dense" else pattern), {})
+        seeds, _ = self.plan.patterns.get(pattern, ((), pattern))
+        return {pair: score for pair, score in found.items() if pair[1] in seeds}
+
+    def unlike(self, first: str, second: str, pattern: str) -> tuple[int, int]:
+        """Return how many of the compared pairs were made on different devices, and how many pairs there are."""
+        on = [self.devices.get((method, None if method == "dense" else pattern), {}) for method in (first, second)]
+        pairs = paired(self.of(first, pattern), self.of(second, pattern))
+        return sum(on[0][pair] != on[1][pair] for pair in pairs), len(pairs)
 
     def mean(self, method: str, pattern: str, task: str | None = None) -> Estimate | None:
         """Return the mean over seeds of one task, or of the mean over all tasks."""
@@ -96,14 +106,15 @@ def _cells(plan: Plan) -> list[tuple[str, str | None]]:
 
 
 def _table(name: str, plan: Plan, lines: Sequence[Line], choices: dict[tuple[str, str | None], list[Choice]]) -> Table:
-    final: dict[Any, dict[tuple[str, int], float]] = defaultdict(dict)
+    final: dict[Any, dict[tuple[str, int], Line]] = defaultdict(dict)
     for line in lines:
         if line["stage"] == "final" and plan.mine(line):
             setting = tuple(sorted(line["setting"].items()))
-            final[line["method"], line["pattern"], line["lr"], setting][line["task"], line["seed"]] = line["test"]
-    scores = {}
+            final[line["method"], line["pattern"], line["lr"], setting][line["task"], line["seed"]] = line
+    scores, devices = {}, {}
     for (method, pattern), chosen in choices.items():
         parts = [final.get((method, pattern, lr, tuple(sorted(s.items()))), {}) for lr, s in chosen]
         pairs = set.intersection(*(set(part) for part in parts))
-        scores[method, pattern] = {pair: statistics.fmean(part[pair] for part in parts) for pair in pairs}
-    return Table(name, plan, choices, scores)
+        scores[method, pattern] = {pair: statistics.fmean(part[pair]["test"] for part in parts) for pair in pairs}
+        devices[method, pattern] = {pair: [part[pair]["device"] for part in parts] for pair in pairs}
+    return Table(name, plan, choices, scores, devices)

@@ -10,7 +10,6 @@ A run that is in the results already is not done again; to redo it, delete its l
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from pruners import METHODS, Clock, prune_with
 from subjects import SUBJECTS, Subject
 
 sys.path += [str(Path(__file__).resolve().parents[1] / sibling) for sibling in ("accuracy", "solver")]
+from records import InputError, lines_of
 from speed import peak_of
 from study import append, commit_of, device_name, installed
 from tasks import TaskError, default_cache
@@ -79,9 +79,8 @@ def plan() -> Iterator[Spec]:
 
 
 def read_lines(results: Path) -> list[Line]:
-    """Read the raw results that are there."""
-    files = sorted(results.glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    """Read the raw results that are there; what else is wrong with a line is the report's to say."""
+    return [line for _, line in lines_of(sorted(results.glob("*.jsonl")))]
 
 
 def measure(spec: Spec, subject: Subject) -> dict[str, Any]:
@@ -151,13 +150,13 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what is left to run, and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.list:
-        done = {key_of(line) for line in read_lines(options.results)}
-        print("\n".join(str(spec) for spec in plan() if key_of(asdict(spec)) not in done))
-        return 0
     try:
+        if options.list:
+            done = {key_of(line) for line in read_lines(options.results)}
+            print("\n".join(str(spec) for spec in plan() if key_of(asdict(spec)) not in done))
+            return 0
         run(options, lambda name: SUBJECTS[name](options.cache, options.device))
-    except TaskError as error:
+    except (TaskError, InputError) as error:
         print(f"oneshot: error: {error}", file=sys.stderr)
         return 2
     return 0

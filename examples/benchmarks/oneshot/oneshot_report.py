@@ -33,6 +33,7 @@ try:
         TEXT,
         Check,
         InputError,
+        bad_line,
         checked,
         lines_of,
         or_null,
@@ -93,7 +94,7 @@ def read(folder: Path, checks: Mapping[str, Check], key: Iterable[str]) -> list[
         line = checked(value, where, checks)
         run = tuple(line[name] for name in key)
         if run in seen:
-            raise InputError(f"{where}: the same run as {seen[run]}")
+            raise bad_line(where, f"the same run as {seen[run]}")
         seen[run] = where
         lines.append(line)
     return lines

@@ -25,6 +25,7 @@ from pruners import METHODS, Clock, prune_with
 from subjects import LanguageModel, smollm2
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "accuracy"))
+from records import InputError
 from study import append
 from tasks import TaskError, default_cache
 
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         run(smollm2(options.cache, options.device), options)
-    except TaskError as error:
+    except (TaskError, InputError) as error:
         print(f"recovery: error: {error}", file=sys.stderr)
         return 2
     return 0
