@@ -454,6 +454,8 @@ def test_any_damage_is_loaded_or_refused_and_never_half(data: st.DataObject) -> 
         try:
             for part in path[:-1]:
                 holder = holder[part]
+            if isinstance(holder, torch.Tensor):
+                continue  # the first damage, which other examples share
             if data.draw(st.booleans()):
                 del holder[path[-1]]
             else:
