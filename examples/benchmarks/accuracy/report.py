@@ -243,7 +243,7 @@ def _mean(which: Table, method: str, pattern: str) -> str:
 
 def _choice(which: Table, method: str, pattern: str) -> str:
     """Write the learning rate and the setting of a method that dev chose."""
-    found = which.choices.get((method, None if method == "dense" else pattern), ())
+    found = which.choices.get(tables.cell_of(method, pattern), ())
     return "; ".join(setting_text({"lr": lr, **{k: v for k, v in s.items() if k != "teacher_lr"}}) for lr, s in found)
 
 
@@ -291,16 +291,16 @@ def each_task(which: Table) -> str:
     """Write how far ``admm`` is ahead of each method in each task, and how many pairs had different devices."""
     parts = []
     for pattern in which.plan.patterns:
-        most, rows = _gains_most(which, pattern), []
-        rest = [_without(which, most)] if most is not None else []
-        for method in which.plan.methods:
-            if method != "admm" and which.difference("admm", method, pattern) is not None:
-                unlike, pairs = which.unlike("admm", method, pattern)
-                found = [which.difference("admm", method, pattern, task) for task in which.plan.tasks]
-                found += [other.difference("admm", method, pattern) for other in rest]
-                rows.append([f"`{method}`", *map(difference, found), f"{unlike} of {pairs}"])
-        header = [f"{which.name}, {pattern}: `admm` minus", *which.plan.tasks, *(f"all but {most}" for _ in rest)]
-        parts += [table([*header, "different devices"], rows)] if rows else []
+        columns: list[tuple[str, Table, str | None]] = [(task, which, task) for task in which.plan.tasks]
+        if (most := _gains_most(which, pattern)) is not None:
+            columns.append((f"all but {most}", _without(which, most), None))
+        rows = []
+        for method in which.family(pattern):
+            found = [over.difference("admm", method, pattern, task) for _, over, task in columns]
+            unlike, pairs = which.unlike("admm", method, pattern)
+            rows.append([f"`{method}`", *map(difference, found), f"{unlike} of {pairs}"])
+        header = [f"{which.name}, {pattern}: `admm` minus", *(words for words, _, _ in columns), "different devices"]
+        parts += [table(header, rows)] if rows else []
     return "\n\n".join(parts)
 
 
@@ -486,9 +486,11 @@ def missing(plan: Plan, lines: Sequence[Line]) -> str:
     return "\n\n".join([*parts, *sentences]) or "Every final run that was declared was made."
 
 
-def section(name: str, plan: Plan, lines: Sequence[Line], links: Mapping[str, str]) -> tuple[list[str], list[Picture]]:
+def section(
+    name: str, usual: Table, tuned: Table, lines: Sequence[Line], links: Mapping[str, str]
+) -> tuple[list[str], list[Picture]]:
     """Write the part of docs/results.md that belongs to a plan, and lay out its pictures."""
-    usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
+    plan = usual.plan
     pictures = accuracy_picture(usual, tuned, name)
     begun = any(usual.scores.values()) or any(tuned.scores.values())
     parts = [f"## {TITLES[name]}: {subject(plan) if begun else model(plan)}"]
@@ -520,17 +522,24 @@ def _seeds(plan: Plan) -> str:
     return ", ".join(map(str, plan.tuning_seeds))
 
 
-def log(lines: Sequence[Line]) -> str:
-    """Write docs/results-log.md: choices, grids and provenance."""
+def log(lines: Sequence[Line], both: Mapping[str, tuple[Table, Table]]) -> str:
+    """Write docs/results-log.md: provenance, differences in each task, grids and choices.
+
+    Args:
+        lines: the raw lines.
+        both: the two tables of each plan that has lines.
+
+    Returns:
+        The page.
+    """
     parts = [
         "# Accuracy study: log",
         WRITTEN,
         "Provenance, differences in each task, tuning grids and choices of the [results](results.md).",
     ]
-    for name, plan in PLANS.items():
+    for name, of_plan in both.items():
+        plan = PLANS[name]
         mine = [line for line in lines if line["model"] == plan.model]
-        if not mine:
-            continue
         counts = Counter(line["stage"] for line in mine)
         rows = [
             ["runs", ", ".join(f"{count} {stage}" for stage, count in sorted(counts.items()))],
@@ -543,7 +552,7 @@ def log(lines: Sequence[Line]) -> str:
             ["learning rates", ", ".join(map(number, plans.Tuning(plan, lines).lrs))],
         ]
         parts += [f"## {TITLES[name]}: {subject(plan)}", table(["what", "value"], rows), _each_rate(plan, lines)]
-        parts += [each_task(which) for which in (tables.usual(plan, lines), tables.tuned(plan, lines))]
+        parts += [each_task(which) for which in of_plan]
         parts += [_tuning(plan, lines)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -611,25 +620,27 @@ def build(results: Path, output: Path) -> tuple[dict[Path, str], dict[Picture, P
     body: list[str] = []
     pictures: list[Picture] = []
     first, shown = NO_RESULT, ""
-    for name, plan in PLANS.items():
-        mine = [line for line in lines if line["model"] == plan.model]
-        if not mine:
-            continue
-        usual, tuned = tables.usual(plan, lines), tables.tuned(plan, lines)
-        parts, drawn = section(name, plan, lines, links)
+    models = {line["model"] for line in lines}
+    both = {
+        name: (tables.usual(plan, lines), tables.tuned(plan, lines))
+        for name, plan in PLANS.items()
+        if plan.model in models
+    }
+    for name, (usual, tuned) in both.items():
+        parts, drawn = section(name, usual, tuned, lines, links)
         body += parts
         pictures += drawn
         if not shown and any(usual.scores.values()):
             shown = overview(usual, tuned)
             images = [f"![{picture.title}]({links[picture.name]})" for picture in accuracy_picture(usual, tuned, name)]
-            first = "\n\n".join((lead(plan, usual, tuned), *images))
+            first = "\n\n".join((lead(usual.plan, usual, tuned), *images))
     where = (
-        f"How the runs were made is in {PROTOCOL}; tuning grids, choices and provenance are in the "
-        f"[log]({output.stem}-log.md); everything is computed from the raw files by "
+        f"How the runs were made is in {PROTOCOL}; differences in each task, tuning grids, choices and provenance are "
+        f"in the [log]({output.stem}-log.md); everything is computed from the raw files by "
         "`python examples/benchmarks/accuracy/report.py`."
     )
     opening = ["# Accuracy study: results", WRITTEN, first, where]
-    pages = {output: "\n\n".join([*opening, *body]) + "\n", output.with_name(f"{output.stem}-log.md"): log(lines)}
+    pages = {output: "\n\n".join([*opening, *body]) + "\n", output.with_name(f"{output.stem}-log.md"): log(lines, both)}
     return pages, {picture: results / picture.name for picture in pictures}, shown or _UNDER_WAY
 
 

@@ -57,13 +57,13 @@ class Table:
 
     def of(self, method: str, pattern: str) -> Scores:
         """Return the scores of a method; those of ``dense`` stand beside every pattern, with the seeds of it."""
-        found = self.scores.get((method, None if method == "dense" else pattern), {})
+        found = self.scores.get(cell_of(method, pattern), {})
         seeds, _ = self.plan.patterns.get(pattern, ((), pattern))
         return {pair: score for pair, score in found.items() if pair[1] in seeds}
 
     def unlike(self, first: str, second: str, pattern: str) -> tuple[int, int]:
         """Return how many of the compared pairs were made on different devices, and how many pairs there are."""
-        on = [self.devices.get((method, None if method == "dense" else pattern), {}) for method in (first, second)]
+        on = [self.devices.get(cell_of(method, pattern), {}) for method in (first, second)]
         pairs = paired(self.of(first, pattern), self.of(second, pattern))
         return sum(on[0][pair] != on[1][pair] for pair in pairs), len(pairs)
 
@@ -87,6 +87,11 @@ class Table:
         tested = [method for method, difference in found.items() if difference.p is not None]
         corrected = dict(zip(tested, holm([found[method].p or 0.0 for method in tested], len(others)), strict=True))
         return {method: Compared(difference, corrected.get(method)) for method, difference in found.items()}
+
+
+def cell_of(method: str, pattern: str) -> tuple[str, str | None]:
+    """Return where a table has what stands beside a pattern; ``dense`` has none of its own."""
+    return method, None if method == "dense" else pattern
 
 
 def tuned(plan: Plan, lines: Sequence[Line]) -> Table:
